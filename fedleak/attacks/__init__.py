@@ -1,0 +1,25 @@
+"""Attacks by name. An attack sees observations and nothing else."""
+
+from fedleak.attacks.base import (
+    ATTACKS,
+    Attack,
+    Outcome,
+    Reconstruction,
+    make_attack,
+    resolve_device,
+    run_attack,
+)
+from fedleak.attacks.hybrid import HybridAttack
+from fedleak.attacks.linear import LinearAttack
+
+__all__ = [
+    "ATTACKS",
+    "Attack",
+    "HybridAttack",
+    "LinearAttack",
+    "Outcome",
+    "Reconstruction",
+    "make_attack",
+    "resolve_device",
+    "run_attack",
+]

@@ -1,0 +1,147 @@
+"""The rank of a layer's system ``U = [A; K(e)]``: exactly, and in closed form."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fedleak.systems import Affine
+from fedleak.systems.conv import Conv
+
+#: A singular value counts when it exceeds this part of the largest one.
+TOLERANCE = 1e-10
+# An eigenvalue of a Gram matrix, relative to the largest, is sure to be zero below the
+# first bound and sure not to be above the second; between them an SVD decides.
+_GRAM_ZERO, _GRAM_SURE = 1e-14, 1e-11
+
+
+def structural_rank(layer: Affine) -> int:
+    """Return the rank that generic weights and a generic ``e`` give, in closed form.
+
+    With ``k`` the rank of one input channel's block of ``K``, ``u`` the pixels that the
+    kernels cover, ``C`` and ``F`` the channels in and out and ``|W|`` the weight
+    constraints, the rank is ``max(C k, min(C u, |W| + C k - F^2))`` for each group: the
+    rows of ``A`` and ``K`` share the ``F^2`` relations ``<e_f, A x|_g> = <W_g, K(e_f) x>``.
+
+    Exact on nearly all real layers; it over-estimates where the kernel equals a stride of
+    2 with padding. :func:`exact_rank` is the judge.
+    """
+    if not isinstance(layer, Conv):  # fully connected: K(e) x = e x^T alone gives x
+        return layer.unknowns
+    channels = layer.in_shape[0] // layer.groups
+    filters = layer.out_shape[0] // layer.groups
+    covered, block = _blocks(layer, filters)
+    constraints = filters * layer.out_shape[1] * layer.out_shape[2]
+    joint = min(channels * covered, constraints + channels * block - filters**2)
+    return layer.groups * max(channels * block, joint)
+
+
+def _blocks(layer: Conv, filters: int) -> tuple[int, int]:
+    """Return the pixels one channel's kernels cover, and the rank of its block of K."""
+    rows, columns = (_axis(layer, axis) for axis in (0, 1))
+    covered = sum(p for _, p in rows.values()) * sum(p for _, p in columns.values())
+    block = sum(
+        min(filters * oi * oj, pi * pj) for oi, pi in rows.values() for oj, pj in columns.values()
+    )
+    return covered, block
+
+
+def _axis(layer: Conv, axis: int) -> dict[int, tuple[int, int]]:
+    """Return, per stride class along one axis, kernel offsets and the pixels they reach."""
+    size, out = layer.in_shape[1 + axis], layer.out_shape[1 + axis]
+    kernel, stride, dilation = layer.kernel[axis], layer.stride[axis], layer.dilation[axis]
+    before = layer.padding[2 - 2 * axis]
+    offsets: dict[int, int] = {}
+    pixels: dict[int, set[int]] = {}
+    for k in range(kernel):
+        offset = k * dilation
+        cls = offset % stride
+        reached = {p for o in range(out) if 0 <= (p := o * stride + offset - before) < size}
+        offsets[cls] = offsets.get(cls, 0) + bool(reached)
+        pixels.setdefault(cls, set()).update(reached)
+    return {cls: (offsets[cls], len(pixels[cls])) for cls in offsets}
+
+
+def dense_system(layer: Affine, e: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Return ``(A, K(e))`` of each group as dense matrices over the group's own input.
+
+    Only rank analysis and tests build them; no attack does.
+
+    Parameters
+    ----------
+    layer : Affine
+    e : Tensor, shape (*out_shape)
+
+    Returns
+    -------
+    list of (Tensor, Tensor)
+        Shapes (filters * positions, n) and (filters * fan_in, n), with ``n`` the inputs
+        of one group.
+    """
+    weight = layer.weight
+    groups, filters, fan_in = weight.shape
+    n = layer.unknowns // groups
+    # Which input each entry of each patch reads; 0 stands for padding.
+    ordinal = torch.arange(1, n + 1, dtype=weight.dtype, device=weight.device)
+    index = layer.patches(ordinal.repeat(groups).reshape(1, *layer.in_shape))[0].round().long()
+    e = e.to(weight).reshape(groups, filters, -1)
+    systems = []
+    for g in range(groups):
+        positions = index[g].shape[1]
+        a = weight.new_zeros(filters, positions, n + 1)
+        a.scatter_add_(
+            2,
+            index[g].T.expand(filters, -1, -1),
+            weight[g].unsqueeze(1).expand(-1, positions, -1),
+        )
+        k = weight.new_zeros(filters, fan_in, n + 1)
+        k.scatter_add_(
+            2, index[g].expand(filters, -1, -1), e[g].unsqueeze(1).expand(-1, fan_in, -1)
+        )
+        systems.append((a.flatten(0, 1)[:, 1:], k.flatten(0, 1)[:, 1:]))
+    return systems
+
+
+def exact_rank(layer: Affine, e: Tensor) -> int:
+    """Return the numerical rank of ``U = [A; K(e)]`` for one ``e``.
+
+    The rows of ``K`` are block diagonal over a group's input channels with identical
+    blocks, so one block is factored once; what remains is the rank of ``A`` on the null
+    space of ``K``.
+
+    Parameters
+    ----------
+    layer : Affine
+    e : Tensor, shape (*out_shape)
+        ``dL/dz`` of one example.
+
+    Returns
+    -------
+    int
+        Number of singular values above ``1e-10`` times the largest of their block.
+    """
+    groups, filters, fan_in = layer.weight.shape
+    channels = layer.in_shape[0] // groups
+    pixels = layer.unknowns // groups // channels
+    rank = 0
+    for a, k in dense_system(layer, e):
+        block = k.reshape(filters, channels, -1, channels, pixels)[:, 0, :, 0]
+        _, values, vectors = torch.linalg.svd(block.flatten(0, 1), full_matrices=False)
+        basis = vectors[values > TOLERANCE * values.max()]
+        rows = a.reshape(-1, channels, pixels)
+        rest = (rows - (rows @ basis.mT) @ basis).flatten(1)
+        rank += channels * basis.shape[0] + _rank(rest, _gram_spectrum(a)[-1])
+    return rank
+
+
+def _gram_spectrum(m: Tensor) -> Tensor:
+    return torch.linalg.eigvalsh(m @ m.mT if m.shape[0] <= m.shape[1] else m.mT @ m)
+
+
+def _rank(m: Tensor, largest: Tensor) -> int:
+    """Return the rank of ``m``; ``largest`` is the squared singular value to compare with."""
+    spectrum = _gram_spectrum(m) / largest
+    if bool(((spectrum > _GRAM_ZERO) & (spectrum < _GRAM_SURE)).any()):
+        values = torch.linalg.svdvals(m)
+        return int((values > TOLERANCE * largest.sqrt()).sum())
+    return int((spectrum >= _GRAM_SURE).sum())
