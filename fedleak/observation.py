@@ -28,8 +28,8 @@ class Observation:
         estimate where the client sent weights.
     input_shape : tuple of int
         Shape (C, H, W) of one image.
-    batch_size : int
-        Number of images in the batch.
+    images : int
+        Number of images behind the update.
     label : int or None
         The label, where the threat model says that the server knows it.
     """
@@ -37,7 +37,7 @@ class Observation:
     model: nn.Module = field(repr=False)
     gradient: dict[str, Tensor] = field(repr=False)
     input_shape: tuple[int, int, int]
-    batch_size: int = 1
+    images: int = 1
     label: int | None = None
 
     @classmethod
@@ -58,8 +58,10 @@ class Observation:
         gradient : mapping
             Arrays or tensors by parameter name. Entries that are no parameters (buffers)
             are left out.
-        input_shape, batch_size, label
+        input_shape, label
             See the attributes.
+        batch_size : int
+            Number of images in the batch.
 
         Raises
         ------
@@ -75,7 +77,8 @@ class Observation:
             checked[name] = _check(name, torch.as_tensor(gradient[name]), tuple(parameter.shape))
         if not any(bool(g.any()) for g in checked.values()):
             raise InvalidUpdateError("every entry of the update is zero: it says nothing")
-        return cls(model, checked, tuple(input_shape), batch_size, label)
+        channels, height, width = input_shape
+        return cls(model, checked, (channels, height, width), batch_size, label)
 
     @classmethod
     def from_weights(
@@ -110,7 +113,7 @@ class Observation:
                 received = _check(name, torch.as_tensor(weights[name]), tuple(parameter.shape))
                 sent = parameter.detach().cpu().double()
                 change[name] = (sent - received) / (learning_rate * local_steps)
-        return cls.from_gradient(model, change, input_shape, batch_size, label)
+        return cls.from_gradient(model, change, input_shape, batch_size * local_steps, label)
 
 
 def _check(name: str, value: Tensor, shape: tuple[int, ...]) -> Tensor:

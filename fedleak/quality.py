@@ -9,6 +9,7 @@ import math
 from dataclasses import dataclass
 
 import torch
+from scipy.optimize import linear_sum_assignment
 from skimage.metrics import structural_similarity
 from torch import Tensor
 
@@ -64,3 +65,24 @@ def score(reconstruction: Tensor, truth: Tensor, data_range: float = 1.0) -> Qua
             )
         )
     return Quality(psnr, ssim, mse)
+
+
+def match(reconstructions: Tensor, truth: Tensor) -> list[tuple[int, int]]:
+    """Pair reconstructions with true images so that the total squared error is least.
+
+    A batch comes back in any order; this is the Hungarian method.
+
+    Parameters
+    ----------
+    reconstructions : Tensor, shape (R, C, H, W)
+    truth : Tensor, shape (T, C, H, W)
+
+    Returns
+    -------
+    list of (int, int)
+        ``min(R, T)`` pairs (reconstruction, true image).
+    """
+    a = reconstructions.detach().double().cpu().clamp(0, 1).flatten(1)
+    b = truth.detach().double().cpu().flatten(1)
+    rows, columns = linear_sum_assignment(torch.cdist(a, b).square().numpy())
+    return [(int(r), int(c)) for r, c in zip(rows, columns, strict=True)]

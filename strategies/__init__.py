@@ -1,0 +1,17 @@
+"""Flower plug-ins: the malicious server, FedSGD, reply checks and defence mods."""
+
+from strategies.defence_mod import choosing_defence_mod, defence_mod
+from strategies.delegate import DelegatingStrategy
+from strategies.fedsgd import FedSGD
+from strategies.malicious_server import Leak, MaliciousServer
+from strategies.reject_invalid import RejectInvalid
+
+__all__ = [
+    "DelegatingStrategy",
+    "FedSGD",
+    "Leak",
+    "MaliciousServer",
+    "RejectInvalid",
+    "choosing_defence_mod",
+    "defence_mod",
+]

@@ -66,7 +66,8 @@ def make_attack(name: str, **options: Any) -> Attack:
     try:
         return kind(**options)
     except TypeError as error:
-        known = [f.name for f in dataclasses.fields(kind)] if dataclasses.is_dataclass(kind) else []
+        fields = dataclasses.fields(kind) if dataclasses.is_dataclass(kind) else ()
+        known = [f.name for f in fields]
         raise InvalidInputError(
             f"attack {name!r} does not take these options {options}: {error}. "
             f"Known: {', '.join(known) or 'none'}"
@@ -136,11 +137,11 @@ class Evidence:
         first = observations[0]
         if any(o.model is not first.model for o in observations):
             raise InvalidInputError("the observations of one attack must share one model")
-        if any(o.batch_size != 1 for o in observations):
-            sizes = sorted({o.batch_size for o in observations})
+        most = max(o.images for o in observations)
+        if most > 1:
             raise UnsupportedModelError(
-                f"batch size {sizes[-1]}: the linear systems of fedleak cover one image for "
-                "each update (batch size 1)"
+                f"the update mixes {most} images (batch size times local steps); the linear "
+                "systems cover one image for each update"
             )
         where = resolve_device(device)
         chain = Chain.read(first.model, first.input_shape).to(where)
@@ -152,8 +153,9 @@ class Evidence:
         names = first.gradient
         gradient = {n: torch.stack([o.gradient[n] for o in observations]).to(where) for n in names}
         inferred = gradient[chain.head.bias_name].argmin(1)
-        known = [-1 if o.label is None else o.label for o in observations]
-        given = torch.tensor(known, device=where)
+        given = torch.tensor(
+            [-1 if o.label is None else o.label for o in observations], device=where
+        )
         return cls(chain, gradient, torch.where(given >= 0, given, inferred))
 
     def __len__(self) -> int:

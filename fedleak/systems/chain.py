@@ -56,7 +56,8 @@ _IGNORED = {"size", getattr, operator.getitem}
 
 
 def _negative_slope(node: fx.Node) -> float:
-    return float(node.kwargs.get("negative_slope", node.args[1] if len(node.args) > 1 else 0.01))
+    slope: Any = node.kwargs.get("negative_slope", node.args[1] if len(node.args) > 1 else 0.01)
+    return float(slope)
 
 
 @dataclass

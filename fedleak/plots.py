@@ -1,0 +1,154 @@
+"""Pictures of a run: leakage versus rounds, and images beside their reconstructions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib as mpl
+
+mpl.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import seaborn as sns
+
+#: Exact reconstructions have an infinite PSNR; they are drawn here.
+_CEILING_DB = 160.0
+_COLUMNS = 8
+
+
+def plot_run(folder: Path, arms: Sequence[Path] | None = None) -> list[Path]:
+    """Draw ``leakage_vs_rounds.png`` and ``reconstructions.png`` into ``folder``.
+
+    Parameters
+    ----------
+    folder : Path
+        Holds ``leakage.csv`` and ``rounds.csv``, of one run or of several together.
+    arms : sequence of Path, optional
+        Folders with the reconstructions; by default ``folder`` itself.
+
+    Returns
+    -------
+    list of Path
+        The pictures drawn; none where nothing was reconstructed.
+    """
+    leakage = pd.read_csv(folder / "leakage.csv")
+    rounds = pd.read_csv(folder / "rounds.csv")
+    made = []
+    if not rounds.empty:
+        made.append(leakage_vs_rounds(leakage, rounds, folder / "leakage_vs_rounds.png"))
+    sources = [a for a in (arms or [folder]) if (a / "reconstructions").is_dir()]
+    if sources:
+        made.append(reconstructions(sources, folder / "reconstructions.png"))
+    return made
+
+
+def defence_label(name: str, strength: float) -> str:
+    """Return ``"noise 0.1"``, or ``"none"``."""
+    return "none" if name == "none" else f"{name} {strength:g}"
+
+
+def _labels(table: pd.DataFrame) -> pd.Series:
+    pairs = zip(table["defence"], table["strength"], strict=True)
+    return pd.Series([defence_label(d, s) for d, s in pairs], index=table.index, dtype=object)
+
+
+def leakage_vs_rounds(leakage: pd.DataFrame, rounds: pd.DataFrame, path: Path) -> Path:
+    """Draw PSNR over rounds (median, quartiles) above accuracy over rounds.
+
+    Parameters
+    ----------
+    leakage : DataFrame
+        As in ``leakage.csv``.
+    rounds : DataFrame
+        As in ``rounds.csv``; with columns ``defence`` and ``strength`` where several runs
+        are overlaid.
+    path : Path
+        The PNG to write.
+    """
+    scored = leakage[leakage["status"] == "ok"].copy()
+    scored["psnr_db"] = scored["psnr_db"].astype(float).clip(upper=_CEILING_DB)
+    scored["defence"] = _labels(scored)
+    if "defence" in rounds:
+        rounds = rounds.assign(defence=_labels(rounds))
+    else:
+        label = defence_label(*leakage[["defence", "strength"]].iloc[0]) if len(leakage) else "none"
+        rounds = rounds.assign(defence=label)
+    order = list(dict.fromkeys(rounds["defence"]))
+    palette = dict(zip(order, sns.color_palette("colorblind", len(order)), strict=True))
+    with sns.axes_style("whitegrid"):
+        figure, (top, bottom) = plt.subplots(
+            2, 1, figsize=(7, 6), sharex=True, height_ratios=(2, 1), layout="constrained"
+        )
+        common = {"x": "round", "hue": "defence", "hue_order": order, "palette": palette}
+        if not scored.empty:
+            sns.lineplot(
+                scored, y="psnr_db", estimator="median", errorbar=("pi", 50), marker="o",
+                ax=top, **common,
+            )  # fmt: skip
+            top.legend(title="defence")
+        else:
+            top.text(0.5, 0.5, "nothing was reconstructed", transform=top.transAxes, ha="center")
+        top.set(ylabel="PSNR of the reconstruction (dB)", ylim=(0, None))
+        top.set_title("What the server reconstructs (simulated): median and quartiles of clients")
+        sns.lineplot(rounds, y="accuracy", marker="o", legend=False, ax=bottom, **common)
+        bottom.set(ylabel="test accuracy", ylim=(0, 1), xlabel="round")
+        bottom.xaxis.get_major_locator().set_params(integer=True)
+        figure.savefig(path, dpi=150)
+        plt.close(figure)
+    return path
+
+
+def reconstructions(arms: Sequence[Path], path: Path) -> Path:
+    """Draw true images above what each arm's attack made of them, first round first.
+
+    Parameters
+    ----------
+    arms : sequence of Path
+        Folders of runs; each holds ``reconstructions/round-*.npz``.
+    path : Path
+        The PNG to write.
+    """
+    rows = [_row(arm) for arm in arms]
+    label, truth, _, _ = rows[0]
+    columns = min(_COLUMNS, len(truth))
+    figure, axes = plt.subplots(
+        len(rows) + 1,
+        columns,
+        figsize=(1.25 * columns + 1, 1.5 * (len(rows) + 1) + 0.4),
+        squeeze=False,
+        layout="constrained",
+    )
+    _draw(axes[0], truth[:columns], "true image", [""] * columns)
+    for line, (label, _, made, psnr) in zip(axes[1:], rows, strict=True):
+        captions = ["exact" if np.isinf(p) else f"{p:.1f} dB" for p in psnr[:columns]]
+        _draw(line, made[:columns], label, captions)
+        for empty in line[len(made) :]:
+            empty.axis("off")
+    figure.suptitle("Reconstructed from the update alone, round 1 (simulated)", fontsize=11)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+    return path
+
+
+def _row(arm: Path) -> tuple[str, np.ndarray, np.ndarray, np.ndarray]:
+    """Return the defence and the first recorded round's images of a run."""
+    first = min((arm / "reconstructions").glob("round-*.npz"))
+    with np.load(first) as stored:
+        order = np.argsort(stored["client"], kind="stable")
+        truth, made = stored["truth"][order], stored["reconstruction"][order]
+        psnr = stored["psnr_db"][order]
+    table = pd.read_csv(arm / "leakage.csv", nrows=1)
+    return defence_label(table["defence"][0], table["strength"][0]), truth, made, psnr
+
+
+def _draw(line: np.ndarray, images: np.ndarray, label: str, captions: Sequence[str]) -> None:
+    for axis, image, caption in zip(line, images, captions, strict=False):
+        pixels = np.clip(np.moveaxis(image, 0, -1), 0, 1)
+        axis.imshow(pixels.squeeze(), cmap="gray" if pixels.shape[-1] == 1 else None, vmin=0, vmax=1)
+        axis.set(xticks=[], yticks=[])
+        axis.set_xlabel(caption, fontsize=8)
+        for spine in axis.spines.values():
+            spine.set_visible(False)
+    line[0].set_ylabel(label, fontsize=9)

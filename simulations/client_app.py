@@ -1,0 +1,58 @@
+"""The Flower client: trains on its own images and sends an update."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
+
+from fedleak.defences import DefenceSpec
+from simulations.scenario import Scenario, from_run_config
+from simulations.task import cpu_threads, local_gradient, local_training, make_model
+from strategies import choosing_defence_mod
+from strategies.malicious_server import Shared
+
+ScenarioOf = Callable[[Context], Scenario]
+
+
+def build_client_app(scenario_of: ScenarioOf) -> ClientApp:
+    """Return the client of the scenario that ``scenario_of`` finds for a context."""
+
+    def choose(context: Context) -> tuple[DefenceSpec, Shared, int]:
+        scenario = scenario_of(context)
+        return scenario.defence.spec, scenario.training.share, scenario.seed
+
+    app = ClientApp()
+
+    @app.train(mods=[choosing_defence_mod(choose)])
+    def train(message: Message, context: Context) -> Message:
+        scenario = scenario_of(context)
+        client = int(context.node_config["partition-id"])
+        config = next(iter(message.content.config_records.values()))
+        server_round = int(config["server-round"])  # type: ignore[arg-type]
+        (arrays,) = message.content.array_records.values()
+        model = make_model(scenario)
+        model.load_state_dict(arrays.to_torch_state_dict())
+        with cpu_threads(scenario.training.threads):
+            if scenario.training.share == "gradient":
+                shared, loss = local_gradient(model, scenario, client, server_round)
+            else:
+                mu = float(config.get("proximal-mu", 0.0))  # type: ignore[arg-type]
+                loss = local_training(model, scenario, client, server_round, mu)
+                shared = model.state_dict()
+        examples = scenario.training.batch_size * scenario.training.local_steps
+        metrics = MetricRecord({"num-examples": examples, "train_loss": loss})
+        content = RecordDict({"arrays": ArrayRecord(shared), "metrics": metrics})
+        return Message(content=content, reply_to=message)
+
+    @app.query()
+    def query(message: Message, context: Context) -> Message:
+        """Say which partition this node holds, for scoring and for a fixed order."""
+        record = ConfigRecord({"partition-id": int(context.node_config["partition-id"])})
+        return Message(content=RecordDict({"node": record}), reply_to=message)
+
+    return app
+
+
+app = build_client_app(lambda context: from_run_config(context.run_config))

@@ -1,0 +1,173 @@
+"""Run scenarios: in this process, or on Ray."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import pandas as pd
+
+from fedleak.errors import InvalidInputError, UnknownNameError
+from fedleak.plots import plot_run
+from simulations.scenario import Defence, Scenario
+
+Engine = Literal["inline", "ray"]
+ENGINES = ("inline", "ray")
+
+# Before Flower is imported: nothing is reported to anyone, and nothing is looked up.
+_QUIET = {
+    "FLWR_TELEMETRY_ENABLED": "0",
+    "FLWR_DISABLE_UPDATE_CHECK": "1",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+}
+for _name, _setting in _QUIET.items():
+    os.environ.setdefault(_name, _setting)
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One defence of a run and where its results are."""
+
+    defence: Defence
+    out: Path
+
+
+#: ``on_progress(arm, progress)`` after every round.
+OnArmProgress = Callable[[Arm, Any], None]
+
+
+def simulate(
+    scenario: Scenario,
+    out: Path | str | None = None,
+    engine: Engine = "inline",
+    overwrite: bool = False,
+    on_progress: OnArmProgress | None = None,
+    client_app: Any = None,
+) -> list[Arm]:
+    """Run a scenario, and each defence it compares, and write the results.
+
+    Parameters
+    ----------
+    scenario : Scenario
+    out : path, optional
+        Output folder, by default ``results/runs/<name>``. With defences to compare, each
+        has a folder of its own in it, and the tables and plots in it overlay them.
+    engine : {"inline", "ray"}
+        ``ray`` uses the cluster at ``RAY_ADDRESS`` where that is set.
+    overwrite : bool
+        Replace an earlier run in ``out``.
+    on_progress : callable, optional
+        ``(arm, Progress)`` after every round.
+    client_app : ClientApp, optional
+        Clients of your own in place of :mod:`simulations.client_app`.
+
+    Returns
+    -------
+    list of Arm
+        In the order they ran.
+
+    Raises
+    ------
+    FedleakError
+        If the scenario cannot run; nothing has been written then.
+    """
+    if engine not in ENGINES:
+        raise UnknownNameError("engine", engine, ENGINES)
+    from simulations.recorder import prepare_folder
+    from simulations.server_app import check
+
+    folder = Path(out) if out is not None else Path("results/runs") / scenario.name
+    folder = folder.absolute()
+    check(scenario)
+    prepare_folder(folder, overwrite)
+    defences = scenario.arms()
+    arms = [
+        Arm(d, folder if len(defences) == 1 else folder / d.spec.label) for d in defences
+    ]
+    for arm in arms:
+        _run_arm(arm, scenario.arm(arm.defence), engine, on_progress, client_app)
+    if len(arms) > 1:
+        combine(arms, folder)
+    return arms
+
+
+def _run_arm(
+    arm: Arm,
+    scenario: Scenario,
+    engine: Engine,
+    on_progress: OnArmProgress | None,
+    client_app: Any,
+) -> None:
+    from simulations.client_app import build_client_app
+    from simulations.recorder import Recorder
+    from simulations.server_app import build_server_app
+
+    recorder = Recorder(arm.out, scenario, engine)
+    report = None if on_progress is None else (lambda progress: on_progress(arm, progress))
+    server = build_server_app(scenario, recorder, report)
+    client = client_app or build_client_app(lambda context: scenario)
+    run = _run_inline if engine == "inline" else _run_ray
+    try:
+        run(server, client, scenario.federation.clients)
+    except KeyboardInterrupt:
+        recorder.finish("interrupted", "stopped by the user")
+        raise
+    except BaseException as error:
+        recorder.finish("failed", f"{type(error).__name__}: {error}")
+        raise
+    recorder.finish("finished")
+    plot_run(arm.out)
+
+
+def _run_inline(server: Any, client: Any, clients: int) -> None:
+    from flwr.app import Context, RecordDict
+
+    from simulations.grid import InlineGrid
+
+    context = Context(
+        run_id=1, node_id=1, node_config={}, state=RecordDict(), run_config={}
+    )
+    server(InlineGrid(client, clients), context)
+
+
+def _run_ray(server: Any, client: Any, clients: int) -> None:
+    from flwr.serverapp import ServerApp
+    from flwr.simulation import run_simulation
+
+    # Flower runs the server in a thread and reports only that it failed: keep the reason.
+    raised: list[BaseException] = []
+    wrapped = ServerApp()
+
+    @wrapped.main()
+    def main(grid: Any, context: Any) -> None:
+        try:
+            server(grid, context)
+        except BaseException as error:
+            raised.append(error)
+            raise
+
+    backend = {"client_resources": {"num_cpus": 1, "num_gpus": 0.0}}
+    try:
+        run_simulation(wrapped, client, num_supernodes=clients, backend_config=backend)
+    except BaseException as error:
+        if raised:
+            raise raised[0] from error
+        raise RuntimeError(f"Flower's simulation on Ray failed: {error}") from error
+
+
+def combine(arms: list[Arm], folder: Path) -> None:
+    """Write the arms' tables as one, and plots that overlay them."""
+    leakage, rounds = [], []
+    for arm in arms:
+        leakage.append(pd.read_csv(arm.out / "leakage.csv"))
+        table = pd.read_csv(arm.out / "rounds.csv")
+        rounds.append(table.assign(defence=arm.defence.name, strength=arm.defence.strength))
+    if not leakage:
+        raise InvalidInputError("there is nothing to combine")
+    pd.concat(leakage).to_csv(folder / "leakage.csv", index=False)
+    pd.concat(rounds).to_csv(folder / "rounds.csv", index=False)
+    plot_run(folder, [arm.out for arm in arms])

@@ -1,0 +1,179 @@
+"""Grids: one that runs clients in this process, one that keeps their order fixed."""
+
+from __future__ import annotations
+
+import random
+import traceback
+from collections.abc import Iterable
+from logging import WARNING
+from typing import Any
+
+from flwr.app import Context, Error, Message, MessageType, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.common.logger import log
+from flwr.serverapp import Grid
+
+_SERVER_NODE = 1
+_RUN = 1
+# Flower's ErrorCode.CLIENT_APP_RAISED_EXCEPTION.
+_CLIENT_RAISED = 2
+
+
+class InlineGrid(Grid):
+    """Run every client in this process, one after the other.
+
+    Starts at once, and a debugger steps from the strategy into the client. Each client
+    keeps its own state between rounds; an exception in one becomes an error reply, as on
+    Flower's other engines.
+
+    Parameters
+    ----------
+    client_app : ClientApp
+    num_nodes : int
+        Number of clients; node ``i`` holds partition ``i``.
+    """
+
+    def __init__(self, client_app: ClientApp, num_nodes: int):
+        self._client_app = client_app
+        self._contexts = {
+            _SERVER_NODE + 1 + i: Context(
+                run_id=_RUN,
+                node_id=_SERVER_NODE + 1 + i,
+                node_config={"partition-id": i, "num-partitions": num_nodes},
+                state=RecordDict(),
+                run_config={},
+            )
+            for i in range(num_nodes)
+        }
+        self._replies: dict[str, Message] = {}
+        self._count = 0
+        _set_identity()
+
+    def set_run(self, run: Any) -> None:
+        """Do nothing: there is one run."""
+
+    @property
+    def run(self) -> Any:
+        raise NotImplementedError("the inline engine has no SuperLink and so no Run")
+
+    def create_message(
+        self,
+        content: RecordDict,
+        message_type: str,
+        dst_node_id: int,
+        group_id: str,
+        ttl: float | None = None,
+    ) -> Message:
+        return Message(content, dst_node_id, message_type, group_id=group_id, ttl=ttl)
+
+    def get_node_ids(self) -> Iterable[int]:
+        return list(self._contexts)
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        identities = []
+        for message in messages:
+            self._count += 1
+            identity = str(self._count)
+            message.metadata.__dict__["_message_id"] = identity
+            self._replies[identity] = self._answer(message)
+            identities.append(identity)
+        return identities
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        return [self._replies.pop(i) for i in message_ids if i in self._replies]
+
+    def send_and_receive(
+        self, messages: Iterable[Message], *, timeout: float | None = None
+    ) -> Iterable[Message]:
+        return self.pull_messages(self.push_messages(messages))
+
+    def _answer(self, message: Message) -> Message:
+        context = self._contexts[message.metadata.dst_node_id]
+        try:
+            return self._client_app(message, context)
+        except Exception as error:
+            log(WARNING, "client %s failed:\n%s", context.node_config, traceback.format_exc())
+            reason = f"{type(error).__name__}: {error}"
+            return Message(Error(code=_CLIENT_RAISED, reason=reason), reply_to=message)
+
+
+def _set_identity() -> None:
+    """Give messages made in this process a sender; a private detail of Flower 1.41."""
+    try:
+        from flwr.supercore.task_identity import TaskIdentity
+    except ImportError:  # a Flower that does not need it
+        return
+    TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = _RUN, _SERVER_NODE, 1
+
+
+class OrderedGrid(Grid):
+    """Any grid, with clients in the order of their partitions.
+
+    Node ids are random for each run and replies arrive in any order; both would change
+    which clients are sampled and how sums round. Here the same seed asks the same
+    clients, and replies come in a fixed order, on every engine.
+
+    Parameters
+    ----------
+    grid : Grid
+    clients : int
+        Number of clients to wait for.
+    seed : int
+    """
+
+    def __init__(self, grid: Grid, clients: int, seed: int):
+        self._grid, self._clients, self._seed = grid, clients, seed
+        self._partitions: dict[int, int] = {}
+        self._asked = 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._grid, name)
+
+    @property
+    def partitions(self) -> dict[int, int]:
+        """Partition of each node, by node id; known once all clients are there."""
+        if len(self._partitions) < self._clients:
+            nodes = [n for n in self._grid.get_node_ids() if n not in self._partitions]
+            asks = [Message(RecordDict(), node, MessageType.QUERY) for node in nodes]
+            for reply in self._grid.send_and_receive(asks, timeout=60) if asks else []:
+                if reply.has_error():
+                    raise RuntimeError(f"a client cannot start: {reply.error.reason}")
+                record = next(iter(reply.content.config_records.values()))
+                self._partitions[reply.metadata.src_node_id] = int(record["partition-id"])  # type: ignore[arg-type]
+        return self._partitions
+
+    def get_node_ids(self) -> Iterable[int]:
+        # Strategies sample from what this returns, with Python's generator, right away.
+        self._asked += 1
+        random.seed(self._seed * 1_000_003 + self._asked)
+        known = self.partitions
+        return sorted(known, key=lambda node: known[node])
+
+    def send_and_receive(
+        self, messages: Iterable[Message], *, timeout: float | None = None
+    ) -> Iterable[Message]:
+        replies = list(self._grid.send_and_receive(messages, timeout=timeout))
+        return sorted(replies, key=lambda r: self._partitions.get(r.metadata.src_node_id, -1))
+
+    def set_run(self, run: Any) -> None:
+        self._grid.set_run(run)
+
+    @property
+    def run(self) -> Any:
+        return self._grid.run
+
+    def create_message(
+        self,
+        content: RecordDict,
+        message_type: str,
+        dst_node_id: int,
+        group_id: str,
+        ttl: float | None = None,
+    ) -> Message:
+        return self._grid.create_message(content, message_type, dst_node_id, group_id, ttl)
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        return self._grid.push_messages(messages)
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        return self._grid.pull_messages(message_ids)

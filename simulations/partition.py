@@ -1,0 +1,94 @@
+"""Spread images over clients, with flwr-datasets' partitioners."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+from fedleak.data import LabelledImages, load_data
+from fedleak.errors import InvalidInputError
+from simulations.scenario import Data, Partition, Scenario
+
+
+def training_data(scenario: Scenario) -> LabelledImages:
+    """Return the images that are spread over the clients."""
+    return _training_data(scenario.data, scenario.seed)
+
+
+@lru_cache(maxsize=4)
+def _training_data(data: Data, seed: int) -> LabelledImages:
+    images, _ = load_data(data.name, data.root, data.download, data.size)
+    if data.max_images and data.max_images < len(images):
+        images = images.subset(_shuffled(len(images), seed)[: data.max_images])
+    return images
+
+
+def partitions(scenario: Scenario) -> list[list[int]]:
+    """Return each client's indices into :func:`training_data`.
+
+    Raises
+    ------
+    InvalidInputError
+        If there are more clients than images, or the labels do not allow the split.
+    """
+    return _partitions(
+        scenario.data,
+        scenario.partition,
+        scenario.federation.clients,
+        scenario.training.batch_size,
+        scenario.seed,
+    )
+
+
+@lru_cache(maxsize=4)
+def _partitions(
+    data: Data, partition: Partition, clients: int, least: int, seed: int
+) -> list[list[int]]:
+    images = _training_data(data, seed)
+    if clients * least > len(images):
+        raise InvalidInputError(
+            f"federation.clients = {clients} with training.batch_size = {least} needs "
+            f"{clients * least} images, but {data.name!r} has {len(images)} for training"
+        )
+    order = _shuffled(len(images), seed)
+    if partition.kind == "iid":
+        return [order[i::clients] for i in range(clients)]
+    from datasets import Dataset
+    from flwr_datasets.partitioner import DirichletPartitioner
+
+    table = Dataset.from_dict({"index": order, "label": images.labels[order].tolist()})
+    partitioner = DirichletPartitioner(
+        num_partitions=clients,
+        partition_by="label",
+        alpha=partition.alpha,
+        min_partition_size=least,
+        self_balancing=False,
+        seed=seed,
+    )
+    partitioner.dataset = table
+    try:
+        return [list(partitioner.load_partition(i)["index"]) for i in range(clients)]
+    except ValueError as error:
+        raise InvalidInputError(
+            f"partition.alpha = {partition.alpha} gives some of {clients} clients fewer than "
+            f"{least} images ({error}); raise alpha or use fewer clients"
+        ) from error
+
+
+def client_batches(scenario: Scenario, client: int, server_round: int) -> list[list[int]]:
+    """Return the indices of each local step's batch of one client in one round.
+
+    A client walks through its own images in a fixed random order, so that every image is
+    used once before any is used twice.
+    """
+    own = partitions(scenario)[client]
+    order = _shuffled(len(own), scenario.seed * 100_003 + client + 1)
+    steps, size = scenario.training.local_steps, scenario.training.batch_size
+    first = (server_round - 1) * steps * size
+    places = [[(first + s * size + i) % len(own) for i in range(size)] for s in range(steps)]
+    return [[own[order[p]] for p in batch] for batch in places]
+
+
+def _shuffled(count: int, seed: int) -> list[int]:
+    import torch
+
+    return torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()

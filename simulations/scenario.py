@@ -1,0 +1,321 @@
+"""A federated run, described and validated."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from fedleak.attacks import ATTACKS, make_attack
+from fedleak.data import known_datasets
+from fedleak.defences import DefenceSpec, parse_defence
+from fedleak.errors import FedleakError, InvalidInputError, UnknownNameError, nearest
+from fedleak.models import MODELS, load_factory
+
+SHIPPED = Path(__file__).parent / "scenarios"
+
+#: Strategies by name: FedSGD is ours, the others are Flower's.
+GRADIENT_STRATEGIES = ("FedSGD",)
+WEIGHT_STRATEGIES = (
+    "FedAvg",
+    "FedProx",
+    "FedAdam",
+    "FedAdagrad",
+    "FedYogi",
+    "FedAvgM",
+    "FedMedian",
+    "FedTrimmedAvg",
+    "Krum",
+    "MultiKrum",
+    "Bulyan",
+    "QFedAvg",
+)
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+class Data(_Section):
+    """Where the images come from."""
+
+    name: str = Field("digits", description="digits, folder, or a torchvision data set")
+    root: str = Field("data", description="folder of the data set")
+    download: bool = Field(False, description="let torchvision download it")
+    size: int = Field(0, ge=0, description="resize to this height and width; 0: leave")
+    max_images: int = Field(0, ge=0, description="training images used; 0: all")
+    max_test_images: int = Field(2000, ge=1, description="test images used")
+
+    @field_validator("name")
+    @classmethod
+    def _known(cls, name: str) -> str:
+        if name not in known_datasets():
+            raise UnknownNameError("data set", name, known_datasets())
+        return name
+
+
+class Partition(_Section):
+    """How the images are spread over the clients."""
+
+    kind: Literal["iid", "dirichlet"] = "iid"
+    alpha: float = Field(0.5, gt=0, description="Dirichlet concentration; small: few classes each")
+
+
+class Federation(_Section):
+    """Who takes part, and for how long."""
+
+    clients: int = Field(10, ge=1)
+    fraction: float = Field(1.0, gt=0, le=1, description="share of clients asked each round")
+    rounds: int = Field(5, ge=1)
+
+
+class Training(_Section):
+    """What a client does with the model it receives."""
+
+    share: Literal["gradient", "weights"] = "gradient"
+    local_steps: int = Field(1, ge=1)
+    batch_size: int = Field(1, ge=1)
+    learning_rate: float = Field(0.1, gt=0)
+    threads: int = Field(1, ge=1, description="CPU threads of one client; fixed for repeatability")
+
+
+class Model(_Section):
+    """The network, by name or factory, and its first weights."""
+
+    name: str = Field("cnn2-v2", description="a registered name, FILE.py:FACTORY or module:FACTORY")
+    weights: str = Field("", description="checkpoint to start from: safetensors or state dict")
+
+    @field_validator("name")
+    @classmethod
+    def _known(cls, name: str) -> str:
+        if ":" in name:
+            load_factory(name)
+        elif name not in MODELS:
+            raise UnknownNameError("model", name, MODELS)
+        return name
+
+
+class Strategy(_Section):
+    """How the server aggregates."""
+
+    name: str = Field("FedSGD", description="FedSGD, or a strategy of Flower")
+    options: dict[str, Any] = Field(default_factory=dict, description="its other arguments")
+
+    @field_validator("name")
+    @classmethod
+    def _known(cls, name: str) -> str:
+        if name not in (*GRADIENT_STRATEGIES, *WEIGHT_STRATEGIES):
+            raise UnknownNameError("strategy", name, (*GRADIENT_STRATEGIES, *WEIGHT_STRATEGIES))
+        return name
+
+
+class Attack(_Section):
+    """What the server does with what it receives."""
+
+    name: str = "hybrid"
+    every: int = Field(1, ge=1, description="attack in every n-th round (and the first)")
+    clients: int = Field(0, ge=0, description="clients attacked each round; 0: all that answer")
+    device: str = Field("auto", description="auto, cpu or cuda")
+    options: dict[str, Any] = Field(default_factory=dict, description="the attack's own settings")
+
+    @model_validator(mode="after")
+    def _known(self) -> Attack:
+        if self.name not in ATTACKS:
+            raise UnknownNameError("attack", self.name, ATTACKS)
+        make_attack(self.name, **self.options)
+        return self
+
+
+class Defence(_Section):
+    """What a client does to its update before it sends it."""
+
+    name: str = "none"
+    strength: float = Field(0.0, ge=0)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _short(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            spec = parse_defence(value)
+            return {"name": spec.name, "strength": spec.strength}
+        return value
+
+    @model_validator(mode="after")
+    def _known(self) -> Defence:
+        DefenceSpec(self.name, self.strength)
+        return self
+
+    @property
+    def spec(self) -> DefenceSpec:
+        """The same, as the library takes it."""
+        return DefenceSpec(self.name, self.strength)
+
+
+class Scenario(_Section):
+    """One federated run: data, clients, training, attack and defence."""
+
+    name: str = Field("run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    seed: int = Field(0, ge=0, lt=2**31)
+    data: Data = Data()
+    partition: Partition = Partition()
+    federation: Federation = Federation()
+    training: Training = Training()
+    model: Model = Model()
+    strategy: Strategy = Strategy()
+    attack: Attack = Attack()
+    defence: Defence = Defence()
+    compare: Annotated[
+        tuple[Defence, ...], Field(description="defences to run beside, NAME:STRENGTH each")
+    ] = ()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Scenario:
+        needs = "gradient" if self.strategy.name in GRADIENT_STRATEGIES else "weights"
+        if self.training.share != needs:
+            other = "FedSGD" if self.training.share == "gradient" else "FedAvg"
+            raise InvalidInputError(
+                f"strategy {self.strategy.name!r} aggregates {needs}, but training.share is "
+                f"{self.training.share!r}; set training.share={needs} or strategy.name={other}"
+            )
+        if self.training.share == "gradient" and self.training.local_steps != 1:
+            raise InvalidInputError(
+                f"training.local_steps is {self.training.local_steps}, but a client that shares "
+                "a gradient takes one step; set training.share=weights"
+            )
+        labels = [d.spec.label for d in self.arms()]
+        if len(set(labels)) != len(labels):
+            raise InvalidInputError(f"a defence is listed twice: {', '.join(labels)}")
+        return self
+
+    def arms(self) -> tuple[Defence, ...]:
+        """Return the defences to run: the scenario's own first, then those to compare."""
+        return (self.defence, *self.compare)
+
+    def arm(self, defence: Defence) -> Scenario:
+        """Return this scenario under one defence alone."""
+        return self.model_copy(update={"defence": defence, "compare": ()})
+
+
+def load_scenario(
+    source: str | Path | None = None,
+    overrides: Iterable[str] = (),
+    seed: int | None = None,
+) -> Scenario:
+    """Read a scenario file and apply overrides.
+
+    Parameters
+    ----------
+    source : path or str, optional
+        A TOML file, or the name of a shipped scenario (``"demo"``); by default the
+        defaults alone.
+    overrides : iterable of str
+        ``"section.key=value"``, the value in TOML or a bare word.
+    seed : int, optional
+        Replaces the scenario's seed.
+
+    Raises
+    ------
+    InvalidInputError
+        If the file is missing or no TOML, a key unknown, or a value not allowed; the
+        message names the key and, for names, the nearest known one.
+    """
+    table: dict[str, Any] = {}
+    if source is not None:
+        path = Path(source)
+        if not path.suffix and (SHIPPED / f"{source}.toml").is_file():
+            path = SHIPPED / f"{source}.toml"
+        if not path.is_file():
+            shipped = sorted(p.stem for p in SHIPPED.glob("*.toml"))
+            raise InvalidInputError(
+                f"there is no scenario {str(source)!r}{nearest(str(source), shipped)}"
+            )
+        try:
+            table = tomllib.loads(path.read_text(encoding="utf-8"))
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise InvalidInputError(f"scenario {str(path)!r} is not valid TOML: {error}") from error
+        table.setdefault("name", path.stem)
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals or not key.strip():
+            raise InvalidInputError(f"--set {override!r}: write section.key=value")
+        _put(table, key.strip(), _value(text.strip()))
+    if seed is not None:
+        table["seed"] = seed
+    return make_scenario(table)
+
+
+def make_scenario(table: Mapping[str, Any]) -> Scenario:
+    """Validate a nested table.
+
+    Raises
+    ------
+    InvalidInputError
+        One line for each problem.
+    """
+    try:
+        return Scenario.model_validate(dict(table))
+    except ValidationError as error:
+        problems = [_explain(e) for e in error.errors()]
+        raise InvalidInputError("invalid scenario: " + "; ".join(problems)) from error
+
+
+def flatten(scenario: Scenario) -> dict[str, str | int | float | bool]:
+    """Return ``{"section.key": value}`` with the values that a Flower run config can hold."""
+    flat: dict[str, str | int | float | bool] = {}
+
+    def walk(prefix: str, table: Mapping[str, Any]) -> None:
+        for key, value in table.items():
+            if isinstance(value, Mapping):
+                walk(f"{prefix}{key}.", value)
+            elif isinstance(value, (str, int, float, bool)):
+                flat[prefix + key] = value
+
+    walk("", scenario.model_dump(mode="json"))
+    return flat
+
+
+def from_run_config(config: Mapping[str, Any]) -> Scenario:
+    """Build a scenario from a Flower run config, with its dotted keys."""
+    table: dict[str, Any] = {}
+    for key, value in config.items():
+        if key != "out":
+            _put(table, key, value)
+    return make_scenario(table)
+
+
+def _put(table: dict[str, Any], dotted: str, value: Any) -> None:
+    *sections, key = dotted.split(".")
+    if sections == [] and key == "defence" and isinstance(value, str):
+        table[key] = value
+        return
+    for section in sections:
+        inner = table.setdefault(section, {})
+        if isinstance(inner, str) and section == "defence":
+            inner = table[section] = Defence.model_validate(inner).model_dump()
+        if not isinstance(inner, dict):
+            raise InvalidInputError(f"{dotted!r}: {section!r} is a value, not a section")
+        table = inner
+    table[key] = value
+
+
+def _value(text: str) -> Any:
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text  # a bare word: --set data.name=CIFAR10
+
+
+def _explain(error: Any) -> str:
+    where = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "extra_forbidden":
+        section: Any = Scenario
+        for part in error["loc"][:-1]:
+            section = section.model_fields[part].annotation
+        return f"unknown key {where!r}{nearest(str(error['loc'][-1]), section.model_fields)}"
+    cause = error.get("ctx", {}).get("error")
+    if isinstance(cause, FedleakError):
+        return f"{where}: {cause}" if where else str(cause)
+    return f"{where} = {error['input']!r}: {error['msg'].lower()}"

@@ -1,0 +1,209 @@
+"""The Flower server: trains with a strategy, attacks, scores and records."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import flwr.serverapp.strategy as flower
+from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord
+from flwr.serverapp import Grid, ServerApp
+from flwr.serverapp.strategy import Strategy
+from torch import nn
+
+from fedleak.attacks import make_attack
+from fedleak.errors import FedleakError, InvalidInputError
+from fedleak.metric import security_metric
+from simulations.grid import OrderedGrid
+from simulations.partition import partitions, training_data
+from simulations.recorder import Recorder, prepare_folder
+from simulations.scenario import Scenario, from_run_config
+from simulations.task import evaluate, make_model, test_data
+from strategies import DelegatingStrategy, FedSGD, MaliciousServer, RejectInvalid
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What a display may show after each round."""
+
+    server_round: int
+    rounds: int
+    accuracy: float
+    psnr_db: list[float]
+
+
+OnProgress = Callable[[Progress], None]
+
+
+def make_strategy(scenario: Scenario) -> Strategy:
+    """Return the scenario's aggregation strategy.
+
+    Raises
+    ------
+    InvalidInputError
+        If the strategy does not take an option.
+    """
+    clients = scenario.federation.clients
+    fixed: dict[str, Any] = {
+        "fraction_train": scenario.federation.fraction,
+        "fraction_evaluate": 0.0,
+        "min_train_nodes": 1,
+        "min_evaluate_nodes": 0,
+        "min_available_nodes": clients,
+    }
+    name = scenario.strategy.name
+    if name == "FedSGD":
+        fixed["learning_rate"] = scenario.training.learning_rate
+    if name == "FedProx":  # required there; 0 makes it FedAvg
+        fixed["proximal_mu"] = 0.0
+    kind = FedSGD if name == "FedSGD" else getattr(flower, name)
+    try:
+        return kind(**{**fixed, **scenario.strategy.options})
+    except TypeError as error:
+        raise InvalidInputError(
+            f"strategy {name!r} does not take strategy.options {scenario.strategy.options}: {error}"
+        ) from error
+
+
+class _RoundClock(DelegatingStrategy):
+    """Notes what each round was given and how long the clients took."""
+
+    def __init__(self, strategy: Strategy):
+        super().__init__(strategy)
+        self.arrays = ArrayRecord()
+        self.asked = 0
+        self.seconds_train = 0.0
+        self._begin = 0.0
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        messages = list(super().configure_train(server_round, arrays, config, grid))
+        self.arrays, self.asked, self._begin = arrays, len(messages), time.perf_counter()
+        return messages
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        self.seconds_train = time.perf_counter() - self._begin
+        return super().aggregate_train(server_round, replies)
+
+
+def serve(
+    grid: Grid,
+    scenario: Scenario,
+    recorder: Recorder,
+    on_progress: OnProgress | None = None,
+) -> None:
+    """Run all rounds of a scenario on a grid, and record what leaks."""
+    model = make_model(scenario)
+    ordered = OrderedGrid(grid, scenario.federation.clients, scenario.seed)
+    names = [n for n, _ in model.named_parameters()]
+    shares_gradient = scenario.training.share == "gradient"
+    checked = RejectInvalid(make_strategy(scenario), names if shares_gradient else None)
+    options = {"device": scenario.attack.device, **scenario.attack.options}
+    malicious = MaliciousServer(
+        checked,
+        model,
+        training_data(scenario).shape,
+        make_attack(scenario.attack.name, **options),
+        shared=scenario.training.share,
+        learning_rate=scenario.training.learning_rate,
+        local_steps=scenario.training.local_steps,
+        batch_size=scenario.training.batch_size,
+        every=scenario.attack.every,
+        max_clients=scenario.attack.clients,
+        on_leak=recorder.leak,
+    )
+    clock = _RoundClock(malicious)
+    images = test_data(scenario)
+
+    def after_round(server_round: int, arrays: ArrayRecord) -> MetricRecord | None:
+        if server_round == 0:
+            recorder.partitions = ordered.partitions
+            return None
+        model.load_state_dict(clock.arrays.to_torch_state_dict())
+        c_metric = _c_metric(model, training_data(scenario).shape, scenario.seed)
+        model.load_state_dict(arrays.to_torch_state_dict())
+        accuracy, loss = evaluate(model, images)
+        row = {
+            "accuracy": accuracy,
+            "loss": loss,
+            "c_metric": c_metric,
+            "clients": clock.asked,
+            "failures": clock.asked - checked.accepted,
+            "seconds_train": f"{clock.seconds_train:.4f}",
+        }
+        recorder.round(server_round, row)
+        if on_progress is not None:
+            rounds = scenario.federation.rounds
+            on_progress(Progress(server_round, rounds, accuracy, recorder.psnr))
+        return MetricRecord({"accuracy": accuracy, "loss": loss})
+
+    clock.start(
+        grid=ordered,
+        initial_arrays=ArrayRecord(model.state_dict()),
+        num_rounds=scenario.federation.rounds,
+        evaluate_fn=after_round,
+    )
+
+
+def _c_metric(model: nn.Module, shape: tuple[int, int, int], seed: int) -> float:
+    """Return c(M) of the weights that were sent; NaN where it is not defined."""
+    try:
+        return security_metric(model, shape, seed=seed).c
+    except FedleakError:
+        return math.nan
+
+
+def build_server_app(
+    scenario: Scenario, recorder: Recorder, on_progress: OnProgress | None = None
+) -> ServerApp:
+    """Return a server that runs one scenario into one recorder."""
+    app = ServerApp()
+
+    @app.main()
+    def main(grid: Grid, context: Context) -> None:
+        serve(grid, scenario, recorder, on_progress)
+
+    return app
+
+
+def check(scenario: Scenario) -> None:
+    """Find what validation alone cannot: missing data, misfits, too few images.
+
+    Raises
+    ------
+    FedleakError
+        With what to change.
+    """
+    partitions(scenario)
+    make_model(scenario)
+    make_strategy(scenario)
+
+
+app = ServerApp()
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    """Run the scenario of ``flwr run``'s configuration, ``[tool.flwr.app.config]``."""
+    from fedleak.plots import plot_run
+
+    config = dict(context.run_config)
+    scenario = from_run_config(config)
+    check(scenario)
+    out = Path(str(config.get("out") or Path("results/runs") / scenario.name)).absolute()
+    prepare_folder(out, overwrite=True)
+    recorder = Recorder(out, scenario, "flwr run")
+    try:
+        serve(grid, scenario, recorder)
+    except BaseException as error:
+        recorder.finish("failed", f"{type(error).__name__}: {error}")
+        raise
+    recorder.finish("finished")
+    plot_run(out)

@@ -1,0 +1,100 @@
+"""What clients and server compute: a local update, and the accuracy of a model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fedleak.data import LabelledImages, load_data
+from fedleak.models import build_model
+from simulations.partition import client_batches, training_data
+from simulations.scenario import Scenario
+
+
+def make_model(scenario: Scenario) -> nn.Module:
+    """Return the scenario's network with its first weights."""
+    images = training_data(scenario)
+    return build_model(
+        scenario.model.name,
+        images.shape,
+        images.classes,
+        seed=scenario.seed,
+        weights=scenario.model.weights or None,
+    )
+
+
+def test_data(scenario: Scenario) -> LabelledImages:
+    """Return the images on which the server measures accuracy."""
+    data = scenario.data
+    _, images = load_data(data.name, data.root, data.download, data.size)
+    return images.subset(range(min(len(images), data.max_test_images)))
+
+
+test_data.__test__ = False  # type: ignore[attr-defined]  # its name looks like a test's
+
+
+def local_gradient(
+    model: nn.Module, scenario: Scenario, client: int, server_round: int
+) -> tuple[dict[str, Tensor], float]:
+    """Return the gradient of one batch's mean loss, by parameter name, and the loss."""
+    (batch,) = client_batches(scenario, client, server_round)
+    images, labels = training_data(scenario).batch(batch)
+    model.train()
+    loss = F.cross_entropy(model(images), labels)
+    names, parameters = zip(*model.named_parameters(), strict=True)
+    gradients = torch.autograd.grad(loss, parameters)
+    return dict(zip(names, gradients, strict=True)), loss.item()
+
+
+def local_training(
+    model: nn.Module, scenario: Scenario, client: int, server_round: int, proximal_mu: float = 0.0
+) -> float:
+    """Take the local steps of plain SGD, in place; return the mean loss.
+
+    ``proximal_mu`` weighs FedProx's term ``mu / 2 * ||w - w_sent||^2``.
+    """
+    model.train()
+    optimiser = torch.optim.SGD(model.parameters(), lr=scenario.training.learning_rate)
+    sent = [p.detach().clone() for p in model.parameters()]
+    losses = []
+    for batch in client_batches(scenario, client, server_round):
+        images, labels = training_data(scenario).batch(batch)
+        optimiser.zero_grad()
+        loss = F.cross_entropy(model(images), labels)
+        losses.append(loss.item())
+        if proximal_mu:
+            away = sum(
+                (p - s).square().sum() for p, s in zip(model.parameters(), sent, strict=True)
+            )
+            loss = loss + proximal_mu / 2 * away
+        loss.backward()
+        optimiser.step()
+    return sum(losses) / len(losses)
+
+
+def evaluate(model: nn.Module, images: LabelledImages) -> tuple[float, float]:
+    """Return accuracy and mean cross-entropy."""
+    model.eval()
+    correct, loss = 0, 0.0
+    with torch.no_grad():
+        for first in range(0, len(images), 500):
+            x, y = images.batch(range(first, min(first + 500, len(images))))
+            logits = model(x)
+            correct += int((logits.argmax(1) == y).sum())
+            loss += F.cross_entropy(logits, y, reduction="sum").item()
+    return correct / len(images), loss / len(images)
+
+
+@contextmanager
+def cpu_threads(count: int) -> Iterator[None]:
+    """Compute with ``count`` threads, so that a client rounds alike on every engine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -1,0 +1,266 @@
+"""The honest-but-curious server: any strategy, and an attack on what it receives."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from logging import ERROR, INFO
+from typing import Literal
+
+import numpy as np
+import torch
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
+from flwr.common.logger import log
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Strategy
+from torch import Tensor, nn
+
+from fedleak.attacks import Attack, Reconstruction, make_attack, run_attack
+from fedleak.errors import FedleakError, InvalidInputError, InvalidUpdateError
+from fedleak.observation import Observation
+from strategies.delegate import DelegatingStrategy
+
+Shared = Literal["gradient", "weights"]
+
+
+@dataclass(frozen=True, eq=False)
+class Leak:
+    """What the server made of one client's update in one round.
+
+    Attributes
+    ----------
+    server_round, node_id : int
+    reconstruction : Reconstruction or None
+        None if the attack failed or there was nothing to attack.
+    reason : str
+        Why there is none; empty otherwise.
+    seconds : float
+        Time of the attack, shared evenly among clients attacked together.
+    """
+
+    server_round: int
+    node_id: int
+    reconstruction: Reconstruction | None
+    reason: str = ""
+    seconds: float = 0.0
+
+    @property
+    def status(self) -> str:
+        """``ok`` or ``failed``."""
+        return "failed" if self.reconstruction is None else "ok"
+
+
+class MaliciousServer(DelegatingStrategy):
+    """Wrap any strategy and attack every update it receives.
+
+    The training is that of the wrapped strategy, bit for bit: replies are copied before
+    the strategy sees them, random states are restored, and whatever the attack does wrong
+    ends in :attr:`Leak.reason`. ``MaliciousServer(DP(FedAvg()))`` sees what clients sent;
+    ``DP(MaliciousServer(FedAvg()))`` sees what the outer strategy leaves of it.
+
+    Parameters
+    ----------
+    strategy : Strategy
+        The strategy that trains.
+    model : nn.Module or callable
+        The architecture (its weights do not matter), or a function that makes it.
+    input_shape : tuple of int
+        Shape (C, H, W) of one image.
+    attack : str or Attack
+        A registered name, or an attack.
+    shared : {"weights", "gradient"}
+        What clients reply with.
+    learning_rate : float, optional
+        The clients' learning rate; needed where weights are shared.
+    local_steps, batch_size : int
+        The clients' protocol.
+    every : int
+        Attack in every n-th round.
+    max_clients : int
+        Attack at most this many clients a round, in the order they were asked; 0 for all.
+    on_leak : callable, optional
+        Called with each :class:`Leak`. By default they are logged.
+
+    Attributes
+    ----------
+    last_leaks : list of Leak
+        Those of the last round attacked.
+
+    Raises
+    ------
+    InvalidInputError, UnknownNameError
+        If a parameter is out of range or the attack unknown.
+    """
+
+    def __init__(
+        self,
+        strategy: Strategy,
+        model: nn.Module | Callable[[], nn.Module],
+        input_shape: tuple[int, int, int],
+        attack: str | Attack = "hybrid",
+        shared: Shared = "weights",
+        learning_rate: float | None = None,
+        local_steps: int = 1,
+        batch_size: int = 1,
+        every: int = 1,
+        max_clients: int = 0,
+        on_leak: Callable[[Leak], None] | None = None,
+    ):
+        super().__init__(strategy)
+        if shared not in ("weights", "gradient"):
+            raise InvalidInputError(f"shared must be 'weights' or 'gradient', not {shared!r}")
+        if shared == "weights" and not learning_rate:
+            raise InvalidInputError(
+                "learning_rate is needed where clients share weights: the gradient is "
+                "(sent - received) / learning_rate"
+            )
+        if every < 1 or max_clients < 0:
+            raise InvalidInputError(
+                f"every ({every}) must be at least 1 and max_clients ({max_clients}) at least 0"
+            )
+        self.model = model if isinstance(model, nn.Module) else model()
+        self.input_shape = input_shape
+        self.attack = make_attack(attack) if isinstance(attack, str) else attack
+        self.shared, self.learning_rate = shared, learning_rate or 0.0
+        self.local_steps, self.batch_size = local_steps, batch_size
+        self.every, self.max_clients = every, max_clients
+        self.on_leak = on_leak or _log_leak
+        self.last_leaks: list[Leak] = []
+        self._sent: dict[int, dict[str, Tensor]] = {}
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        messages = list(super().configure_train(server_round, arrays, config, grid))
+        self._sent = {}
+        copies: dict[int, dict[str, Tensor]] = {}  # clients mostly share one record
+        for message in messages:
+            record = next(iter(message.content.array_records.values()), None)
+            if record is not None:
+                if id(record) not in copies:
+                    copies[id(record)] = _to_tensors(record)
+                self._sent[message.metadata.dst_node_id] = copies[id(record)]
+        return messages
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        replies = list(replies)
+        if server_round % self.every == 0 or server_round == 1:
+            try:
+                with _preserved_random_state():
+                    self._attack(server_round, replies)
+            except Exception as error:  # the training goes on, whatever happens here
+                log(ERROR, "round %s: the attack broke off: %r", server_round, error)
+        return super().aggregate_train(server_round, replies)
+
+    def _attack(self, server_round: int, replies: list[Message]) -> None:
+        """Observe every client that was asked, attack, and report each leak."""
+        by_node = {r.metadata.src_node_id: r for r in replies}
+        asked = list(self._sent)[: self.max_clients or None]
+        self.last_leaks = []
+        observations: dict[int, Observation] = {}
+        models: dict[int, nn.Module] = {}
+        for node in asked:
+            try:
+                observations[node] = self._observe(node, by_node.get(node), models)
+            except FedleakError as error:
+                self._report(Leak(server_round, node, None, str(error)))
+        groups: dict[int, list[int]] = {}
+        for node, observation in observations.items():
+            groups.setdefault(id(observation.model), []).append(node)
+        for nodes in groups.values():
+            outcomes = run_attack(self.attack, [observations[n] for n in nodes])
+            for node, outcome in zip(nodes, outcomes, strict=True):
+                self._report(
+                    Leak(
+                        server_round, node, outcome.reconstruction, outcome.reason, outcome.seconds
+                    )
+                )
+
+    def _observe(
+        self, node: int, reply: Message | None, models: dict[int, nn.Module]
+    ) -> Observation:
+        if reply is None:
+            raise InvalidUpdateError("the client did not reply")
+        if reply.has_error():
+            raise InvalidUpdateError(f"the client replied with an error: {reply.error.reason}")
+        record = next(iter(reply.content.array_records.values()), None)
+        if not record:
+            raise InvalidUpdateError("the client's reply holds no arrays")
+        sent = self._sent[node]
+        if id(sent) not in models:
+            models[id(sent)] = self._model_with(sent)
+        model, received = models[id(sent)], self._named(_to_tensors(record), sent)
+        if self.shared == "gradient":
+            return Observation.from_gradient(
+                model, received, self.input_shape, self.batch_size
+            )
+        return Observation.from_weights(
+            model,
+            received,
+            self.learning_rate,
+            self.input_shape,
+            self.local_steps,
+            self.batch_size,
+        )
+
+    def _model_with(self, sent: dict[str, Tensor]) -> nn.Module:
+        import copy
+
+        model = copy.deepcopy(self.model)
+        try:
+            model.load_state_dict(self._named(sent, model.state_dict()))
+        except RuntimeError as error:
+            raise InvalidUpdateError(
+                f"what the server sends does not fit the attacker's model: {error}"
+            ) from error
+        return model
+
+    @staticmethod
+    def _named(arrays: dict[str, Tensor], like: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Name arrays that came as a plain list (``"0"``, ``"1"``, ...) after ``like``."""
+        numbered = [str(i) for i in range(len(arrays))]
+        if list(arrays) == numbered and len(arrays) == len(like) and set(arrays) != set(like):
+            return dict(zip(like, arrays.values(), strict=True))
+        return arrays
+
+    def _report(self, leak: Leak) -> None:
+        self.last_leaks.append(leak)
+        try:
+            self.on_leak(leak)
+        except Exception as error:  # a full disk must not end the training
+            log(ERROR, "round %s: a leak could not be recorded: %r", leak.server_round, error)
+
+
+def _to_tensors(record: ArrayRecord) -> dict[str, Tensor]:
+    return {name: torch.from_numpy(np.array(array.numpy())) for name, array in record.items()}
+
+
+def _log_leak(leak: Leak) -> None:
+    if leak.reconstruction is None:
+        log(INFO, "round %s, node %s: %s", leak.server_round, leak.node_id, leak.reason)
+    else:
+        log(
+            INFO,
+            "round %s, node %s: reconstructed an image of class %s (gradient matched to %.1e)",
+            leak.server_round,
+            leak.node_id,
+            leak.reconstruction.labels.tolist(),
+            leak.reconstruction.fit,
+        )
+
+
+@contextmanager
+def _preserved_random_state() -> Iterator[None]:
+    """Leave the random generators as they were: an attack must not shift the training."""
+    python, numpy_state = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng():
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy_state)

@@ -1,0 +1,75 @@
+"""The server's own hygiene: replies that would break the average are left out."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+from logging import WARNING
+
+import numpy as np
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
+from flwr.common.logger import log
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Strategy
+
+from strategies.delegate import DelegatingStrategy
+
+
+class RejectInvalid(DelegatingStrategy):
+    """Leave out replies that are empty, misshapen or not finite, and log why.
+
+    Flower's averaging strategies raise on the second and average NaN into the model on
+    the third: one broken client would end the training of all.
+
+    Parameters
+    ----------
+    strategy : Strategy
+    required : collection of str, optional
+        Names that every reply must hold; by default all that was sent.
+
+    Attributes
+    ----------
+    accepted : int
+        Number of replies of the last round that went into the average.
+    """
+
+    def __init__(self, strategy: Strategy, required: Collection[str] | None = None):
+        super().__init__(strategy)
+        self.required = required
+        self.accepted = 0
+        self._sent: dict[str, tuple[int, ...]] = {}
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        self._sent = {name: tuple(array.shape) for name, array in arrays.items()}
+        return super().configure_train(server_round, arrays, config, grid)
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        kept = []
+        for reply in replies:
+            problem = "" if reply.has_error() else self._problem(reply)
+            if problem:
+                node = reply.metadata.src_node_id
+                log(WARNING, "round %s: node %s is left out: %s", server_round, node, problem)
+            else:
+                kept.append(reply)
+        self.accepted = sum(not reply.has_error() for reply in kept)
+        return super().aggregate_train(server_round, kept)
+
+    def _problem(self, reply: Message) -> str:
+        records = list(reply.content.array_records.values())
+        if len(records) != 1 or len(reply.content.metric_records) != 1:
+            return "it does not hold one ArrayRecord and one MetricRecord"
+        arrays = records[0]
+        missing = [n for n in (self.required or self._sent) if n not in arrays]
+        if missing:
+            return f"{missing[0]!r} is missing"
+        for name, array in arrays.items():
+            shape = tuple(array.shape)
+            if name not in self._sent or shape != self._sent[name]:
+                return f"{name!r} has shape {shape}, sent was {self._sent.get(name)}"
+            if not np.isfinite(array.numpy()).all():
+                return f"{name!r} holds NaN or infinite values"
+        return ""
