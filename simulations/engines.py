@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,6 +27,13 @@ _QUIET = {
 }
 for _name, _setting in _QUIET.items():
     os.environ.setdefault(_name, _setting)
+
+
+def quiet_flower(verbose: bool = False) -> None:
+    """Show Flower's own log only if ``verbose``; errors always."""
+    from flwr.common.logger import FLOWER_LOGGER  # sets a level of its own when imported
+
+    FLOWER_LOGGER.setLevel(logging.INFO if verbose else logging.ERROR)
 
 
 @dataclass(frozen=True)
@@ -150,7 +158,10 @@ def _run_ray(server: Any, client: Any, clients: int) -> None:
             raised.append(error)
             raise
 
-    backend = {"client_resources": {"num_cpus": 1, "num_gpus": 0.0}}
+    backend = {
+        "client_resources": {"num_cpus": 1, "num_gpus": 0.0},
+        "init_args": {"log_to_driver": False, "logging_level": "error"},
+    }
     try:
         run_simulation(wrapped, client, num_supernodes=clients, backend_config=backend)
     except BaseException as error:

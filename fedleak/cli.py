@@ -1,0 +1,162 @@
+"""The command line."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich import box
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from fedleak.errors import FedleakError
+
+if TYPE_CHECKING:
+    from simulations.engines import Arm
+    from simulations.scenario import Scenario
+
+app = typer.Typer(
+    name="fedleak",
+    help="What does a federated-learning server learn about the training images?",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+_console = Console()
+
+
+
+@app.callback()
+def _root() -> None:
+    """Keep ``simulate`` a subcommand while it is the only one."""
+
+
+@app.command()
+def simulate(
+    scenario: Annotated[
+        str | None,
+        typer.Argument(help="A scenario file, or the name of a shipped one: demo, cifar10, ..."),
+    ] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Override a value, as training.share=weights"),
+    ] = None,
+    engine: Annotated[
+        str, typer.Option(help="inline (this process) or ray (Flower's simulation on Ray)")
+    ] = "inline",
+    out: Annotated[
+        Path | None, typer.Option(help="Output folder [default: results/runs/NAME]")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Replaces the scenario's seed")] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace an earlier run in the output folder")
+    ] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", help="Show Flower's own log")] = False,
+) -> None:
+    """Run a federation with an attacking server, and record what leaks in every round."""
+    from simulations.engines import quiet_flower
+    from simulations.engines import simulate as run
+    from simulations.scenario import load_scenario
+
+    quiet_flower(verbose)
+    loaded = load_scenario(scenario, set_ or (), seed)
+    with _display(loaded) as on_progress:
+        arms = run(loaded, out, engine, overwrite, on_progress)  # type: ignore[arg-type]
+    _closing_table(loaded, arms)
+
+
+@contextmanager
+def _display(scenario: Scenario) -> Iterator[Any]:
+    """Show a bar for each arm; nothing where the output is not a terminal."""
+    bars = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("rounds"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+        console=_console,
+        disable=not _console.is_terminal,
+    )
+    tasks: dict[Path, Any] = {}
+
+    def on_progress(arm: Arm, progress: Any) -> None:
+        if arm.out not in tasks:
+            label = f"defence {arm.defence.spec.label}"
+            tasks[arm.out] = bars.add_task(label, total=progress.rounds, note="")
+        psnr = sorted(progress.psnr_db)
+        leak = f"median {psnr[len(psnr) // 2]:.1f} dB, " if psnr else ""
+        note = f"{leak}accuracy {progress.accuracy:.2f}"
+        bars.update(tasks[arm.out], completed=progress.server_round, note=note)
+
+    with bars:
+        yield on_progress
+
+
+def _closing_table(scenario: Scenario, arms: list[Arm]) -> None:
+    import pandas as pd
+
+    title = f"{scenario.name} (simulated): PSNR in dB of what the server reconstructed"
+    table = Table(title=title, box=box.SIMPLE, title_justify="left", padding=(0, 1, 0, 0))
+    rounds_run = f"round {scenario.federation.rounds}"
+    columns = ["defence", "images", "failed", "round 1", rounds_run, "best", "labels",
+               "accuracy", "c(M)"]  # fmt: skip
+    for column in columns:
+        table.add_column(column, justify="left" if column == "defence" else "right", no_wrap=True)
+    for arm in arms:
+        leakage = pd.read_csv(arm.out / "leakage.csv")
+        rounds = pd.read_csv(arm.out / "rounds.csv")
+        ok = leakage[leakage["status"] == "ok"]
+        median = ok.groupby("round")["psnr_db"].median()
+        right = (ok["label_true"] == ok["label_inferred"]).mean()
+        last = rounds.iloc[-1]
+        table.add_row(
+            arm.defence.spec.label,
+            str(len(ok)),
+            str(len(leakage) - len(ok)),
+            _number(median.iloc[0]) if len(median) else "-",
+            _number(median.iloc[-1]) if len(median) else "-",
+            _number(ok["psnr_db"].max()) if len(ok) else "-",
+            f"{right:.0%}" if len(ok) else "-",
+            f"{last['accuracy']:.2f}",
+            "-" if pd.isna(last["c_metric"]) else f"{last['c_metric']:.0f}",
+        )
+        if len(ok) < len(leakage):
+            reasons = leakage.loc[leakage["status"] != "ok", "reason"].value_counts()
+            table.caption = f"most frequent reason for a failure: {reasons.index[0]}"
+    _console.print(table)
+    folder = arms[0].out if len(arms) == 1 else arms[0].out.parent
+    shown = folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
+    _console.print(
+        "Rounds: median over clients. best: the image known best. labels: inferred rightly.\n"
+        f"accuracy: in the end. Look next at, in {shown}:",
+        highlight=False,
+    )
+    for name, what in (
+        ("leakage_vs_rounds.png", "leakage and accuracy over the rounds"),
+        ("reconstructions.png", "true images beside their reconstructions"),
+        ("leakage.csv, rounds.csv", "every number"),
+        ("run.json" if len(arms) == 1 else "*/run.json", "scenario, seed and versions"),
+    ):
+        _console.print(f"  {name:<26}{what}", highlight=False)
+
+
+def _number(value: float) -> str:
+    return "exact" if value == float("inf") else f"{value:.1f}"
+
+
+def main() -> None:
+    """Run the command line; bad input ends with one message and exit code 2."""
+    try:
+        app(standalone_mode=True)
+    except FedleakError as error:
+        print(f"fedleak: {error}", file=sys.stderr)  # noqa: T201
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("fedleak: stopped; finished rounds are kept", file=sys.stderr)  # noqa: T201
+        sys.exit(130)
