@@ -1,0 +1,75 @@
+"""Defences: pure, seeded, of the stated strength."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fedleak.defences import DEFENCES, DefenceSpec, defend, parse_defence
+from fedleak.errors import InvalidInputError, UnknownNameError
+
+
+def _update() -> dict[str, torch.Tensor]:
+    g = torch.Generator().manual_seed(0)
+    return {
+        "a": torch.randn(200, 300, generator=g),
+        "b": torch.randn(50, generator=g) * 1e-3,
+        "count": torch.tensor(7),
+    }
+
+
+@pytest.mark.parametrize("name", ["none", *DEFENCES])
+def test_strength_zero_changes_no_bit(name: str) -> None:
+    update = _update()
+    for key, value in defend(update, DefenceSpec(name, 0.0), 0).items():
+        assert torch.equal(value, update[key])
+
+
+@pytest.mark.parametrize("name", list(DEFENCES))
+def test_defences_are_pure_and_seeded(name: str) -> None:
+    update, before = _update(), _update()
+    first = defend(update, DefenceSpec(name, 0.5), 1)
+    for key, value in update.items():
+        assert torch.equal(value, before[key])
+        assert first[key].dtype == value.dtype
+        assert first[key].shape == value.shape
+        assert torch.equal(first[key], defend(update, DefenceSpec(name, 0.5), 1)[key])
+    assert torch.equal(first["count"], update["count"])
+
+
+def test_noise_has_the_stated_standard_deviation() -> None:
+    update = _update()
+    noisy = defend(update, DefenceSpec("noise", 0.2), 3)
+    noise = (noisy["a"] - update["a"]).double()
+    expected = 0.2 * update["a"].double().square().mean().sqrt()
+    # 60000 draws: the sample deviation is within 2 % with overwhelming probability.
+    assert noise.std().item() == pytest.approx(expected.item(), rel=0.02)
+    assert abs(noise.mean().item()) < 0.02 * expected.item()
+    assert not torch.equal(noisy["a"], defend(update, DefenceSpec("noise", 0.2), 4)["a"])
+
+
+@pytest.mark.parametrize("strength", [0.3, 0.9, 0.999, 0.99999999])
+def test_pruning_keeps_the_largest(strength: float) -> None:
+    update = _update()
+    pruned = defend(update, DefenceSpec("prune", strength), 0)
+    for key in ("a", "b"):
+        n = update[key].numel()
+        dropped = pruned[key] == 0
+        assert int(dropped.sum()) == min(int(strength * n), n - 1)
+        assert update[key].abs()[dropped].max() <= update[key].abs()[~dropped].min()
+        assert torch.equal(pruned[key][~dropped], update[key][~dropped])
+
+
+def test_specs_are_read_and_checked() -> None:
+    assert parse_defence("noise:0.1") == DefenceSpec("noise", 0.1)
+    assert parse_defence("none") == DefenceSpec()
+    assert DefenceSpec("prune", 0.99).label == "prune-0.99"
+    with pytest.raises(UnknownNameError, match="did you mean 'noise'"):
+        parse_defence("nosie:0.1")
+    for text in ("prune:1", "prune:1.5", "noise:-1", "prune:nan"):
+        with pytest.raises(InvalidInputError, match="strength"):
+            parse_defence(text)
+    with pytest.raises(InvalidInputError, match="'much' is not a number"):
+        parse_defence("noise:much")
+    with pytest.raises(InvalidInputError, match="has no strength"):
+        parse_defence("none:1")
