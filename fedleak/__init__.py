@@ -1,0 +1,51 @@
+"""What does a federated-learning server learn about the training images?
+
+>>> from fedleak import Observation, make_attack
+>>> attack = make_attack("hybrid")
+>>> (result,) = attack([Observation.from_gradient(model, gradient, (3, 32, 32))])  # doctest: +SKIP
+>>> result.images, result.labels, result.fit  # doctest: +SKIP
+
+The library knows torch and nothing of Flower or Ray; :mod:`strategies` and
+:mod:`simulations` connect it to them.
+"""
+
+from importlib import metadata as _metadata
+
+from fedleak.attacks import ATTACKS, Attack, Reconstruction, make_attack, run_attack
+from fedleak.defences import DEFENCES, Defence, DefenceSpec, defend, parse_defence
+from fedleak.errors import FedleakError
+from fedleak.metric import SecurityMetric, security_metric
+from fedleak.models import MODELS, build_model
+from fedleak.observation import Observation
+from fedleak.priors import GaussianPrior
+from fedleak.quality import Quality, score
+from fedleak.systems import Chain
+
+try:
+    __version__ = _metadata.version("fedleak")
+except _metadata.PackageNotFoundError:  # run from a folder that is not installed
+    __version__ = "0+unknown"
+
+__all__ = [
+    "ATTACKS",
+    "DEFENCES",
+    "MODELS",
+    "Attack",
+    "Chain",
+    "Defence",
+    "DefenceSpec",
+    "FedleakError",
+    "GaussianPrior",
+    "Observation",
+    "Quality",
+    "Reconstruction",
+    "SecurityMetric",
+    "__version__",
+    "build_model",
+    "defend",
+    "make_attack",
+    "parse_defence",
+    "run_attack",
+    "score",
+    "security_metric",
+]

@@ -30,10 +30,21 @@ app = typer.Typer(
 _console = Console()
 
 
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        from fedleak import __version__
+
+        _console.print(f"fedleak {__version__}", highlight=False)
+        raise typer.Exit
+
 
 @app.callback()
-def _root() -> None:
-    """Keep ``simulate`` a subcommand while it is the only one."""
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show it.")
+    ] = False,
+) -> None:
+    """What does a federated-learning server learn about the training images?"""
 
 
 @app.command()
@@ -44,7 +55,7 @@ def simulate(
     ] = None,
     set_: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Override a value, as training.share=weights"),
+        typer.Option("--set", metavar="KEY=VALUE", help="Override, as training.share=weights"),
     ] = None,
     engine: Annotated[
         str, typer.Option(help="inline (this process) or ray (Flower's simulation on Ray)")
@@ -63,15 +74,15 @@ def simulate(
     from simulations.engines import simulate as run
     from simulations.scenario import load_scenario
 
-    quiet_flower(verbose)
     loaded = load_scenario(scenario, set_ or (), seed)
-    with _display(loaded) as on_progress:
+    quiet_flower(verbose)
+    with _display() as on_progress:
         arms = run(loaded, out, engine, overwrite, on_progress)  # type: ignore[arg-type]
     _closing_table(loaded, arms)
 
 
 @contextmanager
-def _display(scenario: Scenario) -> Iterator[Any]:
+def _display() -> Iterator[Any]:
     """Show a bar for each arm; nothing where the output is not a terminal."""
     bars = Progress(
         TextColumn("{task.description}"),

@@ -146,7 +146,7 @@ def _row(arm: Path) -> tuple[str, np.ndarray, np.ndarray, np.ndarray]:
 def _draw(line: np.ndarray, images: np.ndarray, label: str, captions: Sequence[str]) -> None:
     for axis, image, caption in zip(line, images, captions, strict=False):
         pixels = np.clip(np.moveaxis(image, 0, -1), 0, 1)
-        axis.imshow(pixels.squeeze(), cmap="gray" if pixels.shape[-1] == 1 else None, vmin=0, vmax=1)
+        axis.imshow(pixels.squeeze(), cmap="gray", vmin=0, vmax=1)
         axis.set(xticks=[], yticks=[])
         axis.set_xlabel(caption, fontsize=8)
         for spine in axis.spines.values():

@@ -9,10 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import pandas as pd
-
-from fedleak.errors import InvalidInputError, UnknownNameError
-from fedleak.plots import plot_run
+from fedleak.errors import UnknownNameError
 from simulations.scenario import Defence, Scenario
 
 Engine = Literal["inline", "ray"]
@@ -93,9 +90,7 @@ def simulate(
     check(scenario)
     prepare_folder(folder, overwrite)
     defences = scenario.arms()
-    arms = [
-        Arm(d, folder if len(defences) == 1 else folder / d.spec.label) for d in defences
-    ]
+    arms = [Arm(d, folder if len(defences) == 1 else folder / d.spec.label) for d in defences]
     for arm in arms:
         _run_arm(arm, scenario.arm(arm.defence), engine, on_progress, client_app)
     if len(arms) > 1:
@@ -128,6 +123,8 @@ def _run_arm(
         recorder.finish("failed", f"{type(error).__name__}: {error}")
         raise
     recorder.finish("finished")
+    from fedleak.plots import plot_run  # seaborn takes seconds to import
+
     plot_run(arm.out)
 
 
@@ -136,9 +133,7 @@ def _run_inline(server: Any, client: Any, clients: int) -> None:
 
     from simulations.grid import InlineGrid
 
-    context = Context(
-        run_id=1, node_id=1, node_config={}, state=RecordDict(), run_config={}
-    )
+    context = Context(run_id=1, node_id=1, node_config={}, state=RecordDict(), run_config={})
     server(InlineGrid(client, clients), context)
 
 
@@ -158,7 +153,7 @@ def _run_ray(server: Any, client: Any, clients: int) -> None:
             raised.append(error)
             raise
 
-    backend = {
+    backend: dict[str, Any] = {
         "client_resources": {"num_cpus": 1, "num_gpus": 0.0},
         "init_args": {"log_to_driver": False, "logging_level": "error"},
     }
@@ -172,13 +167,15 @@ def _run_ray(server: Any, client: Any, clients: int) -> None:
 
 def combine(arms: list[Arm], folder: Path) -> None:
     """Write the arms' tables as one, and plots that overlay them."""
+    import pandas as pd
+
+    from fedleak.plots import plot_run
+
     leakage, rounds = [], []
     for arm in arms:
         leakage.append(pd.read_csv(arm.out / "leakage.csv"))
         table = pd.read_csv(arm.out / "rounds.csv")
         rounds.append(table.assign(defence=arm.defence.name, strength=arm.defence.strength))
-    if not leakage:
-        raise InvalidInputError("there is nothing to combine")
     pd.concat(leakage).to_csv(folder / "leakage.csv", index=False)
     pd.concat(rounds).to_csv(folder / "rounds.csv", index=False)
     plot_run(folder, [arm.out for arm in arms])

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from fedleak.attacks import ATTACKS, make_attack
-from fedleak.data import known_datasets
+from fedleak.data import check_name
 from fedleak.defences import DefenceSpec, parse_defence
 from fedleak.errors import FedleakError, InvalidInputError, UnknownNameError, nearest
 from fedleak.models import MODELS, load_factory
@@ -52,8 +52,7 @@ class Data(_Section):
     @field_validator("name")
     @classmethod
     def _known(cls, name: str) -> str:
-        if name not in known_datasets():
-            raise UnknownNameError("data set", name, known_datasets())
+        check_name(name)
         return name
 
 

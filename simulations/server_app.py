@@ -58,8 +58,8 @@ def make_strategy(scenario: Scenario) -> Strategy:
     name = scenario.strategy.name
     if name == "FedSGD":
         fixed["learning_rate"] = scenario.training.learning_rate
-    if name == "FedProx":  # required there; 0 makes it FedAvg
-        fixed["proximal_mu"] = 0.0
+    if name == "QFedAvg":
+        fixed["client_learning_rate"] = scenario.training.learning_rate
     kind = FedSGD if name == "FedSGD" else getattr(flower, name)
     try:
         return kind(**{**fixed, **scenario.strategy.options})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -36,15 +37,15 @@ def choosing_defence_mod(choose: Choose) -> Mod:
     """Return a mod whose defence is chosen at each call, as ``flwr run`` needs it."""
 
     def mod(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
-        sent = None
-        if message.metadata.message_type == MessageType.TRAIN:
-            sent = next(iter(message.content.array_records.values()), None)
-            sent = None if sent is None else _arrays(sent)
-        config = next(iter(message.content.config_records.values()), {})
-        server_round = int(config.get("server-round", 0))  # type: ignore[call-overload]
-        reply = call_next(message, context)
         defence, shared, seed = choose(context)
-        if sent is None or reply.has_error() or not defence.strength:
+        if message.metadata.message_type != MessageType.TRAIN or not defence.strength:
+            return call_next(message, context)
+        record = next(iter(message.content.array_records.values()), None)
+        sent = {} if record is None else _arrays(record)
+        configs = list(message.content.config_records.values())
+        server_round = str(configs[0].get("server-round", 0)) if configs else "0"
+        reply = call_next(message, context)
+        if reply.has_error():
             return reply
         client = context.node_config.get("partition-id", context.node_id)
         # One stream of noise for each client and round; crc32 is the same on all machines.
@@ -70,16 +71,13 @@ def _defended(
     floats = [n for n, v in received.items() if np.issubdtype(v.dtype, np.floating)]
     if shared == "weights":
         floats = [n for n in floats if n in sent and sent[n].shape == received[n].shape]
-    base = sent if shared == "weights" else {}
+    base: dict[str, Any] = sent if shared == "weights" else {}
     update = {
-        n: torch.from_numpy(
-            received[n].astype(np.float64) - base[n] if n in base else received[n].astype(np.float64)
-        )
+        n: torch.from_numpy(np.asarray(received[n].astype(np.float64) - base.get(n, 0.0)))
         for n in floats
     }
     changed = defend(update, defence, seed)
     out = dict(received)
     for name, value in changed.items():
-        new = value.numpy() + base[name] if name in base else value.numpy()
-        out[name] = new.astype(received[name].dtype)
-    return ArrayRecord({name: Array(value) for name, value in out.items()})
+        out[name] = (value.numpy() + base.get(name, 0.0)).astype(received[name].dtype)
+    return ArrayRecord({name: Array(np.asarray(value)) for name, value in out.items()})

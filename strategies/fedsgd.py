@@ -50,5 +50,5 @@ class FedSGD(FedAvg):
             if name in gradient:
                 step = self.learning_rate * gradient[name].astype(np.float64)
                 value = (value - step).astype(value.dtype)
-            stepped[name] = Array(value)
+            stepped[name] = Array(np.asarray(value))  # a 0-d result is a scalar
         return ArrayRecord(stepped), metrics

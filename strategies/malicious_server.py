@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -196,9 +195,7 @@ class MaliciousServer(DelegatingStrategy):
             models[id(sent)] = self._model_with(sent)
         model, received = models[id(sent)], self._named(_to_tensors(record), sent)
         if self.shared == "gradient":
-            return Observation.from_gradient(
-                model, received, self.input_shape, self.batch_size
-            )
+            return Observation.from_gradient(model, received, self.input_shape, self.batch_size)
         return Observation.from_weights(
             model,
             received,

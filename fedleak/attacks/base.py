@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
+import inspect
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -66,8 +66,7 @@ def make_attack(name: str, **options: Any) -> Attack:
     try:
         return kind(**options)
     except TypeError as error:
-        fields = dataclasses.fields(kind) if dataclasses.is_dataclass(kind) else ()
-        known = [f.name for f in fields]
+        known = list(inspect.signature(kind).parameters)
         raise InvalidInputError(
             f"attack {name!r} does not take these options {options}: {error}. "
             f"Known: {', '.join(known) or 'none'}"

@@ -120,7 +120,7 @@ def exact_rank(layer: Affine, e: Tensor) -> int:
     int
         Number of singular values above ``1e-10`` times the largest of their block.
     """
-    groups, filters, fan_in = layer.weight.shape
+    groups, filters, _ = layer.weight.shape
     channels = layer.in_shape[0] // groups
     pixels = layer.unknowns // groups // channels
     rank = 0

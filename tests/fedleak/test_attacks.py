@@ -57,7 +57,9 @@ def test_cifar_is_recovered_to_140_db(file: str, label: int, seed: int, observe:
         assert int(result.labels) == label
 
 
-@pytest.mark.parametrize("activation", [nn.Tanh, nn.Sigmoid, nn.Identity, lambda: nn.LeakyReLU(0.3)])
+@pytest.mark.parametrize(
+    "activation", [nn.Tanh, nn.Sigmoid, nn.Identity, lambda: nn.LeakyReLU(0.3)]
+)
 def test_every_activation_and_a_bias(activation: Callable[[], nn.Module], observe: Observe) -> None:
     """The convolution's bias is large: forgetting it would show."""
     torch.manual_seed(4)
@@ -190,7 +192,9 @@ def test_several_images_are_refused(observe: Observe) -> None:
 
 
 def test_a_head_without_bias_is_named() -> None:
-    model = nn.Sequential(nn.Conv2d(1, 6, 3), nn.Tanh(), nn.Flatten(), nn.Linear(216, 4, bias=False))
+    model = nn.Sequential(
+        nn.Conv2d(1, 6, 3), nn.Tanh(), nn.Flatten(), nn.Linear(216, 4, bias=False)
+    )
     gradient = client_gradient(model, torch.rand(1, 8, 8), 1)
     with pytest.raises(UnsupportedModelError, match="head '3' has no bias"):
         LinearAttack()([Observation.from_gradient(model, gradient, (1, 8, 8))])

@@ -134,7 +134,10 @@ class _Residual(nn.Module):
 @pytest.mark.parametrize(
     ("model", "words"),
     [
-        (nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.Flatten(), nn.Linear(72, 3)), "'1' (ReLU)"),
+        (
+            nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.Flatten(), nn.Linear(72, 3)),
+            "'1' (ReLU)",
+        ),
         (nn.Sequential(nn.Conv2d(1, 2, 3), nn.Tanh()), "does not end in a fully connected"),
         (_Residual(), "residual"),
         (nn.Sequential(nn.LeakyReLU(0.0), nn.Flatten(), nn.Linear(64, 3)), "slope"),

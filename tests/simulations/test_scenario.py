@@ -1,0 +1,159 @@
+"""Scenarios: validated, explained, and the same everywhere."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from fedleak.errors import InvalidInputError
+from simulations.partition import client_batches, partitions, training_data
+from simulations.scenario import (
+    SHIPPED,
+    Scenario,
+    flatten,
+    from_run_config,
+    load_scenario,
+    make_scenario,
+)
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_the_flower_config_is_the_scenarios_defaults() -> None:
+    config = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["flwr"]["app"]["config"]
+    out = config.pop("out")
+
+    def dotted(table: dict[str, object], prefix: str = "") -> dict[str, object]:
+        flat: dict[str, object] = {}
+        for key, value in table.items():
+            if isinstance(value, dict):
+                flat |= dotted(value, f"{prefix}{key}.")
+            else:
+                flat[prefix + key] = value
+        return flat
+
+    assert out == ""
+    assert dotted(config) == flatten(Scenario())
+
+
+def test_a_run_config_makes_the_scenario() -> None:
+    changed = load_scenario(
+        None, ["federation.rounds=9", "defence=noise:0.2", "model.name=cnn2-v1"]
+    )
+    assert from_run_config({**flatten(changed), "out": "/somewhere"}) == changed
+
+
+@pytest.mark.parametrize("path", sorted(SHIPPED.glob("*.toml")), ids=lambda p: p.stem)
+def test_shipped_scenarios_are_valid(path: Path) -> None:
+    assert load_scenario(path.stem) == load_scenario(path)
+    assert load_scenario(path).name == path.stem
+
+
+def test_overrides() -> None:
+    made = load_scenario(
+        "demo",
+        ["data.name=MNIST", "attack.options.rho=0.5", "defence.name=noise", "defence.strength=0.1",
+         "compare=[]", "strategy.options = {min_train_nodes = 2}"],
+        seed=4,
+    )  # fmt: skip
+    assert (made.data.name, made.seed) == ("MNIST", 4)
+    assert made.attack.options["rho"] == 0.5
+    assert made.defence.spec.label == "noise-0.1"
+    assert made.strategy.options == {"min_train_nodes": 2}
+    assert [d.spec.label for d in made.arms()] == ["noise-0.1"]
+    short = load_scenario(None, ["defence=prune:0.5", "defence.strength=0.7"])
+    assert short.defence.spec.label == "prune-0.7"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["federation.round=3"], "unknown key 'federation.round'; did you mean 'rounds'"),
+        (["fedration.rounds=3"], "unknown key 'fedration'; did you mean 'federation'"),
+        (["model.name=cnn2v1"], "unknown model 'cnn2v1'; did you mean 'cnn2-v1'"),
+        (["data.name=digit"], "unknown data set 'digit'; did you mean 'digits'"),
+        (["attack.name=hybird"], "unknown attack 'hybird'; did you mean 'hybrid'"),
+        (["defence.name=nois"], "unknown defence 'nois'; did you mean 'noise'"),
+        (["strategy.name=FedAvgg"], "unknown strategy 'FedAvgg'; did you mean 'FedAvg'"),
+        (["attack.options.stepz=1"], "Known: steps"),
+        (["federation.fraction=1.5"], "federation.fraction = 1.5"),
+        (["federation.fraction=0"], "federation.fraction = 0"),
+        (["federation.clients=0"], "federation.clients = 0"),
+        (["training.learning_rate=-1"], "training.learning_rate = -1"),
+        (["training.batch_size=many"], "training.batch_size = 'many'"),
+        (["partition.kind=random"], "partition.kind = 'random'"),
+        (["defence=prune:1.5"], "strength 1.5 is not in [0, 1.0)"),
+        (["defence.strength=0.5"], "defence 'none' has no strength"),
+        (["compare=['noise:0.1', 'noise:0.1']"], "listed twice"),
+        (["training.share=weights"], "set training.share=gradient or strategy.name=FedAvg"),
+        (["training.local_steps=3"], "takes one step"),
+        (["name=../../etc"], "name = '../../etc'"),
+        (["seed=-1"], "seed = -1"),
+        (["rounds"], "write section.key=value"),
+        (["seed.value=3", "seed=1", "seed.x=2"], "'seed' is a value"),
+    ],
+)
+def test_bad_values_are_named(overrides: list[str], words: str) -> None:
+    with pytest.raises(InvalidInputError) as caught:
+        load_scenario(None, overrides)
+    assert words in str(caught.value)
+
+
+def test_bad_files(tmp_path: Path) -> None:
+    with pytest.raises(InvalidInputError, match="no scenario 'dem'; did you mean 'demo'"):
+        load_scenario("dem")
+    bad = tmp_path / "bad.toml"
+    bad.write_text("rounds = = 3")
+    with pytest.raises(InvalidInputError, match="not valid TOML"):
+        load_scenario(bad)
+
+
+def test_every_problem_is_told_at_once() -> None:
+    with pytest.raises(InvalidInputError) as caught:
+        make_scenario({"federation": {"clients": 0, "rounds": 0}, "nmae": "x"})
+    assert all(w in str(caught.value) for w in ("clients", "rounds", "'nmae'; did you mean 'name'"))
+
+
+@pytest.mark.parametrize("kind", ["iid", "dirichlet"])
+def test_partitions_cover_every_image_once(kind: str) -> None:
+    described = load_scenario(None, [f"partition.kind={kind}", "federation.clients=12"])
+    parts = partitions(described)
+    assert sorted(i for part in parts for i in part) == list(range(len(training_data(described))))
+    assert len(parts) == 12
+    assert (
+        partitions(load_scenario(None, [f"partition.kind={kind}", "federation.clients=12"]))
+        == parts
+    )
+    other = load_scenario(None, [f"partition.kind={kind}", "federation.clients=12"], seed=1)
+    assert partitions(other) != parts
+
+
+def test_dirichlet_skews_the_labels() -> None:
+    def classes(alpha: float) -> float:
+        described = load_scenario(None, ["partition.kind=dirichlet", f"partition.alpha={alpha}"])
+        labels = training_data(described).labels
+        shares = [labels[p].bincount(minlength=10) / len(p) for p in partitions(described)]
+        return sum(float(s.max()) for s in shares) / len(shares)
+
+    assert classes(0.1) > classes(100.0) + 0.2
+
+
+def test_more_clients_than_images() -> None:
+    described = load_scenario(None, ["federation.clients=800", "training.batch_size=2",
+                                     "training.share=weights", "strategy.name=FedAvg"])  # fmt: skip
+    with pytest.raises(InvalidInputError, match="needs 1600 images, but 'digits' has 1438"):
+        partitions(described)
+
+
+def test_a_client_uses_all_its_images_before_any_twice() -> None:
+    described = load_scenario(
+        None,
+        ["federation.clients=100", "training.share=weights", "strategy.name=FedAvg",
+         "training.local_steps=2", "training.batch_size=3"],
+    )  # fmt: skip
+    own = partitions(described)[4]
+    used = [i for r in range(1, 4) for b in client_batches(described, 4, r) for i in b]
+    assert len(used) == 18
+    assert len(set(used[: len(own)])) == len(own) == 15 - (len(own) == 14)

@@ -1,0 +1,263 @@
+"""Whole runs, mostly in this process."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from fedleak.errors import FedleakError, InvalidInputError
+from fedleak.models import build_model
+from simulations.engines import simulate
+from simulations.recorder import LEAKAGE, ROUNDS
+from simulations.scenario import load_scenario
+
+SMALL = ["federation.clients=4", "federation.rounds=3", "data.max_test_images=50"]
+
+
+def _tables(out: Path) -> tuple[pd.DataFrame, pd.DataFrame, dict[str, Any]]:
+    about = json.loads((out / "run.json").read_text())
+    return pd.read_csv(out / "leakage.csv"), pd.read_csv(out / "rounds.csv"), about
+
+
+def test_a_run_leaves_tables_pictures_and_provenance(tmp_path: Path) -> None:
+    seen = []
+    described = load_scenario(None, SMALL)
+    (arm,) = simulate(described, tmp_path / "run", on_progress=lambda a, p: seen.append(p))
+    leakage, rounds, about = _tables(tmp_path / "run")
+    assert arm.out == tmp_path / "run"
+    assert tuple(leakage.columns) == LEAKAGE
+    assert tuple(rounds.columns) == ROUNDS
+    assert len(leakage) == 12
+    assert (leakage["status"] == "ok").all()
+    assert leakage["psnr_db"].median() > 60
+    assert (leakage["label_true"] == leakage["label_inferred"]).all()
+    assert leakage["image"].nunique() == 12
+    assert rounds["round"].tolist() == [1, 2, 3]
+    assert (rounds["c_metric"] == 0).all()
+    assert (rounds["clients"] == 4).all()
+    assert (rounds["failures"] == 0).all()
+    assert rounds["accuracy"].between(0, 1).all()
+    assert about["status"] == "finished"
+    assert about["simulated"] is True
+    assert about["scenario"] == described.model_dump(mode="json")
+    assert {"flwr", "torch", "ray"} <= set(about["versions"])
+    assert [p.server_round for p in seen] == [1, 2, 3]
+    for picture in ("leakage_vs_rounds.png", "reconstructions.png"):
+        assert (tmp_path / "run" / picture).read_bytes()[:4] == b"\x89PNG"
+    with np.load(tmp_path / "run" / "reconstructions" / "round-0002.npz") as stored:
+        assert stored["truth"].shape == stored["reconstruction"].shape == (4, 1, 8, 8)
+
+
+def test_same_seed_same_numbers(tmp_path: Path) -> None:
+    options = [*SMALL, "federation.fraction=0.5", "defence=noise:0.1"]
+    frames = []
+    for name, seed in (("a", 3), ("b", 3), ("c", 4)):
+        simulate(load_scenario(None, options, seed=seed), tmp_path / name)
+        frames.append(_tables(tmp_path / name)[0].drop(columns="seconds"))
+    pd.testing.assert_frame_equal(frames[0], frames[1])
+    assert not frames[0]["psnr_db"].equals(frames[2]["psnr_db"])
+
+
+def test_defences_side_by_side(tmp_path: Path) -> None:
+    described = load_scenario("demo", [*SMALL, "federation.rounds=2"])
+    arms = simulate(described, tmp_path)
+    assert [a.out.name for a in arms] == ["none", "noise-0.3", "prune-0.9"]
+    together = pd.read_csv(tmp_path / "leakage.csv")
+    median = together.groupby("defence")["psnr_db"].median()
+    assert median["none"] > 60
+    assert median["noise"] < 30
+    assert median["prune"] < 30
+    # The same clients use the same images under every defence: the arms can be compared.
+    for _, group in together.groupby(["round", "client"]):
+        assert group["image"].nunique() == 1
+    assert set(pd.read_csv(tmp_path / "rounds.csv")["defence"]) == {"none", "noise", "prune"}
+    assert (tmp_path / "leakage_vs_rounds.png").is_file()
+
+
+def test_a_defence_of_strength_zero_is_none(tmp_path: Path) -> None:
+    for name in ("none", "noise:0", "prune:0"):
+        simulate(load_scenario(None, [*SMALL, f"defence={name}"]), tmp_path / name[:4])
+    tables = [_tables(tmp_path / n)[0] for n in ("none", "nois", "prun")]
+    for other in tables[1:]:
+        assert other["psnr_db"].equals(tables[0]["psnr_db"])
+    accuracy = [_tables(tmp_path / n)[1]["loss"].tolist() for n in ("none", "nois", "prun")]
+    assert accuracy[0] == accuracy[1] == accuracy[2]
+
+
+def test_the_attack_never_sees_the_truth(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scored against other images, the reconstructions stay the same; the scores do not."""
+    described = load_scenario(None, [*SMALL, "federation.rounds=1"])
+    simulate(described, tmp_path / "honest")
+    import simulations.recorder as recorder
+
+    real = recorder.client_batches
+    monkeypatch.setattr(
+        recorder, "client_batches", lambda s, client, r: real(s, (client + 1) % 4, r + 50)
+    )
+    simulate(described, tmp_path / "withheld")
+    made, scores = [], []
+    for name in ("honest", "withheld"):
+        with np.load(tmp_path / name / "reconstructions" / "round-0001.npz") as stored:
+            made.append(stored["reconstruction"])
+            scores.append(stored["psnr_db"])
+    assert np.array_equal(made[0], made[1])
+    assert scores[0].min() > 60 > 30 > scores[1].max()
+
+
+def test_weights_shared_after_one_step(tmp_path: Path) -> None:
+    simulate(load_scenario("fedavg", ["federation.rounds=2"]), tmp_path)
+    leakage, rounds, _ = _tables(tmp_path)
+    assert leakage["psnr_db"].median() > 60
+    assert (rounds["clients"] == 10).all()
+
+
+def test_what_the_attack_cannot_do_is_in_the_table(tmp_path: Path) -> None:
+    """Several local steps: rows say why, training and metric go on."""
+    options = ["training.share=weights", "strategy.name=FedAvg", "training.local_steps=2"]
+    simulate(load_scenario(None, [*SMALL, *options, "training.batch_size=2"]), tmp_path)
+    leakage, rounds, about = _tables(tmp_path)
+    assert len(leakage) == 4 * 3 * 4
+    assert (leakage["status"] == "failed").all()
+    assert leakage["reason"].str.contains("mixes 4 images").all()
+    assert leakage["psnr_db"].isna().all()
+    assert rounds["accuracy"].notna().all()
+    assert about["status"] == "finished"
+    assert (tmp_path / "leakage_vs_rounds.png").is_file()
+
+
+def test_a_model_that_is_no_chain_still_trains(tmp_path: Path) -> None:
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "from torch import nn\n"
+        "def net(classes):\n"
+        "    return nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(),\n"
+        "                         nn.Linear(144, classes))\n"
+    )
+    options = ["training.share=weights", "strategy.name=FedAvg", "training.batch_size=4"]
+    simulate(load_scenario(None, [*SMALL, *options, f"model.name={file}:net"]), tmp_path / "run")
+    leakage, rounds, _ = _tables(tmp_path / "run")
+    assert (leakage["status"] == "failed").all()
+    assert rounds["c_metric"].isna().all()
+    assert len(rounds) == 3
+
+
+def test_all_clients_fail_and_the_run_says_so(tmp_path: Path) -> None:
+    from flwr.app import Message
+    from flwr.clientapp import ClientApp
+
+    from simulations.client_app import build_client_app
+
+    described = load_scenario(None, SMALL)
+    broken = ClientApp()
+    broken.query()(build_client_app(lambda context: described))
+
+    @broken.train()
+    def train(message: Message, context: object) -> Message:
+        raise OSError("out of power")
+
+    simulate(described, tmp_path, client_app=broken)
+    leakage, rounds, _ = _tables(tmp_path)
+    assert leakage["reason"].str.contains("out of power").all()
+    assert (rounds["failures"] == 4).all()
+    assert rounds["accuracy"].notna().all()
+
+
+def test_an_interrupted_run_keeps_its_rounds(tmp_path: Path) -> None:
+    def stop(arm: object, progress: Any) -> None:
+        if progress.server_round == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        simulate(load_scenario(None, SMALL), tmp_path, on_progress=stop)
+    leakage, rounds, about = _tables(tmp_path)
+    assert rounds["round"].tolist() == [1, 2]
+    assert len(leakage) == 8
+    assert about["status"] == "interrupted"
+
+
+def test_folders_are_not_overwritten_unasked(tmp_path: Path) -> None:
+    described = load_scenario(None, [*SMALL, "federation.rounds=1"])
+    simulate(described, tmp_path)
+    keep = tmp_path / "notes.txt"
+    keep.write_text("mine")
+    with pytest.raises(InvalidInputError, match="is not empty; choose another with --out"):
+        simulate(described, tmp_path)
+    simulate(described, tmp_path, overwrite=True)
+    assert len(pd.read_csv(tmp_path / "leakage.csv")) == 4
+    assert keep.read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["federation.clients=5000"], "5000 images"),
+        (["data.name=CIFAR10", "data.root=nowhere"], "Three ways out"),
+        (["model.name=cnn4-v2"], "does not fit images"),
+        (["strategy.options.fraction=3"], "does not take strategy.options"),
+    ],
+)
+def test_what_cannot_run_writes_nothing(tmp_path: Path, overrides: list[str], words: str) -> None:
+    with pytest.raises(FedleakError) as caught:
+        simulate(load_scenario(None, overrides), tmp_path / "run")
+    assert words in str(caught.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_checkpoint_starts_the_training(tmp_path: Path) -> None:
+    good, bad = tmp_path / "good.pt", tmp_path / "bad.pt"
+    torch.save(build_model("cnn2-v2", (1, 8, 8), 10, seed=8).state_dict(), good)
+    torch.save(build_model("cnn2-v2", (1, 12, 12), 10, seed=8).state_dict(), bad)
+    simulate(load_scenario(None, [*SMALL, f"model.weights={good}"]), tmp_path / "run")
+    with pytest.raises(InvalidInputError, match="does not fit the model"):
+        simulate(load_scenario(None, [*SMALL, f"model.weights={bad}"]), tmp_path / "other")
+
+
+@pytest.mark.slow
+def test_a_killed_run_keeps_its_finished_rows(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "fedleak", "simulate", "--out", str(tmp_path),
+               "--set", "federation.rounds=100000"]  # fmt: skip
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    table = tmp_path / "rounds.csv"
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and not (table.exists() and len(table.read_text()) > 300):
+        time.sleep(0.1)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    leakage, rounds, about = _tables(tmp_path)
+    assert len(rounds) >= 3
+    assert len(leakage) >= 10 * len(rounds)
+    assert about["status"] == "running"
+
+
+@pytest.mark.slow
+def test_ray_and_inline_give_the_same_numbers(tmp_path: Path) -> None:
+    described = load_scenario("fedavg", ["federation.rounds=2", "defence=noise:0.01"])
+    simulate(described, tmp_path / "inline")
+    simulate(described, tmp_path / "ray", engine="ray")
+    for name, sort in (("leakage.csv", ["round", "client"]), ("rounds.csv", ["round"])):
+        frames = []
+        for engine in ("inline", "ray"):
+            frame = pd.read_csv(tmp_path / engine / name).sort_values(sort, ignore_index=True)
+            frames.append(frame.drop(columns=[c for c in frame if c.startswith("seconds")]))
+        pd.testing.assert_frame_equal(frames[0], frames[1], rtol=1e-4)
+
+
+@pytest.mark.slow
+def test_an_error_on_ray_keeps_its_reason(tmp_path: Path) -> None:
+    def stop(arm: object, progress: object) -> None:
+        raise ZeroDivisionError("in round 1")
+
+    with pytest.raises(ZeroDivisionError, match="in round 1"):
+        simulate(load_scenario(None, SMALL), tmp_path, engine="ray", on_progress=stop)
+    assert _tables(tmp_path)[2]["status"] == "failed"
