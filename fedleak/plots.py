@@ -110,8 +110,29 @@ def reconstructions(arms: Sequence[Path], path: Path) -> Path:
     path : Path
         The PNG to write.
     """
-    rows = [_row(arm) for arm in arms]
-    label, truth, _, _ = rows[0]
+    found = [_row(arm) for arm in arms]
+    rows = [(label, list(made), list(psnr)) for label, _, made, psnr in found]
+    title = "Reconstructed from the update alone, round 1 (simulated)"
+    return image_grid(list(found[0][1]), rows, path, title)
+
+
+def image_grid(
+    truth: Sequence[np.ndarray],
+    rows: Sequence[tuple[str, Sequence[np.ndarray], Sequence[float]]],
+    path: Path,
+    title: str = "Reconstructed from the gradient alone",
+) -> Path:
+    """Draw true images above rows of reconstructions.
+
+    Parameters
+    ----------
+    truth : sequence of ndarray, each (C, H, W)
+        The first eight are drawn.
+    rows : sequence of (label, images, PSNR in dB)
+    path : Path
+        The PNG to write.
+    title : str
+    """
     columns = min(_COLUMNS, len(truth))
     figure, axes = plt.subplots(
         len(rows) + 1,
@@ -121,12 +142,12 @@ def reconstructions(arms: Sequence[Path], path: Path) -> Path:
         layout="constrained",
     )
     _draw(axes[0], truth[:columns], "true image", [""] * columns)
-    for line, (label, _, made, psnr) in zip(axes[1:], rows, strict=True):
+    for line, (label, made, psnr) in zip(axes[1:], rows, strict=True):
         captions = ["exact" if np.isinf(p) else f"{p:.1f} dB" for p in psnr[:columns]]
         _draw(line, made[:columns], label, captions)
         for empty in line[len(made) :]:
             empty.axis("off")
-    figure.suptitle("Reconstructed from the update alone, round 1 (simulated)", fontsize=11)
+    figure.suptitle(title, fontsize=11)
     figure.savefig(path, dpi=150)
     plt.close(figure)
     return path
@@ -143,7 +164,9 @@ def _row(arm: Path) -> tuple[str, np.ndarray, np.ndarray, np.ndarray]:
     return defence_label(table["defence"][0], table["strength"][0]), truth, made, psnr
 
 
-def _draw(line: np.ndarray, images: np.ndarray, label: str, captions: Sequence[str]) -> None:
+def _draw(
+    line: np.ndarray, images: Sequence[np.ndarray], label: str, captions: Sequence[str]
+) -> None:
     for axis, image, caption in zip(line, images, captions, strict=False):
         pixels = np.clip(np.moveaxis(image, 0, -1), 0, 1)
         axis.imshow(pixels.squeeze(), cmap="gray", vmin=0, vmax=1)

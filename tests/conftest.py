@@ -6,7 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
+
+import fedleak  # noqa: F401  # before torch: it sets how torch's threads wait
+
+import torch  # isort: skip
 import torch.nn.functional as F
 from torch import Tensor, nn
 

@@ -1,0 +1,100 @@
+"""One-shot reconstruction, in Python and on the command line."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from torchvision.io import write_png
+
+from fedleak.cli import main
+from fedleak.errors import DataUnavailableError, InvalidInputError
+from fedleak.laboratory import labels_of, read_images, reconstruct
+from fedleak.models import build_model
+
+
+@pytest.fixture
+def folder(tmp_path: Path, photos: Tensor) -> Path:
+    """Two classes of two photographs each."""
+    for n, photo in enumerate(photos):
+        place = tmp_path / "photos" / ("sky" if n % 2 else "flower")
+        place.mkdir(parents=True, exist_ok=True)
+        write_png((photo * 255).round().byte(), str(place / f"{n}.png"))
+    return tmp_path / "photos"
+
+
+def test_three_lines(photos: Tensor) -> None:
+    model = build_model("cnn2-v1", (3, 32, 32), 10, seed=0)
+    trials = reconstruct(model, photos[:2], [3, 4])
+    assert min(trials.psnr_db) > 135
+    noisy = reconstruct(model, photos[:2], [3, 4], attack="linear", defence="noise:0.1")
+    assert max(noisy.psnr_db) < 60
+
+
+def test_files_folders_and_labels(folder: Path) -> None:
+    files, images = read_images([folder])
+    assert [f.name for f in files] == ["0.png", "2.png", "1.png", "3.png"]
+    assert images.shape == (4, 3, 32, 32)
+    assert labels_of(files, 10, 0) == [0, 0, 1, 1]
+    single, _ = read_images([files[3]], channels=1)
+    assert labels_of(single, 10, 5) == labels_of(single, 10, 5)
+    assert read_images([folder], limit=3)[1].shape[0] == 3
+
+
+def test_unreadable_images(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataUnavailableError, match="nowhere"):
+        read_images([folder / "nowhere"])
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataUnavailableError, match="no images in"):
+        read_images([tmp_path / "empty"])
+    write_png(torch.zeros(3, 8, 9, dtype=torch.uint8), str(folder / "sky" / "wide.png"))
+    with pytest.raises(InvalidInputError, match=r"wide.png' has shape \(3, 8, 9\)"):
+        read_images([folder])
+    (folder / "flower" / "bad.png").write_bytes(b"text")
+    with pytest.raises(InvalidInputError, match="cannot be read as an image"):
+        read_images([folder])
+
+
+def test_command_line(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["fedleak", "reconstruct", "--model", "cnn2-v1", "--images", str(folder), "--json",
+                 "--attack", "linear", "--out", str(folder / "out")]  # fmt: skip
+    monkeypatch.setattr(sys, "argv", arguments)
+    with pytest.raises(SystemExit) as caught:
+        main()
+    assert not caught.value.code
+    result = json.loads(capsys.readouterr().out)
+    assert [i["label_inferred"] for i in result["images"]] == [0, 0, 1, 1]
+    assert min(i["psnr_db"] for i in result["images"]) > 130
+    assert result["rank"] == [{"name": "conv1", "unknowns": 3072, "rank": 3072}]
+    assert result["seconds"] > 0
+    assert (folder / "out" / "reconstructions.png").is_file()
+
+
+@pytest.mark.parametrize(
+    ("extra", "words"),
+    [
+        (["--attack", "linaer"], "did you mean 'linear'"),
+        (["--label", "guess"], "'guess'"),
+        (["--defence", "noise:x"], "is not a number"),
+        (["--model", "resnet"], "unknown model 'resnet'"),
+    ],
+)
+def test_bad_input(
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    extra: list[str],
+    words: str,
+) -> None:
+    base = ["fedleak", "reconstruct", "--model", "cnn2-v1", "--images", str(folder)]
+    monkeypatch.setattr(sys, "argv", [*base, *extra])
+    with pytest.raises(SystemExit) as caught:
+        main()
+    assert caught.value.code == 2
+    assert words in capsys.readouterr().err
