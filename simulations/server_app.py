@@ -15,7 +15,7 @@ from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import Strategy
 from torch import nn
 
-from fedleak.attacks import make_attack
+from fedleak.attacks import make_attack, resolve_device
 from fedleak.errors import FedleakError, InvalidInputError
 from fedleak.metric import security_metric
 from simulations.grid import OrderedGrid
@@ -181,6 +181,7 @@ def check(scenario: Scenario) -> None:
     FedleakError
         With what to change.
     """
+    resolve_device(scenario.attack.device)
     partitions(scenario)
     make_model(scenario)
     make_strategy(scenario)
