@@ -70,6 +70,8 @@ class Observation:
         """
         checked: dict[str, Tensor] = {}
         for name, parameter in model.named_parameters():
+            if not parameter.requires_grad:
+                continue
             if name not in gradient:
                 raise InvalidUpdateError(
                     f"the update has no entry {name!r}; it has {', '.join(gradient) or 'none'}"

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable
 
+import torch
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
@@ -34,7 +36,9 @@ def build_client_app(scenario_of: ScenarioOf) -> ClientApp:
         (arrays,) = message.content.array_records.values()
         model = make_model(scenario)
         model.load_state_dict(arrays.to_torch_state_dict())
-        with cpu_threads(scenario.training.threads):
+        with cpu_threads(scenario.training.threads), torch.random.fork_rng(devices=[]):
+            # What a client draws (dropout) is the same on every engine.
+            torch.manual_seed(zlib.crc32(f"{scenario.seed}/{client}/{server_round}".encode()))
             if scenario.training.share == "gradient":
                 shared, loss = local_gradient(model, scenario, client, server_round)
             else:

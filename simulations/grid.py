@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import random
+import time
 import traceback
 from collections.abc import Iterable
 from logging import WARNING
@@ -90,7 +92,9 @@ class InlineGrid(Grid):
     def _answer(self, message: Message) -> Message:
         context = self._contexts[message.metadata.dst_node_id]
         try:
-            return self._client_app(message, context)
+            # As over a network: what one side changes in place, the other does not see.
+            reply = self._client_app(copy.deepcopy(message), context)
+            return copy.deepcopy(reply)
         except Exception as error:
             log(WARNING, "client %s failed:\n%s", context.node_config, traceback.format_exc())
             reason = f"{type(error).__name__}: {error}"
@@ -131,15 +135,19 @@ class OrderedGrid(Grid):
 
     @property
     def partitions(self) -> dict[int, int]:
-        """Partition of each node, by node id; known once all clients are there."""
-        if len(self._partitions) < self._clients:
+        """Partition of each node, by node id; waits until all clients are there."""
+        while len(self._partitions) < self._clients:
             nodes = [n for n in self._grid.get_node_ids() if n not in self._partitions]
             asks = [Message(RecordDict(), node, MessageType.QUERY) for node in nodes]
             for reply in self._grid.send_and_receive(asks, timeout=60) if asks else []:
                 if reply.has_error():
                     raise RuntimeError(f"a client cannot start: {reply.error.reason}")
                 record = next(iter(reply.content.config_records.values()))
-                self._partitions[reply.metadata.src_node_id] = int(record["partition-id"])  # type: ignore[arg-type]
+                partition = int(record["partition-id"])  # type: ignore[arg-type]
+                if partition < self._clients:  # a grid may have more nodes than clients
+                    self._partitions[reply.metadata.src_node_id] = partition
+            if len(self._partitions) < self._clients:
+                time.sleep(0.5)
         return self._partitions
 
     def get_node_ids(self) -> Iterable[int]:

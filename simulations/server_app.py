@@ -102,7 +102,7 @@ def serve(
     """Run all rounds of a scenario on a grid, and record what leaks."""
     model = make_model(scenario)
     ordered = OrderedGrid(grid, scenario.federation.clients, scenario.seed)
-    names = [n for n, _ in model.named_parameters()]
+    names = [n for n, p in model.named_parameters() if p.requires_grad]
     shares_gradient = scenario.training.share == "gradient"
     checked = RejectInvalid(make_strategy(scenario), names if shares_gradient else None)
     options = {"device": scenario.attack.device, **scenario.attack.options}

@@ -45,9 +45,10 @@ def local_gradient(
     images, labels = training_data(scenario).batch(batch)
     model.train()
     loss = F.cross_entropy(model(images), labels)
-    names, parameters = zip(*model.named_parameters(), strict=True)
-    gradients = torch.autograd.grad(loss, parameters)
-    return dict(zip(names, gradients, strict=True)), loss.item()
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    gradients = torch.autograd.grad(loss, list(trained.values()), materialize_grads=True,
+                                    allow_unused=True)  # fmt: skip
+    return dict(zip(trained, gradients, strict=True)), loss.item()
 
 
 def local_training(

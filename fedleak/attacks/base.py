@@ -100,6 +100,8 @@ def run_attack(attack: Attack, observations: Sequence[Observation]) -> list[Outc
         done = list(attack(observations))
         if len(done) != len(observations):
             raise RuntimeError(f"{len(done)} results for {len(observations)} observations")
+        for result, observation in zip(done, observations, strict=True):
+            _check_result(result, observation)
     except Exception as error:  # whatever an attack does, the training must go on
         if len(observations) > 1:
             return [outcome for o in observations for outcome in run_attack(attack, [o])]
@@ -108,6 +110,16 @@ def run_attack(attack: Attack, observations: Sequence[Observation]) -> list[Outc
         return [Outcome(None, reason, time.perf_counter() - begin)]
     share = (time.perf_counter() - begin) / len(observations)
     return [Outcome(r, "", share) for r in done]
+
+
+def _check_result(result: Reconstruction, observation: Observation) -> None:
+    if tuple(result.images.shape[1:]) != observation.input_shape:
+        raise RuntimeError(
+            f"the attack returned images of shape {tuple(result.images.shape[1:])}, not "
+            f"{observation.input_shape}"
+        )
+    if not bool(result.images.isfinite().all()):
+        raise RuntimeError("the attack diverged: its image holds NaN or infinite values")
 
 
 @dataclass
@@ -194,6 +206,8 @@ def resolve_device(device: str) -> torch.device:
         found = torch.device(device)
     except RuntimeError as error:
         raise InvalidInputError(f"device {device!r} is not one of auto, cpu, cuda") from error
+    if found.type not in ("cpu", "cuda"):
+        raise InvalidInputError(f"device {device!r} is not one of auto, cpu, cuda")
     if found.type == "cuda" and not torch.cuda.is_available():
         raise InvalidInputError("device 'cuda' is not available here; use 'auto' or 'cpu'")
     return found

@@ -69,8 +69,12 @@ class HybridAttack:
     device: str = "auto"
 
     def __post_init__(self) -> None:
-        if self.steps < 1:
-            raise InvalidInputError(f"steps must be at least 1, not {self.steps}")
+        if not isinstance(self.steps, int) or self.steps < 1:
+            raise InvalidInputError(f"steps must be a whole number above 0, not {self.steps!r}")
+        for name in ("precision", "mean", "sigma", "rho", "colour"):
+            value = getattr(self, name)
+            if not isinstance(value, (int, float)) or not math.isfinite(value):
+                raise InvalidInputError(f"{name} must be a finite number, not {value!r}")
         if self.precision <= 0 or self.sigma <= 0:
             raise InvalidInputError(
                 f"precision ({self.precision}) and sigma ({self.sigma}) must be above 0"

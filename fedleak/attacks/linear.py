@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fedleak.attacks.base import ATTACKS, Evidence, Reconstruction
-from fedleak.metric.rank import structural_rank
+from fedleak.metric.rank import layer_rank
 from fedleak.observation import Observation
 from fedleak.solvers import cgls
 from fedleak.systems import Affine, Layer, Pointwise, Rows
@@ -120,7 +120,7 @@ def solve_recursively(evidence: Evidence, mid_grey: float = 0.5) -> LinearSoluti
             x, residual = solve_layer(
                 layer, value, cotangent, weight_gradient, deviations, start.to(value)
             )
-            rank = structural_rank(layer)
+            rank = layer_rank(layer, cotangent[0])
             out.layers.insert(0, LayerSolution(layer.name, layer.unknowns, rank, residual))
             cotangent = layer.backward(x, value, cotangent)
             deviation = (_spread(noise, x) * _rms(x)).expand_as(x)
@@ -191,7 +191,11 @@ def _self_consistent(
     """
     logits = evidence.chain.head.forward(value)
     made = logits.softmax(1) - torch.nn.functional.one_hot(evidence.labels, g.shape[1])
-    miss = (made - g).norm(dim=1) / g.norm(dim=1).clamp_min(1e-300)
+    size = g.norm(dim=1).clamp_min(1e-300)
+    miss = (made - g).norm(dim=1) / size
+    # The client's float32 softmax rounds p - y: of a confident model's small g, a large part.
+    rounding = 5e-7 * (1 + logits.abs().amax(1)) / size
+    miss = torch.where(miss < rounding, torch.zeros_like(miss), miss)
     use = (noise.maximum(miss) > CLEAN) & (miss < (5 * noise).clamp(0.5, 1.0))
     return torch.where(use.unsqueeze(1), made, g), noise.maximum(miss)
 

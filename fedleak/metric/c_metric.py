@@ -9,14 +9,11 @@ import torch
 from torch import nn
 
 from fedleak.errors import InvalidInputError
-from fedleak.metric.rank import exact_rank, structural_rank
+from fedleak.metric.rank import AUTO_UNKNOWNS, exact_rank, structural_rank
 from fedleak.systems import Chain
 from fedleak.systems.conv import Conv
 
 Method = Literal["auto", "exact", "structural"]
-
-#: Layers with at most this many unknowns are ranked exactly under ``method="auto"``.
-_AUTO_UNKNOWNS = 1100
 
 
 @dataclass(frozen=True)
@@ -91,6 +88,8 @@ def security_metric(
     if method not in ("auto", "exact", "structural"):
         raise InvalidInputError(f"method {method!r} is not one of auto, exact, structural")
     chain = Chain.read(model, input_shape)
+    if not all(bool(p.isfinite().all()) for p in model.parameters()):
+        raise InvalidInputError("the model holds NaN or infinite weights: it has no metric")
     generator = torch.Generator().manual_seed(seed)
     x = torch.rand(1, *chain.input_shape, generator=generator, dtype=torch.float64)
     classes = chain.head.out_shape[0]
@@ -102,7 +101,7 @@ def security_metric(
     for place, i in enumerate(convolutions):
         layer = chain.layers[i]
         assert isinstance(layer, Conv)
-        exact = method == "exact" or (method == "auto" and layer.unknowns <= _AUTO_UNKNOWNS)
+        exact = method == "exact" or (method == "auto" and layer.unknowns <= AUTO_UNKNOWNS)
         rank = exact_rank(layer, errors[i][0]) if exact else structural_rank(layer)
         weight = (depth - place) / depth
         deficiency = rank - layer.unknowns

@@ -8,10 +8,13 @@ from torch import Tensor
 from fedleak.systems import Affine
 from fedleak.systems.conv import Conv
 
-#: A singular value counts when it exceeds this part of the largest one.
-TOLERANCE = 1e-10
-# An eigenvalue of a Gram matrix, relative to the largest, is sure to be zero below the
-# first bound and sure not to be above the second; between them an SVD decides.
+#: A singular value counts when it exceeds this part of the largest one. A float32 gradient
+#: says nothing about directions below it, and a Gram matrix in float64 resolves no smaller.
+TOLERANCE = 1e-7
+#: :func:`layer_rank` is exact up to this many unknowns.
+AUTO_UNKNOWNS = 600
+# An eigenvalue of a Gram matrix, relative to the largest, does not count below the first
+# bound and counts above the second; between them an SVD decides.
 _GRAM_ZERO, _GRAM_SURE = 1e-14, 1e-11
 
 
@@ -23,8 +26,8 @@ def structural_rank(layer: Affine) -> int:
     constraints, the rank is ``max(C k, min(C u, |W| + C k - F^2))`` for each group: the
     rows of ``A`` and ``K`` share the ``F^2`` relations ``<e_f, A x|_g> = <W_g, K(e_f) x>``.
 
-    Exact on nearly all real layers; it over-estimates where the kernel equals a stride of
-    2 with padding. :func:`exact_rank` is the judge.
+    Exact on the usual layers. It over-estimates some with few filters or pixels, and where
+    the kernel equals a stride of 2 with padding: :func:`exact_rank` is the judge.
     """
     if not isinstance(layer, Conv):  # fully connected: K(e) x = e x^T alone gives x
         return layer.unknowns
@@ -60,6 +63,11 @@ def _axis(layer: Conv, axis: int) -> dict[int, tuple[int, int]]:
         offsets[cls] = offsets.get(cls, 0) + bool(reached)
         pixels.setdefault(cls, set()).update(reached)
     return {cls: (offsets[cls], len(pixels[cls])) for cls in offsets}
+
+
+def layer_rank(layer: Affine, e: Tensor, limit: int = AUTO_UNKNOWNS) -> int:
+    """Return the exact rank of a small layer, and the structural one of a large layer."""
+    return exact_rank(layer, e) if layer.unknowns <= limit else structural_rank(layer)
 
 
 def dense_system(layer: Affine, e: Tensor) -> list[tuple[Tensor, Tensor]]:
@@ -118,7 +126,7 @@ def exact_rank(layer: Affine, e: Tensor) -> int:
     Returns
     -------
     int
-        Number of singular values above ``1e-10`` times the largest of their block.
+        Number of singular values above ``1e-7`` times the largest of their block.
     """
     groups, filters, _ = layer.weight.shape
     channels = layer.in_shape[0] // groups

@@ -208,6 +208,7 @@ def _read_layers(model: nn.Module, input_shape: Shape) -> list[Layer]:
     with torch.no_grad():
         runner.run(value)
     layers: list[Layer] = []
+    seen: set[Any] = set()
     current: fx.Node | None = None
     for node in graph.graph.nodes:
         if node.op == "placeholder" and current is None:
@@ -216,9 +217,18 @@ def _read_layers(model: nn.Module, input_shape: Shape) -> list[Layer]:
             _demand_chain(node, current)
         elif node.target not in _IGNORED or node.op == "call_module":
             _demand_chain(node, current)
+            if node.op == "call_module" and node.target in seen and _has_parameters(modules, node):
+                raise UnsupportedModelError(
+                    f"layer {node.target!r} is used twice: its gradient is the sum of both uses"
+                )
+            seen.add(node.target)
             layers.append(_read_node(node, modules, runner.shapes, current))
             current = node
     return layers
+
+
+def _has_parameters(modules: dict[str, nn.Module], node: fx.Node) -> bool:
+    return next(modules[str(node.target)].parameters(), None) is not None
 
 
 def _demand_chain(node: fx.Node, current: fx.Node | None) -> None:
@@ -238,6 +248,7 @@ def _read_node(
     shape_in, shape_out = shapes[before.name], shapes[node.name]
     if node.op == "call_module":
         module = modules[str(node.target)]
+        _demand_plain(str(node.target), module)
         reader = MODULES.get(type(module))
         if reader is not None:
             return reader(str(node.target), module, shape_in, shape_out)
@@ -251,6 +262,20 @@ def _read_node(
     raise UnsupportedModelError(
         f"layer {what} has no linear system in fedleak; layers that have one: {supported}"
     )
+
+
+def _demand_plain(name: str, module: nn.Module) -> None:
+    """Refuse what would be attacked as something it is not."""
+    if isinstance(module, (nn.Dropout, nn.Dropout2d)) and module.p > 0:
+        raise UnsupportedModelError(
+            f"layer {name!r}: dropout with p={module.p} is random in training, which the attacker "
+            "does not see; set p=0"
+        )
+    frozen = [n for n, p in module.named_parameters() if not p.requires_grad]
+    if frozen:
+        raise UnsupportedModelError(
+            f"layer {name!r} has a frozen {frozen[0]!r}: it gets no gradient to attack"
+        )
 
 
 class _ShapeRunner(fx.Interpreter):

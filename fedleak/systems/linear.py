@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from fedleak.errors import UnsupportedModelError
 from fedleak.systems.base import Affine, Shape
 
 
@@ -12,6 +13,11 @@ class Dense(Affine):
 
     @classmethod
     def read(cls, name: str, module: nn.Linear, in_shape: Shape) -> Dense:
+        if len(in_shape) != 1:
+            raise UnsupportedModelError(
+                f"layer {name!r} (Linear) acts on inputs of shape {in_shape}; only flat ones have "
+                "a linear system in fedleak: put a Flatten before it"
+            )
         return cls(name, in_shape, (module.out_features,), module.weight, module.bias)
 
     def patches(self, x: Tensor) -> Tensor:
