@@ -82,7 +82,7 @@ def simulate(
     """
     if engine not in ENGINES:
         raise UnknownNameError("engine", engine, ENGINES)
-    from simulations.recorder import prepare_folder
+    from simulations.recorder import about_run, ended, prepare_folder, write_about
     from simulations.server_app import check
 
     folder = Path(out) if out is not None else Path("results/runs") / scenario.name
@@ -91,10 +91,21 @@ def simulate(
     prepare_folder(folder, overwrite)
     defences = scenario.arms()
     arms = [Arm(d, folder if len(defences) == 1 else folder / d.spec.label) for d in defences]
-    for arm in arms:
-        _run_arm(arm, scenario.arm(arm.defence), engine, on_progress, client_app)
-    if len(arms) > 1:
-        combine(arms, folder)
+    if len(arms) == 1:
+        _run_arm(arms[0], scenario, engine, on_progress, client_app)
+        return arms
+    about = about_run(scenario, engine)
+    write_about(folder, about)
+    for count, arm in enumerate(arms, 1):
+        try:
+            _run_arm(arm, scenario.arm(arm.defence), engine, on_progress, client_app)
+        except BaseException as error:
+            reason = f"defence {arm.defence.spec.label}: {type(error).__name__}: {error}"
+            write_about(folder, {**about, **ended("failed", reason)})
+            raise
+        finally:
+            combine([a for a in arms[:count] if (a.out / "rounds.csv").is_file()], folder)
+    write_about(folder, {**about, **ended("finished")})
     return arms
 
 
@@ -171,6 +182,8 @@ def combine(arms: list[Arm], folder: Path) -> None:
 
     from fedleak.plots import plot_run
 
+    if not arms:
+        return
     leakage, rounds = [], []
     for arm in arms:
         leakage.append(pd.read_csv(arm.out / "leakage.csv"))

@@ -19,6 +19,8 @@ _SERVER_NODE = 1
 _RUN = 1
 # Flower's ErrorCode.CLIENT_APP_RAISED_EXCEPTION.
 _CLIENT_RAISED = 2
+#: Seconds to wait for all clients.
+_PATIENCE = 120.0
 
 
 class InlineGrid(Grid):
@@ -136,7 +138,13 @@ class OrderedGrid(Grid):
     @property
     def partitions(self) -> dict[int, int]:
         """Partition of each node, by node id; waits until all clients are there."""
+        deadline = time.monotonic() + _PATIENCE
         while len(self._partitions) < self._clients:
+            if time.monotonic() > deadline:
+                raise RuntimeError(
+                    f"only {len(self._partitions)} of {self._clients} clients came; give Flower as "
+                    "many num-supernodes as federation.clients"
+                )
             nodes = [n for n in self._grid.get_node_ids() if n not in self._partitions]
             asks = [Message(RecordDict(), node, MessageType.QUERY) for node in nodes]
             for reply in self._grid.send_and_receive(asks, timeout=60) if asks else []:

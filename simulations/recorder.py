@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from fedleak.errors import InvalidInputError
+from fedleak.metric import SecurityMetric
 from fedleak.quality import match, score
 from simulations.partition import client_batches, training_data
 from simulations.scenario import Scenario
@@ -34,10 +35,11 @@ ROUNDS = (
     "round", "accuracy", "loss", "c_metric", "clients", "failures", "seconds_train",
     "seconds_attack",
 )  # fmt: skip
+METRIC = ("round", "name", "kind", "unknowns", "rank", "deficiency", "weight", "exact")
 _PACKAGES = ("fedleak", "flwr", "ray", "torch", "torchvision", "numpy", "pandas")
 #: What a run writes; ``overwrite`` removes these and nothing else.
 OUTPUTS = (
-    "leakage.csv", "rounds.csv", "run.json", "leakage_vs_rounds.png", "reconstructions.png",
+    "leakage.csv", "rounds.csv", "metric.csv", "run.json", "leakage_vs_rounds.png", "reconstructions.png",
     "reconstructions",
 )  # fmt: skip
 
@@ -50,22 +52,64 @@ def prepare_folder(out: Path, overwrite: bool = False) -> None:
     InvalidInputError
         If it holds anything and ``overwrite`` is not set, or is no folder.
     """
-    if out.exists() and not out.is_dir():
-        raise InvalidInputError(f"output folder {str(out)!r} is a file; choose another with --out")
-    if out.is_dir() and any(out.iterdir()):
-        if not overwrite:
-            raise InvalidInputError(
-                f"output folder {str(out)!r} is not empty; choose another with --out, or replace "
-                "the earlier run with --overwrite"
-            )
-        for folder in [out, *(p.parent for p in out.glob("*/run.json"))]:
-            for name in OUTPUTS:
-                path = folder / name
-                if path.is_dir():
-                    shutil.rmtree(path)
-                else:
-                    path.unlink(missing_ok=True)
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        if out.is_dir() and any(out.iterdir()):
+            _clear(out, overwrite)
+        out.mkdir(parents=True, exist_ok=True)
+        probe = out / "run.json.new"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise InvalidInputError(
+            f"output folder {str(out)!r} cannot be used ({error}); choose another with --out"
+        ) from error
+
+
+def _clear(out: Path, overwrite: bool) -> None:
+    if not overwrite:
+        raise InvalidInputError(
+            f"output folder {str(out)!r} is not empty; choose another with --out, or replace "
+            "the earlier run with --overwrite"
+        )
+    try:
+        about = json.loads((out / "run.json").read_text(encoding="utf-8"))
+        arms = [str(a) for a in about["arms"]]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InvalidInputError(
+            f"output folder {str(out)!r} holds no earlier run (no run.json of fedleak), so "
+            "--overwrite leaves it alone; choose another with --out"
+        ) from error
+    for folder in [out, *(out / Path(arm).name for arm in arms)]:
+        for name in OUTPUTS:
+            path = folder / name
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+
+
+def about_run(scenario: Scenario, engine: str) -> dict[str, Any]:
+    """Return what ``run.json`` says of a run that starts now."""
+    return {
+        "status": "running",
+        "reason": "",
+        "simulated": True,
+        "engine": engine,
+        "started": _now(),
+        "finished": None,
+        "seed": scenario.seed,
+        "arms": [d.spec.label for d in scenario.arms()] if scenario.compare else [],
+        "scenario": scenario.model_dump(mode="json"),
+        "versions": _versions(),
+        "commit": _commit(),
+    }
+
+
+def write_about(out: Path, about: Mapping[str, Any]) -> None:
+    """Write ``run.json``: beside and moved, so that a kill leaves the old or the new one."""
+    fresh = out / "run.json.new"
+    fresh.write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+    fresh.replace(out / "run.json")
 
 
 class Recorder:
@@ -86,71 +130,68 @@ class Recorder:
         self.psnr: list[float] = []
         self._attack_seconds = 0.0
         self._pictures: list[tuple[int, int, np.ndarray, np.ndarray, float]] = []
-        self._about: dict[str, Any] = {
-            "status": "running",
-            "reason": "",
-            "simulated": True,
-            "engine": engine,
-            "started": _now(),
-            "finished": None,
-            "seed": scenario.seed,
-            "scenario": scenario.model_dump(mode="json"),
-            "versions": _versions(),
-            "commit": _commit(),
-        }
+        self._about = about_run(scenario, engine)
         out.mkdir(parents=True, exist_ok=True)
-        self._write_about()
-        for name, columns in (("leakage.csv", LEAKAGE), ("rounds.csv", ROUNDS)):
+        write_about(self.out, self._about)
+        tables = {"leakage.csv": LEAKAGE, "rounds.csv": ROUNDS, "metric.csv": METRIC}
+        for name, columns in tables.items():
             self._append(name, columns)
 
     def _append(self, name: str, row: Any) -> None:
         with (self.out / name).open("a", newline="", encoding="utf-8") as file:
             csv.writer(file).writerow(row)
 
-    def _write_about(self) -> None:
-        # Written beside and moved, so that a kill leaves the old file or the new one.
-        fresh = self.out / "run.json.new"
-        fresh.write_text(json.dumps(self._about, indent=2) + "\n", encoding="utf-8")
-        fresh.replace(self.out / "run.json")
-
     def leak(self, leak: Leak) -> None:
         """Score one client's leak against the images it used, and write a row for each."""
-        scenario = self.scenario
-        client = self.partitions.get(leak.node_id, leak.node_id)
         self._attack_seconds += leak.seconds
-        images = training_data(scenario)
-        used = [i for b in client_batches(scenario, client, leak.server_round) for i in b]
-        truth, labels = images.batch(used)
-        pairs = {}
-        if leak.reconstruction is not None:
-            found = match(leak.reconstruction.images, truth)
-            pairs = {true: made for made, true in found}
-        for place, image in enumerate(used):
-            scores: tuple[Any, ...] = ("", "", "")
-            inferred: Any = ""
-            status, reason = "failed", leak.reason or "not reconstructed"
-            if leak.reconstruction is not None and place in pairs:
-                made = leak.reconstruction.images[pairs[place]]
-                quality = score(made, truth[place])
-                scores = (quality.psnr_db, quality.ssim, quality.mse)
-                inferred = int(leak.reconstruction.labels[pairs[place]])
-                status, reason = "ok", ""
-                self.psnr.append(quality.psnr_db)
-                self._pictures.append(
-                    (client, image, truth[place].numpy(), made.float().numpy(), quality.psnr_db)
-                )
-            defence = scenario.defence
+        client = self.partitions.get(leak.node_id, leak.node_id)
+        try:
+            rows = self._score(leak, client)
+        except Exception as error:  # an image that cannot be read, a client that is not ours
+            reason = f"{leak.reason or 'not scored'}: {type(error).__name__}: {error}"
+            rows = [("", "", "", "", "", "", "failed", reason)]
+        scenario, defence = self.scenario, self.scenario.defence
+        for image, psnr, ssim, mse, true, inferred, status, reason in rows:
             self._append(
                 "leakage.csv",
                 (
                     leak.server_round, client, image, scenario.attack.name, defence.name,
-                    defence.strength, *scores, int(labels[place]), inferred,
-                    f"{leak.seconds:.4f}", status, reason,
+                    defence.strength, psnr, ssim, mse, true, inferred, f"{leak.seconds:.4f}",
+                    status, reason,
                 ),
             )  # fmt: skip
 
-    def round(self, number: int, row: Mapping[str, Any]) -> None:
-        """Write one round's row, and its reconstructions."""
+    def _score(self, leak: Leak, client: int) -> list[tuple[Any, ...]]:
+        """Return (image, psnr_db, ssim, mse, label_true, label_inferred, status, reason)."""
+        batches = client_batches(self.scenario, client, leak.server_round)
+        used = [i for batch in batches for i in batch]
+        truth, labels = training_data(self.scenario).batch(used)
+        made, pairs = leak.reconstruction, {}
+        if made is not None:
+            pairs = {true: found for found, true in match(made.images, truth)}
+        rows: list[tuple[Any, ...]] = []
+        for place, image in enumerate(used):
+            label = int(labels[place])
+            if made is None or place not in pairs:
+                reason = leak.reason or "not reconstructed"
+                rows.append((image, "", "", "", label, "", "failed", reason))
+                continue
+            found = made.images[pairs[place]]
+            quality = score(found, truth[place])
+            inferred = int(made.labels[pairs[place]])
+            scores = (quality.psnr_db, quality.ssim, quality.mse)
+            rows.append((image, *scores, label, inferred, "ok", ""))
+            self.psnr.append(quality.psnr_db)
+            picture = (truth[place].numpy(), found.float().numpy(), quality.psnr_db)
+            self._pictures.append((client, image, *picture))
+        return rows
+
+    def round(
+        self, number: int, row: Mapping[str, Any], metric: SecurityMetric | None = None
+    ) -> None:
+        """Write one round's row, the metric of each layer, and the reconstructions."""
+        for layer in metric.layers if metric else ():
+            self._append("metric.csv", [number, *(getattr(layer, c) for c in METRIC[1:])])
         values = {**row, "round": number, "seconds_attack": f"{self._attack_seconds:.4f}"}
         self._append("rounds.csv", [_plain(values[c]) for c in ROUNDS])
         self._attack_seconds = 0.0
@@ -170,8 +211,13 @@ class Recorder:
 
     def finish(self, status: str, reason: str = "") -> None:
         """Note how the run ended: ``finished``, ``failed`` or ``interrupted``."""
-        self._about |= {"status": status, "reason": reason, "finished": _now()}
-        self._write_about()
+        self._about |= ended(status, reason)
+        write_about(self.out, self._about)
+
+
+def ended(status: str, reason: str = "") -> dict[str, Any]:
+    """Return what ``run.json`` says of the end of a run."""
+    return {"status": status, "reason": reason, "finished": _now()}
 
 
 def _plain(value: Any) -> Any:

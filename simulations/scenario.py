@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -36,7 +37,9 @@ WEIGHT_STRATEGIES = (
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False
+    )
 
 
 class Data(_Section):
@@ -45,7 +48,7 @@ class Data(_Section):
     name: str = Field("digits", description="digits, folder, or a torchvision data set")
     root: str = Field("data", description="folder of the data set")
     download: bool = Field(False, description="let torchvision download it")
-    size: int = Field(0, ge=0, description="resize to this height and width; 0: leave")
+    size: int = Field(0, ge=0, le=4096, description="resize to this height and width; 0: leave")
     max_images: int = Field(0, ge=0, description="training images used; 0: all")
     max_test_images: int = Field(2000, ge=1, description="test images used")
 
@@ -78,7 +81,9 @@ class Training(_Section):
     local_steps: int = Field(1, ge=1)
     batch_size: int = Field(1, ge=1)
     learning_rate: float = Field(0.1, gt=0)
-    threads: int = Field(1, ge=1, description="CPU threads of one client; fixed for repeatability")
+    threads: int = Field(
+        1, ge=1, le=1024, description="CPU threads of one client; fixed for repeatability"
+    )
 
 
 class Model(_Section):
@@ -124,6 +129,8 @@ class Attack(_Section):
     def _known(self) -> Attack:
         if self.name not in ATTACKS:
             raise UnknownNameError("attack", self.name, ATTACKS)
+        if "device" in self.options:
+            raise InvalidInputError("set attack.device, not attack.options.device")
         make_attack(self.name, **self.options)
         return self
 
@@ -235,7 +242,7 @@ def load_scenario(
             table = tomllib.loads(path.read_text(encoding="utf-8"))
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise InvalidInputError(f"scenario {str(path)!r} is not valid TOML: {error}") from error
-        table.setdefault("name", path.stem)
+        table.setdefault("name", re.sub(r"[^A-Za-z0-9._-]+", "-", path.stem).strip("-.") or "run")
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals or not key.strip():
@@ -280,7 +287,7 @@ def from_run_config(config: Mapping[str, Any]) -> Scenario:
     """Build a scenario from a Flower run config, with its dotted keys."""
     table: dict[str, Any] = {}
     for key, value in config.items():
-        if key != "out":
+        if key not in ("out", "overwrite"):  # about the output, not the scenario
             _put(table, key, value)
     return make_scenario(table)
 
@@ -312,9 +319,11 @@ def _explain(error: Any) -> str:
     if error["type"] == "extra_forbidden":
         section: Any = Scenario
         for part in error["loc"][:-1]:
-            section = section.model_fields[part].annotation
-        return f"unknown key {where!r}{nearest(str(error['loc'][-1]), section.model_fields)}"
+            place = getattr(section, "model_fields", {}).get(part)
+            section = place.annotation if place is not None else Defence  # in `compare`
+        known = getattr(section, "model_fields", Defence.model_fields)
+        return f"unknown key {where!r}{nearest(str(error['loc'][-1]), known)}"
     cause = error.get("ctx", {}).get("error")
     if isinstance(cause, FedleakError):
         return f"{where}: {cause}" if where else str(cause)
-    return f"{where} = {error['input']!r}: {error['msg'].lower()}"
+    return f"{where} = {error['input']!r}: {error['msg']}"

@@ -6,18 +6,20 @@ import math
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from logging import WARNING
 from pathlib import Path
 from typing import Any
 
 import flwr.serverapp.strategy as flower
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord
+from flwr.common.logger import log
 from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import Strategy
 from torch import nn
 
 from fedleak.attacks import make_attack, resolve_device
 from fedleak.errors import FedleakError, InvalidInputError
-from fedleak.metric import security_metric
+from fedleak.metric import SecurityMetric, security_metric
 from simulations.grid import OrderedGrid
 from simulations.partition import partitions, training_data
 from simulations.recorder import Recorder, prepare_folder
@@ -61,11 +63,19 @@ def make_strategy(scenario: Scenario) -> Strategy:
     if name == "QFedAvg":
         fixed["client_learning_rate"] = scenario.training.learning_rate
     kind = FedSGD if name == "FedSGD" else getattr(flower, name)
+    options = scenario.strategy.options
+    for key, value in options.items():
+        if key in fixed:
+            raise InvalidInputError(
+                f"strategy.options.{key} is set by the scenario (federation and training)"
+            )
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise InvalidInputError(f"strategy.options.{key} must be a number, not {value!r}")
     try:
-        return kind(**{**fixed, **scenario.strategy.options})
-    except TypeError as error:
+        return kind(**{**fixed, **options})
+    except (TypeError, ValueError) as error:
         raise InvalidInputError(
-            f"strategy {name!r} does not take strategy.options {scenario.strategy.options}: {error}"
+            f"strategy {name!r} does not take strategy.options {options}: {error}"
         ) from error
 
 
@@ -105,7 +115,7 @@ def serve(
     names = [n for n, p in model.named_parameters() if p.requires_grad]
     shares_gradient = scenario.training.share == "gradient"
     checked = RejectInvalid(make_strategy(scenario), names if shares_gradient else None)
-    options = {"device": scenario.attack.device, **scenario.attack.options}
+    options = {**scenario.attack.options, "device": scenario.attack.device}
     malicious = MaliciousServer(
         checked,
         model,
@@ -127,18 +137,18 @@ def serve(
             recorder.partitions = ordered.partitions
             return None
         model.load_state_dict(clock.arrays.to_torch_state_dict())
-        c_metric = _c_metric(model, training_data(scenario).shape, scenario.seed)
+        metric = _metric(model, training_data(scenario).shape, scenario.seed)
         model.load_state_dict(arrays.to_torch_state_dict())
         accuracy, loss = evaluate(model, images)
         row = {
             "accuracy": accuracy,
             "loss": loss,
-            "c_metric": c_metric,
+            "c_metric": math.nan if metric is None else metric.c,
             "clients": clock.asked,
             "failures": clock.asked - checked.accepted,
             "seconds_train": f"{clock.seconds_train:.4f}",
         }
-        recorder.round(server_round, row)
+        recorder.round(server_round, row, metric)
         if on_progress is not None:
             rounds = scenario.federation.rounds
             on_progress(Progress(server_round, rounds, accuracy, recorder.psnr))
@@ -152,12 +162,15 @@ def serve(
     )
 
 
-def _c_metric(model: nn.Module, shape: tuple[int, int, int], seed: int) -> float:
-    """Return c(M) of the weights that were sent; NaN where it is not defined."""
+def _metric(model: nn.Module, shape: tuple[int, int, int], seed: int) -> SecurityMetric | None:
+    """Return c(M) of the weights that were sent; None where it is not defined."""
     try:
-        return security_metric(model, shape, seed=seed).c
+        return security_metric(model, shape, seed=seed)
     except FedleakError:
-        return math.nan
+        return None
+    except Exception as error:  # a measurement must not end the training
+        log(WARNING, "the security metric failed: %r", error)
+        return None
 
 
 def build_server_app(
@@ -183,8 +196,21 @@ def check(scenario: Scenario) -> None:
     """
     resolve_device(scenario.attack.device)
     partitions(scenario)
-    make_model(scenario)
     make_strategy(scenario)
+    model, images = make_model(scenario), training_data(scenario)
+    try:
+        logits = model.eval()(images.batch([0])[0])
+        fits = tuple(logits.shape)[:1] == (1,) and logits.dim() == 2
+        shape = f"{tuple(logits.shape)}"
+    except Exception as error:  # a stranger's forward pass may raise anything
+        raise InvalidInputError(
+            f"model {scenario.model.name!r} cannot take an image of shape {images.shape}: {error}"
+        ) from error
+    if not fits or logits.shape[1] < images.classes:
+        raise InvalidInputError(
+            f"model {scenario.model.name!r} returns {shape} for one image; wanted is (1, "
+            f"{images.classes}), a logit for each class"
+        )
 
 
 app = ServerApp()
@@ -199,7 +225,7 @@ def main(grid: Grid, context: Context) -> None:
     scenario = from_run_config(config)
     check(scenario)
     out = Path(str(config.get("out") or Path("results/runs") / scenario.name)).absolute()
-    prepare_folder(out, overwrite=True)
+    prepare_folder(out, overwrite=bool(config.get("overwrite", False)))
     recorder = Recorder(out, scenario, "flwr run")
     try:
         serve(grid, scenario, recorder)

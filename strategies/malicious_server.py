@@ -168,6 +168,9 @@ class MaliciousServer(DelegatingStrategy):
                 observations[node] = self._observe(node, by_node.get(node), models)
             except FedleakError as error:
                 self._report(Leak(server_round, node, None, str(error)))
+            except Exception as error:  # a client may send anything
+                reason = f"the client's reply cannot be read: {type(error).__name__}: {error}"
+                self._report(Leak(server_round, node, None, reason))
         groups: dict[int, list[int]] = {}
         for node, observation in observations.items():
             groups.setdefault(id(observation.model), []).append(node)
