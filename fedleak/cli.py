@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+import click
 import typer
 from rich import box
 from rich.console import Console
@@ -94,7 +95,7 @@ def reconstruct(
     limit: Annotated[int, typer.Option(min=0, help="Use the first images only; 0: all")] = 0,
     weights: Annotated[Path | None, typer.Option(help="Checkpoint of the model")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
-    seed: Annotated[int, typer.Option(min=0, help="Draws weights, labels and noise")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**31 - 1, help="Draws what is random")] = 0,
     out: Annotated[Path | None, typer.Option(help="Folder for a picture of the result")] = None,
     json_: Annotated[bool, typer.Option("--json", help="Print one JSON object")] = False,
 ) -> None:
@@ -103,6 +104,13 @@ def reconstruct(
     from fedleak.attacks import make_attack
     from fedleak.models import build_model
 
+    if channels not in (1, 3):
+        raise InvalidInputError(f"--channels must be 1 (grey) or 3 (colour), not {channels}")
+    if out is not None:
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InvalidInputError(f"--out {str(out)!r} cannot be used: {error}") from error
     if label not in ("infer", "known"):
         raise InvalidInputError(f"--label must be 'infer' or 'known', not {label!r}")
     files, pixels = laboratory.read_images(images, channels, limit)
@@ -117,7 +125,6 @@ def reconstruct(
     if out is not None:
         from fedleak.plots import image_grid
 
-        out.mkdir(parents=True, exist_ok=True)
         made = [t.reconstruction.images[0].float().numpy() for t in trials.trials]
         row = (f"{attack}, {defence}", made, trials.psnr_db)
         image_grid(list(pixels.numpy()), [row], out / "reconstructions.png")
@@ -171,7 +178,8 @@ def _closing_table(scenario: Scenario, arms: list[Arm]) -> None:
 
     title = f"{scenario.name} (simulated): PSNR in dB of what the server reconstructed"
     table = Table(title=title, box=box.SIMPLE, title_justify="left", padding=(0, 1, 0, 0))
-    rounds_run = f"round {scenario.federation.rounds}"
+    rounds_last = scenario.federation.rounds
+    rounds_run = f"round {rounds_last}"
     columns = ["defence", "images", "failed", "round 1", rounds_run, "best", "labels",
                "accuracy", "c(M)"]  # fmt: skip
     for column in columns:
@@ -187,8 +195,8 @@ def _closing_table(scenario: Scenario, arms: list[Arm]) -> None:
             arm.defence.spec.label,
             str(len(ok)),
             str(len(leakage) - len(ok)),
-            _number(median.iloc[0]) if len(median) else "-",
-            _number(median.iloc[-1]) if len(median) else "-",
+            _number(median[1]) if 1 in median.index else "-",
+            _number(median[rounds_last]) if rounds_last in median.index else "-",
             _number(ok["psnr_db"].max()) if len(ok) else "-",
             f"{right:.0%}" if len(ok) else "-",
             f"{last['accuracy']:.2f}",
@@ -222,7 +230,14 @@ def _number(value: float) -> str:
 def main() -> None:
     """Run the command line; bad input ends with one message and exit code 2."""
     try:
-        app(standalone_mode=True)
+        app(standalone_mode=False)
+    except (click.ClickException, click.exceptions.Exit) as error:
+        if isinstance(error, click.ClickException):
+            error.show()
+        sys.exit(error.exit_code)
+    except click.Abort:
+        print("fedleak: stopped; finished rounds are kept", file=sys.stderr)  # noqa: T201
+        sys.exit(130)
     except FedleakError as error:
         print(f"fedleak: {error}", file=sys.stderr)  # noqa: T201
         sys.exit(2)

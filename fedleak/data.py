@@ -103,6 +103,11 @@ def load_data(name: str, root: str = "data", download: bool = False, size: int =
 
 def _hold_out(images: LabelledImages) -> Split:
     """Split with a fixed permutation: the same everywhere, whatever the run's seed."""
+    if len(images) < 2 or images.classes < 2:
+        raise DataUnavailableError(
+            f"the data set has {len(images)} images of {images.classes} classes; at least two of "
+            "each are needed, to train on and to test with"
+        )
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0)).tolist()
     cut = max(1, round(len(images) * _TEST_SHARE))
     return images.subset(sorted(order[cut:])), images.subset(sorted(order[:cut]))
@@ -146,10 +151,20 @@ def _wrap(found: Any, labels: Any, classes: int, size: int) -> LabelledImages:
         steps.append(v2.Resize((size, size), antialias=True))
     transform = v2.Compose(steps)
 
-    def read(index: int) -> Tensor:
+    def decode(index: int) -> Tensor:
         return transform(found[index][0]).as_subclass(Tensor)
 
-    channels, height, width = read(0).shape
+    channels, height, width = decode(0).shape
+
+    def read(index: int) -> Tensor:
+        image = decode(index)
+        if image.shape != (channels, height, width):
+            raise InvalidInputError(
+                f"image {index} has shape {tuple(image.shape)}, the first one "
+                f"{(channels, height, width)}; set data.size to resize all to one size"
+            )
+        return image
+
     targets = torch.as_tensor(labels, dtype=torch.int64).flatten()
     return LabelledImages(targets, classes, (channels, height, width), read)
 
@@ -183,6 +198,11 @@ def _load_torchvision(name: str, root: str, download: bool, size: int) -> Split:
             "images and use data.name='folder'"
         ) from error
     except (RuntimeError, OSError, ValueError) as error:
+        if "split" in str(error) and not isinstance(error, OSError):
+            raise InvalidInputError(
+                f"data set {name!r} has splits of its own ({error}); export it to a folder of "
+                "images and use data.name='folder'"
+            ) from error
         raise DataUnavailableError(
             f"data set {name!r} is not usable from {root!r} ({str(error).splitlines()[0]}). Three "
             "ways out: let torchvision download it (data.download=true), point data.root at the "

@@ -94,7 +94,12 @@ def reconstruct(
     names, parameters = zip(*model.named_parameters(), strict=True)
     observations = []
     for n, label in enumerate(targets):
-        loss = F.cross_entropy(model(images[n : n + 1]), torch.tensor([label]))
+        try:
+            loss = F.cross_entropy(model(images[n : n + 1]), torch.tensor([label]))
+        except (RuntimeError, IndexError) as error:
+            raise InvalidInputError(
+                f"the model cannot take an image of shape {shape} with label {label}: {error}"
+            ) from error
         gradient = dict(zip(names, torch.autograd.grad(loss, parameters), strict=True))
         sent = defend(gradient, spec, seed + n)
         observations.append(

@@ -5,14 +5,16 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import inspect
+import sys
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from fedleak.errors import InvalidInputError
+from fedleak.errors import FedleakError, InvalidInputError
 from fedleak.registry import Registry
 
 #: A model is a factory: ``factory(input_shape=(C, H, W), classes=10) -> nn.Module``.
@@ -121,13 +123,22 @@ def build_model(
     """
     factory = load_factory(spec) if ":" in spec else MODELS[spec]
     offered = {"input_shape": tuple(input_shape), "classes": classes}
+    if not callable(factory):
+        raise InvalidInputError(f"model {spec!r} is a {type(factory).__name__}, not a factory")
     parameters = inspect.signature(factory).parameters.values()
     if not any(p.kind is p.VAR_KEYWORD for p in parameters):
         offered = {k: v for k, v in offered.items() if k in {p.name for p in parameters}}
     with torch.random.fork_rng(devices=[]):
         if seed is not None:
             torch.manual_seed(seed)
-        model = factory(**offered)
+        try:
+            model = factory(**offered)
+        except FedleakError:
+            raise
+        except Exception as error:  # a stranger's factory may raise anything
+            raise InvalidInputError(
+                f"model {spec!r} cannot be made: {type(error).__name__}: {error}"
+            ) from error
     if not isinstance(model, nn.Module):
         raise InvalidInputError(
             f"model {spec!r} made a {type(model).__name__}, not a torch.nn.Module"
@@ -137,6 +148,7 @@ def build_model(
     return model
 
 
+@lru_cache(maxsize=32)
 def load_factory(spec: str) -> ModelFactory:
     """Return the object that ``FILE.py:NAME`` or ``module:NAME`` names."""
     where, _, attribute = spec.rpartition(":")
@@ -148,11 +160,14 @@ def load_factory(spec: str) -> ModelFactory:
             found = importlib.util.spec_from_file_location(f"fedleak_user_{path.stem}", path)
             assert found is not None and found.loader is not None
             module = importlib.util.module_from_spec(found)
+            sys.modules[found.name] = module  # as an import does; dataclasses look there
             found.loader.exec_module(module)
         else:
             module = importlib.import_module(where)
         factory = getattr(module, attribute)
-    except (ImportError, AttributeError, SyntaxError) as error:
+    except InvalidInputError:
+        raise
+    except (Exception, SystemExit) as error:  # a stranger's file may do anything
         raise InvalidInputError(
             f"model {spec!r} cannot be loaded ({error}); give FILE.py:FACTORY or module:FACTORY"
         ) from error

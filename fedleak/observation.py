@@ -123,6 +123,8 @@ def _check(name: str, value: Tensor, shape: tuple[int, ...]) -> Tensor:
         raise InvalidUpdateError(
             f"entry {name!r} of the update has shape {tuple(value.shape)}, the model has {shape}"
         )
+    if value.is_complex():
+        raise InvalidUpdateError(f"entry {name!r} of the update is complex")
     value = value.detach().cpu().double()
     if not bool(value.isfinite().all()):
         bad = int((~value.isfinite()).sum())

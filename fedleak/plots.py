@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -110,15 +111,25 @@ def reconstructions(arms: Sequence[Path], path: Path) -> Path:
     path : Path
         The PNG to write.
     """
-    found = [_row(arm) for arm in arms]
-    rows = [(label, list(made), list(psnr)) for label, _, made, psnr in found]
-    title = "Reconstructed from the update alone, round 1 (simulated)"
-    return image_grid(list(found[0][1]), rows, path, title)
+    found = [_first_round(arm) for arm in arms]
+    # Joined by client and image: one that failed in one arm leaves a hole there.
+    keys = sorted({key for _, images in found for key in images})[:_COLUMNS]
+    truth = [next(images[k][0] for _, images in found if k in images) for k in keys]
+    rows = [
+        (
+            label,
+            [images[k][1] if k in images else None for k in keys],
+            [images[k][2] if k in images else math.nan for k in keys],
+        )
+        for label, images in found
+    ]
+    title = f"Reconstructed from the update alone, round {keys[0][0]} (simulated)"
+    return image_grid(truth, rows, path, title)
 
 
 def image_grid(
     truth: Sequence[np.ndarray],
-    rows: Sequence[tuple[str, Sequence[np.ndarray], Sequence[float]]],
+    rows: Sequence[tuple[str, Sequence[np.ndarray | None], Sequence[float]]],
     path: Path,
     title: str = "Reconstructed from the gradient alone",
 ) -> Path:
@@ -129,6 +140,7 @@ def image_grid(
     truth : sequence of ndarray, each (C, H, W)
         The first eight are drawn.
     rows : sequence of (label, images, PSNR in dB)
+        None in the place of an image leaves a hole.
     path : Path
         The PNG to write.
     title : str
@@ -143,35 +155,45 @@ def image_grid(
     )
     _draw(axes[0], truth[:columns], "true image", [""] * columns)
     for line, (label, made, psnr) in zip(axes[1:], rows, strict=True):
-        captions = ["exact" if np.isinf(p) else f"{p:.1f} dB" for p in psnr[:columns]]
-        _draw(line, made[:columns], label, captions)
-        for empty in line[len(made) :]:
-            empty.axis("off")
+        _draw(line, made[:columns], label, [_caption(p) for p in psnr[:columns]])
     figure.suptitle(title, fontsize=11)
     figure.savefig(path, dpi=150)
     plt.close(figure)
     return path
 
 
-def _row(arm: Path) -> tuple[str, np.ndarray, np.ndarray, np.ndarray]:
-    """Return the defence and the first recorded round's images of a run."""
+Picture = tuple[np.ndarray, np.ndarray, float]
+
+
+def _first_round(arm: Path) -> tuple[str, dict[tuple[int, int, int], Picture]]:
+    """Return a run's defence and, by (round, client, image), what its first round gave."""
     first = min((arm / "reconstructions").glob("round-*.npz"))
+    number = int(first.stem.removeprefix("round-"))
     with np.load(first) as stored:
-        order = np.argsort(stored["client"], kind="stable")
-        truth, made = stored["truth"][order], stored["reconstruction"][order]
-        psnr = stored["psnr_db"][order]
+        fields = [stored[k] for k in ("client", "image", "truth", "reconstruction", "psnr_db")]
+    images = {
+        (number, int(client), int(image)): (truth, made, float(psnr))
+        for client, image, truth, made, psnr in zip(*fields, strict=True)
+    }
     table = pd.read_csv(arm / "leakage.csv", nrows=1)
-    return defence_label(table["defence"][0], table["strength"][0]), truth, made, psnr
+    return defence_label(table["defence"][0], table["strength"][0]), images
+
+
+def _caption(psnr_db: float) -> str:
+    if math.isnan(psnr_db):
+        return "failed"
+    return "exact" if math.isinf(psnr_db) else f"{psnr_db:.1f} dB"
 
 
 def _draw(
-    line: np.ndarray, images: Sequence[np.ndarray], label: str, captions: Sequence[str]
+    line: np.ndarray, images: Sequence[np.ndarray | None], label: str, captions: Sequence[str]
 ) -> None:
-    for axis, image, caption in zip(line, images, captions, strict=False):
-        pixels = np.clip(np.moveaxis(image, 0, -1), 0, 1)
-        axis.imshow(pixels.squeeze(), cmap="gray", vmin=0, vmax=1)
+    for axis, image, caption in zip(line, images, captions, strict=True):
         axis.set(xticks=[], yticks=[])
         axis.set_xlabel(caption, fontsize=8)
         for spine in axis.spines.values():
             spine.set_visible(False)
+        if image is not None:
+            pixels = np.clip(np.moveaxis(image, 0, -1), 0, 1)
+            axis.imshow(pixels.squeeze(), cmap="gray", vmin=0, vmax=1)  # colour needs no map
     line[0].set_ylabel(label, fontsize=9)

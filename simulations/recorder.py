@@ -39,8 +39,8 @@ METRIC = ("round", "name", "kind", "unknowns", "rank", "deficiency", "weight", "
 _PACKAGES = ("fedleak", "flwr", "ray", "torch", "torchvision", "numpy", "pandas")
 #: What a run writes; ``overwrite`` removes these and nothing else.
 OUTPUTS = (
-    "leakage.csv", "rounds.csv", "metric.csv", "run.json", "leakage_vs_rounds.png", "reconstructions.png",
-    "reconstructions",
+    "leakage.csv", "rounds.csv", "metric.csv", "run.json", "leakage_vs_rounds.png",
+    "reconstructions.png", "reconstructions",
 )  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,9 +12,15 @@ import fedleak  # noqa: F401  # before torch: it sets how torch's threads wait
 
 import torch  # isort: skip
 import torch.nn.functional as F
+from hypothesis import settings
 from torch import Tensor, nn
 
 from fedleak.observation import Observation
+
+# Locally every run tries new examples; CI tries the same ones, so that it fails for a reason.
+settings.register_profile("ci", derandomize=True, deadline=None)
+if os.environ.get("CI"):
+    settings.load_profile("ci")
 
 # Real CIFAR-10 images as class folders, where a developer has them beside the checkout.
 CIFAR10 = Path(__file__).parents[2] / "shared" / "data" / "cifar10" / "train"

@@ -19,6 +19,7 @@ from fedleak.errors import InvalidInputError, UnknownNameError, UnsupportedModel
 from fedleak.models import build_model
 from fedleak.observation import Observation
 from fedleak.quality import score
+from fedleak.systems import Chain
 from tests.conftest import CIFAR10, client_gradient
 
 Observe = Callable[[nn.Module, Tensor, int], Observation]
@@ -150,6 +151,25 @@ def test_noise_level_is_seen_in_the_update(observe: Observe) -> None:
         assert strength / 2 < found < strength * 3
 
 
+@pytest.mark.parametrize("name", ["cnn2-v1", "cnn2-v2"])
+def test_a_confident_model_leaks_as_much(name: str, observe: Observe) -> None:
+    """At a tiny loss rounding is a large part of p - y; the update is clean all the same."""
+    train, _ = load_data("digits")
+    x, y = train.batch(range(6))
+    model = build_model(name, (1, 8, 8), 10, seed=0)
+    optimiser = torch.optim.Adam(model.parameters(), lr=0.02)
+    for _ in range(300):
+        optimiser.zero_grad()
+        loss = torch.nn.functional.cross_entropy(model(x), y)
+        loss.backward()
+        optimiser.step()
+    assert loss.item() < 2e-3
+    seen = [observe(model, x[i], int(y[i])) for i in range(6)]
+    results = HybridAttack()(seen)
+    assert min(_psnr(r, x[i]) for i, r in enumerate(results)) > 100
+    assert max(r.details["noise"] for r in results) < 1e-5
+
+
 def test_a_known_label_is_used(observe: Observe) -> None:
     train, _ = load_data("digits")
     x, y = train.batch(range(1))
@@ -200,6 +220,35 @@ def test_a_head_without_bias_is_named() -> None:
         LinearAttack()([Observation.from_gradient(model, gradient, (1, 8, 8))])
 
 
+def test_layers_that_are_not_what_they_seem() -> None:
+    """Each would be attacked as another network, and come out wrong with status ok."""
+    twice = nn.Conv2d(1, 1, 3, padding=1)
+    frozen = nn.Conv2d(1, 4, 3, padding=1)
+    frozen.weight.requires_grad_(False)
+    tail = [nn.Tanh(), nn.Flatten(), nn.Linear(64, 4)]
+    wide = [nn.Linear(8, 5), nn.Flatten(), nn.Linear(40, 4)]
+    for layers, words in (
+        ([twice, nn.Tanh(), twice, *tail], "used twice"),
+        ([frozen, nn.Tanh(), nn.Flatten(), nn.Linear(256, 4)], "frozen 'weight'"),
+        ([nn.Dropout(0.3), *tail], "dropout with p=0.3"),
+        (wide, "put a Flatten before it"),
+    ):
+        with pytest.raises(UnsupportedModelError, match=words):
+            Chain.read(nn.Sequential(*layers), (1, 8, 8))
+
+
+def test_a_result_that_is_no_image_is_a_failure(observe: Observe) -> None:
+    seen = observe(build_model("cnn2-v1", (1, 8, 8), 10), torch.rand(1, 8, 8), 1)
+    for images, words in (
+        (torch.full((1, 1, 8, 8), torch.nan), "diverged"),
+        (torch.zeros(1, 3, 8, 8), "shape"),
+    ):
+        made = Reconstruction(images, torch.tensor([1]), 0.0)
+        (outcome,) = run_attack(lambda o, m=made: [m], [seen])
+        assert outcome.reconstruction is None
+        assert words in outcome.reason
+
+
 def test_one_bad_update_costs_only_itself(observe: Observe) -> None:
     model = build_model("cnn2-v1", (1, 8, 8), 10, seed=0)
     good = observe(model, torch.rand(1, 8, 8), 1)
@@ -226,7 +275,14 @@ def test_bad_options() -> None:
         make_attack("hybird")
     with pytest.raises(InvalidInputError, match=r"Known: steps, precision"):
         make_attack("hybrid", stepz=3)
-    for options in ({"steps": 0}, {"rho": 1.0}, {"sigma": -1.0}):
+    for options in (
+        {"steps": 1.5},
+        {"mean": float("nan")},
+        {"sigma": "wide"},
+        {"steps": 0},
+        {"rho": 1.0},
+        {"sigma": -1.0},
+    ):
         with pytest.raises(InvalidInputError, match=next(iter(options))):
             make_attack("hybrid", **options)
     with pytest.raises(InvalidInputError, match="device 'tpu9'"):

@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[2]
 
 def test_the_flower_config_is_the_scenarios_defaults() -> None:
     config = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["flwr"]["app"]["config"]
-    out = config.pop("out")
+    out, overwrite = config.pop("out"), config.pop("overwrite")
 
     def dotted(table: dict[str, object], prefix: str = "") -> dict[str, object]:
         flat: dict[str, object] = {}
@@ -34,7 +34,7 @@ def test_the_flower_config_is_the_scenarios_defaults() -> None:
                 flat[prefix + key] = value
         return flat
 
-    assert out == ""
+    assert (out, overwrite) == ("", False)
     assert dotted(config) == flatten(Scenario())
 
 
@@ -42,7 +42,8 @@ def test_a_run_config_makes_the_scenario() -> None:
     changed = load_scenario(
         None, ["federation.rounds=9", "defence=noise:0.2", "model.name=cnn2-v1"]
     )
-    assert from_run_config({**flatten(changed), "out": "/somewhere"}) == changed
+    config = {**flatten(changed), "out": "/somewhere", "overwrite": True}
+    assert from_run_config(config) == changed
 
 
 @pytest.mark.parametrize("path", sorted(SHIPPED.glob("*.toml")), ids=lambda p: p.stem)

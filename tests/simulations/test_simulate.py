@@ -83,6 +83,46 @@ def test_defences_side_by_side(tmp_path: Path) -> None:
         assert group["image"].nunique() == 1
     assert set(pd.read_csv(tmp_path / "rounds.csv")["defence"]) == {"none", "noise", "prune"}
     assert (tmp_path / "leakage_vs_rounds.png").is_file()
+    about = json.loads((tmp_path / "run.json").read_text())
+    assert (about["status"], about["arms"]) == ("finished", ["none", "noise-0.3", "prune-0.9"])
+    metric = pd.read_csv(tmp_path / "none" / "metric.csv")
+    assert metric["round"].tolist() == [1, 2]
+    assert metric.loc[0, ["name", "unknowns", "rank", "exact"]].tolist() == ["conv1", 64, 64, True]
+    # Replacing it leaves what is not ours alone.
+    (tmp_path / "none" / "notes.txt").write_text("mine")
+    simulate(described, tmp_path, overwrite=True)
+    assert (tmp_path / "none" / "notes.txt").is_file()
+
+
+def test_an_arm_that_breaks_leaves_the_others(tmp_path: Path) -> None:
+    def stop(arm: Any, progress: Any) -> None:
+        if arm.defence.name == "prune":
+            raise OSError("power cut")
+
+    with pytest.raises(OSError, match="power cut"):
+        simulate(load_scenario("demo", [*SMALL, "federation.rounds=2"]), tmp_path, on_progress=stop)
+    together = pd.read_csv(tmp_path / "leakage.csv")
+    assert together.groupby("defence").size().to_dict() == {"none": 8, "noise": 8, "prune": 4}
+    assert json.loads((tmp_path / "run.json").read_text())["status"] == "failed"
+
+
+def test_pictures_are_paired_by_client_and_image(tmp_path: Path) -> None:
+    from fedleak.plots import _first_round
+
+    for name in ("a", "b"):
+        (tmp_path / name / "reconstructions").mkdir(parents=True)
+        (tmp_path / name / "leakage.csv").write_text("defence,strength\nnone,0\n")
+        clients = np.array([2, 0] if name == "a" else [0, 1])
+        pixels = np.zeros((2, 1, 4, 4)) + clients[:, None, None, None]
+        np.savez(
+            tmp_path / name / "reconstructions" / "round-0003.npz",
+            client=clients, image=clients + 10, truth=pixels, reconstruction=pixels,
+            psnr_db=clients * 1.0,
+        )  # fmt: skip
+    for name, expected in (("a", {0, 2}), ("b", {0, 1})):
+        _, images = _first_round(tmp_path / name)
+        assert {client for _, client, _ in images} == expected
+        assert all(truth.max() == psnr == k[1] for k, (truth, _, psnr) in images.items())
 
 
 def test_a_defence_of_strength_zero_is_none(tmp_path: Path) -> None:
@@ -196,6 +236,11 @@ def test_folders_are_not_overwritten_unasked(tmp_path: Path) -> None:
     simulate(described, tmp_path, overwrite=True)
     assert len(pd.read_csv(tmp_path / "leakage.csv")) == 4
     assert keep.read_text() == "mine"
+    # A folder of runs is not a run: what lies below it stays.
+    simulate(described, tmp_path / "runs" / "one")
+    with pytest.raises(InvalidInputError, match=r"holds no earlier run"):
+        simulate(described, tmp_path / "runs", overwrite=True)
+    assert (tmp_path / "runs" / "one" / "leakage.csv").is_file()
 
 
 @pytest.mark.parametrize(
@@ -205,6 +250,9 @@ def test_folders_are_not_overwritten_unasked(tmp_path: Path) -> None:
         (["data.name=CIFAR10", "data.root=nowhere"], "Three ways out"),
         (["model.name=cnn4-v2"], "does not fit images"),
         (["strategy.options.fraction=3"], "does not take strategy.options"),
+        (["strategy.options.min_train_nodes=50"], "is set by the scenario"),
+        (["strategy.options.weighted_by_key=foo"], "must be a number"),
+        (["attack.device=mps"], "'mps' is not one of"),
     ],
 )
 def test_what_cannot_run_writes_nothing(tmp_path: Path, overrides: list[str], words: str) -> None:

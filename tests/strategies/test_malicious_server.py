@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import flwr.serverapp.strategy as flower
 import numpy as np
@@ -99,6 +99,26 @@ def test_training_is_bit_identical_with_and_without(name: str, attack: Any) -> N
     assert {leak.status for leak in leaks} == {"failed" if isinstance(attack, _Greedy) else "ok"}
 
 
+def test_a_strategy_that_draws_is_not_shifted() -> None:
+    """The attack draws from every generator; a random strategy must not notice."""
+
+    class Dice(flower.FedAvg):
+        drawn: ClassVar[list[float]] = []
+
+        def aggregate_train(self, server_round: int, replies: Any) -> Any:
+            self.drawn += [random.random(), float(np.random.rand()), torch.rand(1).item()]
+            return super().aggregate_train(server_round, replies)
+
+    described = scenario()
+    draws = []
+    for wrap in (False, True):
+        Dice.drawn = []
+        strategy: Strategy = Dice(fraction_train=0.75, fraction_evaluate=0.0)
+        train(described, attacker(described, strategy, attack=_Greedy()) if wrap else strategy)
+        draws.append(Dice.drawn)
+    assert draws[0] == draws[1]
+
+
 def test_a_strategy_with_a_loop_of_its_own() -> None:
     class Own(flower.FedAvg):
         rounds_seen = 0
@@ -149,6 +169,28 @@ def _empty(content: RecordDict) -> None:
         content[key] = ArrayRecord()
 
 
+def _metric(name: str, value: Any) -> Wreck:
+    def change(content: RecordDict) -> None:
+        (metrics,) = content.metric_records.values()
+        metrics[name] = value
+
+    return change
+
+
+def _no_examples(content: RecordDict) -> None:
+    (metrics,) = content.metric_records.values()
+    del metrics["num-examples"]
+
+
+def _renamed(content: RecordDict) -> None:
+    content["other"] = content.pop("arrays")
+
+
+def _undecodable(content: RecordDict) -> None:
+    (arrays,) = content.array_records.values()
+    arrays["fc.bias"] = Array("float32", (10,), "numpy.ndarray", b"no array")
+
+
 def _raise(content: RecordDict) -> None:
     raise OSError("the client's disk is full")
 
@@ -162,8 +204,41 @@ def _raise(content: RecordDict) -> None:
         (_raise, "the client's disk is full"),
     ],
 )
-def test_a_broken_client_does_not_end_the_round(wreck: Wreck, reason: str) -> None:
-    described = scenario()
+@pytest.mark.parametrize("name", ["FedAvg", "FedSGD"])
+def test_a_broken_client_does_not_end_the_round(name: str, wreck: Wreck, reason: str) -> None:
+    leaks, result = _with_one_wrecked(scenario(name), wreck)
+    assert all(np.isfinite(a.numpy()).all() for a in result.values())
+    failed = [leak for leak in leaks if leak.status == "failed"]
+    assert failed
+    assert {leak.node_id for leak in failed} == {3}
+    assert all(reason in leak.reason for leak in failed)
+    assert len(leaks) == 9
+
+
+@pytest.mark.parametrize(
+    "wreck",
+    [
+        _undecodable,
+        _set("fc.bias", np.array(["text"] * 10)),
+        _set("fc.bias", np.zeros(10, np.complex64)),
+        _metric("num-examples", float("nan")),
+        _metric("num-examples", -3),
+        _metric("num-examples", [1, 2]),
+        _metric("surprise", 1),
+        _no_examples,
+        _renamed,
+    ],
+)
+@pytest.mark.parametrize("name", ["FedAvg", "FedSGD"])
+def test_a_hostile_reply_does_not_end_the_round(name: str, wreck: Wreck) -> None:
+    """Whatever one client sends, the others train on and their rows are there."""
+    leaks, result = _with_one_wrecked(scenario(name), wreck)
+    assert all(np.isfinite(a.numpy()).all() for a in result.values())
+    assert len(leaks) == 9
+    assert all(leak.status == "ok" for leak in leaks if leak.node_id != 3)
+
+
+def _with_one_wrecked(described: Scenario, wreck: Wreck) -> tuple[list[Leak], ArrayRecord]:
     app = build_client_app(lambda context: described)
 
     def mod(message: Message, context: Context, call_next: Any) -> Message:
@@ -176,14 +251,10 @@ def test_a_broken_client_does_not_end_the_round(wreck: Wreck, reason: str) -> No
     broken.train()(app)
     broken.query()(app)
     leaks: list[Leak] = []
-    checked = RejectInvalid(make_strategy(described))
+    names = [n for n, _ in make_model(described).named_parameters()]
+    checked = RejectInvalid(make_strategy(described), names)
     result = train(described, attacker(described, checked, on_leak=leaks.append), broken)
-    assert all(np.isfinite(a.numpy()).all() for a in result.values())
-    failed = [leak for leak in leaks if leak.status == "failed"]
-    assert failed
-    assert {leak.node_id for leak in failed} == {3}
-    assert all(reason in leak.reason for leak in failed)
-    assert len(leaks) == 9
+    return leaks, result
 
 
 def test_a_client_that_never_replies() -> None:
