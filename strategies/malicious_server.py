@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from logging import ERROR, INFO
@@ -196,7 +196,10 @@ class MaliciousServer(DelegatingStrategy):
         sent = self._sent[node]
         if id(sent) not in models:
             models[id(sent)] = self._model_with(sent)
-        model, received = models[id(sent)], self._named(_to_tensors(record), sent)
+        model = models[id(sent)]
+        gradient = self.shared == "gradient"
+        like = dict(model.named_parameters()) if gradient else model.state_dict()
+        received = self._named(_to_tensors(record), like)
         if self.shared == "gradient":
             return Observation.from_gradient(model, received, self.input_shape, self.batch_size)
         return Observation.from_weights(
@@ -221,7 +224,7 @@ class MaliciousServer(DelegatingStrategy):
         return model
 
     @staticmethod
-    def _named(arrays: dict[str, Tensor], like: dict[str, Tensor]) -> dict[str, Tensor]:
+    def _named(arrays: dict[str, Tensor], like: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Name arrays that came as a plain list (``"0"``, ``"1"``, ...) after ``like``."""
         numbered = [str(i) for i in range(len(arrays))]
         if list(arrays) == numbered and len(arrays) == len(like) and set(arrays) != set(like):
