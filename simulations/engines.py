@@ -100,12 +100,11 @@ def simulate(
         try:
             _run_arm(arm, scenario.arm(arm.defence), engine, on_progress, client_app)
         except BaseException as error:
-            reason = f"defence {arm.defence.spec.label}: {type(error).__name__}: {error}"
-            write_about(folder, {**about, **ended("failed", reason)})
+            write_about(folder, {**about, **ended(error)})
             raise
         finally:
             combine([a for a in arms[:count] if (a.out / "rounds.csv").is_file()], folder)
-    write_about(folder, {**about, **ended("finished")})
+    write_about(folder, {**about, **ended()})
     return arms
 
 
@@ -127,13 +126,10 @@ def _run_arm(
     run = _run_inline if engine == "inline" else _run_ray
     try:
         run(server, client, scenario.federation.clients)
-    except KeyboardInterrupt:
-        recorder.finish("interrupted", "stopped by the user")
-        raise
     except BaseException as error:
-        recorder.finish("failed", f"{type(error).__name__}: {error}")
+        recorder.finish(error)
         raise
-    recorder.finish("finished")
+    recorder.finish()
     from fedleak.plots import plot_run  # seaborn takes seconds to import
 
     plot_run(arm.out)

@@ -209,14 +209,19 @@ class Recorder:
             )
             self._pictures = []
 
-    def finish(self, status: str, reason: str = "") -> None:
-        """Note how the run ended: ``finished``, ``failed`` or ``interrupted``."""
-        self._about |= ended(status, reason)
+    def finish(self, error: BaseException | None = None) -> None:
+        """Note that the run finished, or which error ended it."""
+        self._about |= ended(error)
         write_about(self.out, self._about)
 
 
-def ended(status: str, reason: str = "") -> dict[str, Any]:
-    """Return what ``run.json`` says of the end of a run."""
+def ended(error: BaseException | None = None) -> dict[str, Any]:
+    """Return what ``run.json`` says of the end of a run: finished, or ended by ``error``."""
+    status, reason = "finished", ""
+    if isinstance(error, KeyboardInterrupt):
+        status, reason = "interrupted", "stopped by the user"
+    elif error is not None:
+        status, reason = "failed", f"{type(error).__name__}: {error}"
     return {"status": status, "reason": reason, "finished": _now()}
 
 

@@ -230,7 +230,7 @@ def main(grid: Grid, context: Context) -> None:
     try:
         serve(grid, scenario, recorder)
     except BaseException as error:
-        recorder.finish("failed", f"{type(error).__name__}: {error}")
+        recorder.finish(error)
         raise
-    recorder.finish("finished")
+    recorder.finish()
     plot_run(out)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -200,7 +201,7 @@ class MaliciousServer(DelegatingStrategy):
         gradient = self.shared == "gradient"
         like = dict(model.named_parameters()) if gradient else model.state_dict()
         received = self._named(_to_tensors(record), like)
-        if self.shared == "gradient":
+        if gradient:
             return Observation.from_gradient(model, received, self.input_shape, self.batch_size)
         return Observation.from_weights(
             model,
@@ -212,8 +213,6 @@ class MaliciousServer(DelegatingStrategy):
         )
 
     def _model_with(self, sent: dict[str, Tensor]) -> nn.Module:
-        import copy
-
         model = copy.deepcopy(self.model)
         try:
             model.load_state_dict(self._named(sent, model.state_dict()))

@@ -65,9 +65,9 @@ def _axis(layer: Conv, axis: int) -> dict[int, tuple[int, int]]:
     return {cls: (offsets[cls], len(pixels[cls])) for cls in offsets}
 
 
-def layer_rank(layer: Affine, e: Tensor, limit: int = AUTO_UNKNOWNS) -> int:
+def layer_rank(layer: Affine, e: Tensor) -> int:
     """Return the exact rank of a small layer, and the structural one of a large layer."""
-    return exact_rank(layer, e) if layer.unknowns <= limit else structural_rank(layer)
+    return exact_rank(layer, e) if layer.unknowns <= AUTO_UNKNOWNS else structural_rank(layer)
 
 
 def dense_system(layer: Affine, e: Tensor) -> list[tuple[Tensor, Tensor]]:

@@ -17,6 +17,7 @@ from simulations.scenario import (
     load_scenario,
     make_scenario,
 )
+from simulations.task import test_data
 
 ROOT = Path(__file__).parents[2]
 
@@ -139,6 +140,22 @@ def test_dirichlet_skews_the_labels() -> None:
         return sum(float(s.max()) for s in shares) / len(shares)
 
     assert classes(0.1) > classes(100.0) + 0.2
+
+
+def test_accuracy_is_measured_on_all_classes(tmp_path: Path) -> None:
+    """A folder lies in the order of its classes: its first images would be of one class."""
+    import torch
+    from torchvision.io import write_png
+
+    for label in range(4):
+        (tmp_path / str(label)).mkdir()
+        for i in range(50):
+            pixels = torch.zeros(3, 8, 8, dtype=torch.uint8)
+            write_png(pixels, str(tmp_path / str(label) / f"{i:02d}.png"))
+    overrides = ["data.name=folder", f"data.root={tmp_path}", "data.max_test_images=10"]
+    images = test_data(load_scenario(None, overrides))
+    assert len(images) == 10
+    assert len(set(images.labels.tolist())) >= 3
 
 
 def test_more_clients_than_images() -> None:

@@ -288,6 +288,35 @@ def test_plain_lists_of_arrays_are_named_after_the_model() -> None:
     assert list(names) == list(model.state_dict())
 
 
+def test_an_app_that_sends_plain_lists_is_attacked() -> None:
+    """Both ways without names, as ``ArrayRecord([ndarray, ...])``."""
+    described = scenario()
+    app = build_client_app(lambda context: described)
+    names = list(make_model(described).state_dict())
+
+    def unnamed(message: Message, context: Context, call_next: Any) -> Message:
+        if message.metadata.message_type != "train":
+            return call_next(message, context)
+        record = message.content["arrays"]
+        message.content["arrays"] = ArrayRecord(dict(zip(names, record.values(), strict=True)))
+        reply = call_next(message, context)
+        arrays = [a.numpy() for a in reply.content["arrays"].values()]
+        reply.content["arrays"] = ArrayRecord(arrays)
+        return reply
+
+    plain = ClientApp(mods=[unnamed])
+    plain.train()(app)
+    plain.query()(app)
+    leaks: list[Leak] = []
+    strategy = attacker(described, make_strategy(described), on_leak=leaks.append)
+    grid = OrderedGrid(InlineGrid(plain, CLIENTS), CLIENTS, seed=7)
+    values = [v.numpy() for v in make_model(described).state_dict().values()]
+    strategy.start(grid, ArrayRecord(values), num_rounds=2)
+    assert len(leaks) == 6
+    assert max(leak.reconstruction.fit for leak in leaks if leak.reconstruction) < 1e-4
+    assert all(leak.status == "ok" for leak in leaks), leaks[0].reason
+
+
 def test_every_nth_round_and_some_clients() -> None:
     described = scenario()
     leaks: list[Leak] = []
