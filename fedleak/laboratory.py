@@ -103,7 +103,7 @@ def reconstruct(
         gradient = dict(zip(names, torch.autograd.grad(loss, parameters), strict=True))
         sent = defend(gradient, spec, seed + n)
         observations.append(
-            Observation.from_gradient(model, sent, shape, label=label if labels_known else None)
+            Observation.from_gradient(model, sent, shape, labels=[label] if labels_known else None)
         )
     begin = time.perf_counter()
     results = run(observations)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,15 +30,15 @@ class Observation:
         Shape (C, H, W) of one image.
     images : int
         Number of images behind the update.
-    label : int or None
-        The label, where the threat model says that the server knows it.
+    labels : tuple of int or None
+        The labels, where the threat model says that the server knows them.
     """
 
     model: nn.Module = field(repr=False)
     gradient: dict[str, Tensor] = field(repr=False)
     input_shape: tuple[int, int, int]
     images: int = 1
-    label: int | None = None
+    labels: tuple[int, ...] | None = None
 
     @classmethod
     def from_gradient(
@@ -47,7 +47,7 @@ class Observation:
         gradient: Mapping[str, Any],
         input_shape: tuple[int, int, int],
         batch_size: int = 1,
-        label: int | None = None,
+        labels: Sequence[int] | None = None,
     ) -> Observation:
         """Take a gradient that a client shared.
 
@@ -58,7 +58,7 @@ class Observation:
         gradient : mapping
             Arrays or tensors by parameter name. Entries that are no parameters (buffers)
             are left out.
-        input_shape, label
+        input_shape, labels
             See the attributes.
         batch_size : int
             Number of images in the batch.
@@ -80,7 +80,8 @@ class Observation:
         if not any(bool(g.any()) for g in checked.values()):
             raise InvalidUpdateError("every entry of the update is zero: it says nothing")
         channels, height, width = input_shape
-        return cls(model, checked, (channels, height, width), batch_size, label)
+        known = None if labels is None else tuple(int(y) for y in labels)
+        return cls(model, checked, (channels, height, width), batch_size, known)
 
     @classmethod
     def from_weights(
@@ -91,7 +92,7 @@ class Observation:
         input_shape: tuple[int, int, int],
         local_steps: int = 1,
         batch_size: int = 1,
-        label: int | None = None,
+        labels: Sequence[int] | None = None,
     ) -> Observation:
         """Take weights that a client shared after local steps of plain SGD.
 
@@ -115,7 +116,7 @@ class Observation:
                 received = _check(name, torch.as_tensor(weights[name]), tuple(parameter.shape))
                 sent = parameter.detach().cpu().double()
                 change[name] = (sent - received) / (learning_rate * local_steps)
-        return cls.from_gradient(model, change, input_shape, batch_size * local_steps, label)
+        return cls.from_gradient(model, change, input_shape, batch_size * local_steps, labels)
 
 
 def _check(name: str, value: Tensor, shape: tuple[int, ...]) -> Tensor:

@@ -6,15 +6,16 @@ from fedleak.attacks.base import (
     Outcome,
     Reconstruction,
     make_attack,
-    resolve_device,
     run_attack,
 )
+from fedleak.attacks.evidence import Evidence, resolve_device
 from fedleak.attacks.hybrid import HybridAttack
 from fedleak.attacks.linear import LinearAttack
 
 __all__ = [
     "ATTACKS",
     "Attack",
+    "Evidence",
     "HybridAttack",
     "LinearAttack",
     "Outcome",

@@ -8,13 +8,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor
 
-from fedleak.errors import FedleakError, InvalidInputError, UnsupportedModelError
+from fedleak.errors import FedleakError, InvalidInputError
 from fedleak.observation import Observation
 from fedleak.registry import Registry
-from fedleak.systems import Chain, Gradients
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,94 +118,3 @@ def _check_result(result: Reconstruction, observation: Observation) -> None:
         )
     if not bool(result.images.isfinite().all()):
         raise RuntimeError("the attack diverged: its image holds NaN or infinite values")
-
-
-@dataclass
-class Evidence:
-    """Observations of one model, stacked for batched work."""
-
-    chain: Chain
-    gradient: Gradients
-    labels: Tensor
-
-    @classmethod
-    def gather(cls, observations: Sequence[Observation], device: str) -> Evidence:
-        """Stack observations and infer the labels that are not known.
-
-        With one image and softmax cross-entropy, the true class is the only one whose
-        bias gradient ``p - 1`` is negative (iDLG, Zhao et al. 2020); under noise it is
-        the smallest.
-
-        Raises
-        ------
-        UnsupportedModelError
-            If the model is no chain, has no biased head, or the batch is larger than 1.
-        InvalidInputError
-            If the observations are of different models.
-        """
-        first = observations[0]
-        if any(o.model is not first.model for o in observations):
-            raise InvalidInputError("the observations of one attack must share one model")
-        most = max(o.images for o in observations)
-        if most > 1:
-            raise UnsupportedModelError(
-                f"the update mixes {most} images (batch size times local steps); the linear "
-                "systems cover one image for each update"
-            )
-        where = resolve_device(device)
-        chain = Chain.read(first.model, first.input_shape).to(where)
-        if chain.head.bias is None:
-            raise UnsupportedModelError(
-                f"head {chain.head.name!r} has no bias; its bias gradient is what the linear "
-                "systems start from"
-            )
-        names = first.gradient
-        gradient = {n: torch.stack([o.gradient[n] for o in observations]).to(where) for n in names}
-        inferred = gradient[chain.head.bias_name].argmin(1)
-        given = torch.tensor(
-            [-1 if o.label is None else o.label for o in observations], device=where
-        )
-        return cls(chain, gradient, torch.where(given >= 0, given, inferred))
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def subset(self, mask: Tensor) -> Evidence:
-        """Return the observations where ``mask`` is true."""
-        return Evidence(
-            self.chain, {k: g[mask] for k, g in self.gradient.items()}, self.labels[mask]
-        )
-
-    def fit(self, images: Tensor) -> Tensor:
-        """Return :attr:`Reconstruction.fit` of each image, shape (N,)."""
-        with torch.no_grad():
-            made = self.chain.trace(images, self.labels).gradients
-        terms = [relative(made[k], g).square().sum(1) for k, g in self.gradient.items()]
-        return torch.stack(terms).mean(0).sqrt()
-
-
-def relative(value: Tensor, target: Tensor) -> Tensor:
-    """Return ``(value - target) / ||target||`` of each update, flattened to (N, n)."""
-    flat = target.flatten(1)
-    return (value.flatten(1) - flat) / flat.norm(dim=1, keepdim=True).clamp_min(1e-300)
-
-
-def resolve_device(device: str) -> torch.device:
-    """Return the torch device for ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
-
-    Raises
-    ------
-    InvalidInputError
-        If the name is unknown or CUDA is asked for and not there.
-    """
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        found = torch.device(device)
-    except RuntimeError as error:
-        raise InvalidInputError(f"device {device!r} is not one of auto, cpu, cuda") from error
-    if found.type not in ("cpu", "cuda"):
-        raise InvalidInputError(f"device {device!r} is not one of auto, cpu, cuda")
-    if found.type == "cuda" and not torch.cuda.is_available():
-        raise InvalidInputError("device 'cuda' is not available here; use 'auto' or 'cpu'")
-    return found

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fedleak.attacks.base import ATTACKS, Evidence, Reconstruction, relative
+from fedleak.attacks.base import ATTACKS, Reconstruction
+from fedleak.attacks.evidence import Evidence, relative
 from fedleak.attacks.linear import (
     CLEAN,
     LinearSolution,
@@ -164,7 +165,7 @@ def _residuals(
         return [relative(inputs[-1], solution.values[depth]) / precision, *terms]
 
     def whole(x: Tensor) -> list[Tensor]:
-        made = chain.trace(x, evidence.labels).gradients
+        made = chain.trace(x, evidence.labels[:, 0]).gradients
         return [relative(g, gradient[k]) / scale(k) for k, g in made.items()]
 
     return whole if depth is None else known_above

@@ -8,7 +8,9 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from fedleak.attacks.base import ATTACKS, Evidence, Reconstruction
+from fedleak.attacks.base import ATTACKS, Reconstruction
+from fedleak.attacks.evidence import Evidence
+from fedleak.errors import UnsupportedModelError
 from fedleak.metric.rank import layer_rank
 from fedleak.observation import Observation
 from fedleak.solvers import cgls
@@ -100,6 +102,11 @@ def solve_recursively(evidence: Evidence, mid_grey: float = 0.5) -> LinearSoluti
         Where the image is undetermined, the solution nearest to this grey is taken.
     """
     chain, gradient = evidence.chain, evidence.gradient
+    if chain.head.bias is None:
+        raise UnsupportedModelError(
+            f"head {chain.head.name!r} has no bias; its bias gradient is what the linear "
+            "systems start from"
+        )
     g = gradient[chain.head.bias_name]
     value, deviation, noise = _head_input(g, gradient[chain.head.weight_name])
     g, noise = _self_consistent(evidence, g, value, noise)
@@ -190,7 +197,7 @@ def _self_consistent(
         At least the difference of the two: a pruned head can look noiseless.
     """
     logits = evidence.chain.head.forward(value)
-    made = logits.softmax(1) - torch.nn.functional.one_hot(evidence.labels, g.shape[1])
+    made = logits.softmax(1) - torch.nn.functional.one_hot(evidence.labels[:, 0], g.shape[1])
     size = g.norm(dim=1).clamp_min(1e-300)
     miss = (made - g).norm(dim=1) / size
     # The client's float32 softmax rounds p - y: of a confident model's small g, a large part.
@@ -281,7 +288,7 @@ def package(
         details = {"by": by[n], "noise": float(solution.noise[n]), "layers": layers}
         out.append(
             Reconstruction(
-                images[n : n + 1].cpu(), evidence.labels[n : n + 1].cpu(), float(fit[n]), details
+                images[n : n + 1].cpu(), evidence.labels[n].cpu(), float(fit[n]), details
             )
         )
     return out

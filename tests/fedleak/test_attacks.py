@@ -175,7 +175,7 @@ def test_a_known_label_is_used(observe: Observe) -> None:
     x, y = train.batch(range(1))
     model = build_model("cnn2-v1", (1, 8, 8), 10, seed=0)
     seen = observe(model, x[0], int(y[0]))
-    told = Observation(model, seen.gradient, seen.input_shape, label=(int(y[0]) + 1) % 10)
+    told = Observation(model, seen.gradient, seen.input_shape, labels=((int(y[0]) + 1) % 10,))
     (result,) = LinearAttack()([told])
     assert int(result.labels) == (int(y[0]) + 1) % 10
 

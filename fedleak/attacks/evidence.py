@@ -1,0 +1,188 @@
+"""Observations of one model, stacked for batched work."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+from torch import Tensor, nn
+
+from fedleak.attacks.labels import infer_labels
+from fedleak.errors import InvalidInputError, UnsupportedModelError
+from fedleak.observation import Observation
+from fedleak.replay import Replay
+from fedleak.systems import Chain, Gradients
+
+
+@dataclass
+class Evidence:
+    """Observations of one model, stacked for batched work.
+
+    Attributes
+    ----------
+    model : nn.Module
+    input_shape : tuple of int
+        Shape (C, H, W) of one image.
+    gradient : dict
+        Observed gradients by parameter name, float64, shape (N, *parameter).
+    labels : Tensor, int64, shape (N, B)
+        Known, or inferred from the head's gradient.
+    replay : Replay
+        The client's step on any torch module, float64.
+    """
+
+    model: nn.Module
+    input_shape: tuple[int, int, int]
+    gradient: Gradients
+    labels: Tensor
+    replay: Replay
+
+    @classmethod
+    def gather(cls, observations: Sequence[Observation], device: str) -> Evidence:
+        """Stack observations and infer the labels that are not known.
+
+        Raises
+        ------
+        UnsupportedModelError
+            If the labels are neither known nor inferable.
+        InvalidInputError
+            If the observations are of different models or batch sizes.
+        """
+        first = observations[0]
+        if any(o.model is not first.model for o in observations):
+            raise InvalidInputError("the observations of one attack must share one model")
+        sizes = sorted({o.images for o in observations})
+        if len(sizes) > 1:
+            raise InvalidInputError(
+                f"the observations of one attack must have one batch size, not {sizes}"
+            )
+        where = resolve_device(device)
+        names = first.gradient
+        gradient = {n: torch.stack([o.gradient[n] for o in observations]).to(where) for n in names}
+        replay = Replay(first.model, first.input_shape, device=where)
+        labels = _labels(observations, gradient, replay)
+        return cls(first.model, first.input_shape, gradient, labels, replay)
+
+    @cached_property
+    def _chain(self) -> Chain | UnsupportedModelError:
+        if self.images > 1:
+            return UnsupportedModelError(
+                f"the update mixes {self.images} images (batch size times local steps); the "
+                "linear systems cover one image for each update"
+            )
+        try:
+            return Chain.read(self.model, self.input_shape).to(self.replay.device)
+        except UnsupportedModelError as error:
+            return error
+
+    @property
+    def is_chain(self) -> bool:
+        """Whether the linear systems cover this model and batch size."""
+        return isinstance(self._chain, Chain)
+
+    @property
+    def chain(self) -> Chain:
+        """The model as a chain of layers with linear systems.
+
+        Raises
+        ------
+        UnsupportedModelError
+            If the model is no such chain, or an update mixes several images.
+        """
+        if isinstance(self._chain, UnsupportedModelError):
+            raise self._chain
+        return self._chain
+
+    @property
+    def images(self) -> int:
+        """Number of images B behind each update."""
+        return self.labels.shape[1]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def subset(self, mask: Tensor) -> Evidence:
+        """Return the observations where ``mask`` is true."""
+        part = replace(
+            self, gradient={k: g[mask] for k, g in self.gradient.items()}, labels=self.labels[mask]
+        )
+        part.__dict__["_chain"] = self._chain  # read once
+        return part
+
+    def fit(self, images: Tensor) -> Tensor:
+        """Return :attr:`Reconstruction.fit` of each update, shape (N,).
+
+        Parameters
+        ----------
+        images : Tensor, shape (N, C, H, W) or (N, B, C, H, W)
+        """
+        if images.dim() == 4:
+            images = images.unsqueeze(1)
+        with torch.no_grad():
+            if self.is_chain:
+                made = self.chain.trace(images[:, 0], self.labels[:, 0]).gradients
+            else:
+                made = self.replay(images, self.labels).gradients
+        terms = [relative(made[k], g).square().sum(1) for k, g in self.gradient.items()]
+        return torch.stack(terms).mean(0).sqrt()
+
+
+def _labels(observations: Sequence[Observation], gradient: Gradients, replay: Replay) -> Tensor:
+    images = observations[0].images
+    known = [o.labels for o in observations]
+    for labels in known:
+        if labels is not None and len(labels) != images:
+            raise InvalidInputError(f"{len(labels)} labels are known of {images} images")
+        if labels is not None and not all(0 <= y < replay.classes for y in labels):
+            raise InvalidInputError(
+                f"known labels {labels} do not lie in 0 ... {replay.classes - 1}"
+            )
+    if all(labels is not None for labels in known):
+        inferred = torch.zeros(len(known), images, dtype=torch.int64)
+    else:
+        prefix = f"{replay.head}." if replay.head else ""
+        bias = gradient.get(f"{prefix}bias") if replay.head is not None else None
+        weight = gradient.get(f"{prefix}weight") if replay.head is not None else None
+        inferred = infer_labels(bias, weight, images, _typical(replay))
+    rows = [
+        torch.tensor(y, device=inferred.device) if y is not None else inferred[n]
+        for n, y in enumerate(known)
+    ]
+    return torch.stack(rows).to(replay.device)
+
+
+def _typical(replay: Replay) -> Tensor:
+    """Return the mean class probabilities on grey images of every brightness."""
+    grey = torch.linspace(0, 1, 9, dtype=replay.dtype, device=replay.device)
+    images = grey.reshape(-1, 1, 1, 1).expand(-1, *replay.input_shape)
+    with torch.no_grad():
+        return replay.model(images).softmax(1).mean(0)
+
+
+def relative(value: Tensor, target: Tensor) -> Tensor:
+    """Return ``(value - target) / ||target||`` of each update, flattened to (N, n)."""
+    flat = target.flatten(1)
+    return (value.flatten(1) - flat) / flat.norm(dim=1, keepdim=True).clamp_min(1e-300)
+
+
+def resolve_device(device: str) -> torch.device:
+    """Return the torch device for ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+
+    Raises
+    ------
+    InvalidInputError
+        If the name is unknown or CUDA is asked for and not there.
+    """
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        found = torch.device(device)
+    except RuntimeError as error:
+        raise InvalidInputError(f"device {device!r} is not one of auto, cpu, cuda") from error
+    if found.type not in ("cpu", "cuda"):
+        raise InvalidInputError(f"device {device!r} is not one of auto, cpu, cuda")
+    if found.type == "cuda" and not torch.cuda.is_available():
+        raise InvalidInputError("device 'cuda' is not available here; use 'auto' or 'cpu'")
+    return found

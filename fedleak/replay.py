@@ -1,0 +1,169 @@
+"""What a client would have sent for these images: gradients of any torch module."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call, grad, vmap
+
+from fedleak.errors import InvalidInputError, UnsupportedModelError
+
+Gradients = dict[str, Tensor]
+
+
+@dataclass
+class Replayed:
+    """The gradients of some batches, and what the fully connected head was given.
+
+    Attributes
+    ----------
+    gradients : dict
+        Mean gradient of each batch by parameter name, shape (N, *parameter).
+    head_input : Tensor or None, shape (N, B, features)
+        Input of the module's last fully connected layer, where it has one.
+    """
+
+    gradients: Gradients
+    head_input: Tensor | None
+
+
+class Replay:
+    """Replays a client's step for candidate images, differentiably.
+
+    Parameters
+    ----------
+    model : nn.Module
+        The model as sent, in the mode (``train`` or ``eval``) of the client. It is copied.
+    input_shape : tuple of int
+        Shape (C, H, W) of one image.
+    dtype : torch.dtype
+        Precision of the computation.
+    device : torch.device
+
+    Attributes
+    ----------
+    head : str or None
+        Name of the fully connected layer whose output are the logits.
+
+    Raises
+    ------
+    InvalidInputError
+        If the module cannot take an image of this shape, or does not return logits.
+    UnsupportedModelError
+        If the module draws random numbers (dropout in training mode).
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        input_shape: tuple[int, ...],
+        dtype: torch.dtype = torch.float64,
+        device: torch.device | str = "cpu",
+    ):
+        self.model = _deterministic(copy.deepcopy(model)).to(device=device, dtype=dtype)
+        self.parameters = {
+            n: p.detach() for n, p in self.model.named_parameters() if p.requires_grad
+        }
+        self.input_shape, self.dtype, self.device = tuple(input_shape), dtype, torch.device(device)
+        self.head, self.classes = self._find_head()
+
+    def _find_head(self) -> tuple[str | None, int]:
+        """Run once and see which fully connected layer makes the output."""
+        made: dict[str, Tensor] = {}
+        hooks = [
+            module.register_forward_hook(lambda m, i, out, name=name: made.update({name: out}))
+            for name, module in self.model.named_modules()
+            if isinstance(module, nn.Linear)
+        ]
+        try:
+            with torch.no_grad():
+                zeros = torch.zeros(2, *self.input_shape, dtype=self.dtype, device=self.device)
+                logits = self.model(zeros)
+        except (RuntimeError, ValueError, TypeError) as error:
+            raise InvalidInputError(
+                f"the model cannot take images of shape {self.input_shape}: {error}"
+            ) from error
+        finally:
+            for hook in hooks:
+                hook.remove()
+        if not isinstance(logits, Tensor) or logits.dim() != 2 or logits.shape[0] != 2:
+            what = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+            raise InvalidInputError(
+                f"the model must return logits of shape (batch, classes), not {what}"
+            )
+        heads = [name for name, out in made.items() if out is logits]
+        return (heads[0] if heads else None), int(logits.shape[1])
+
+    def _forward(self, parameters: Gradients, images: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return logits and the head's input of one batch."""
+        if self.head is None:
+            return functional_call(self.model, parameters, (images,)), None
+        seen: list[Tensor] = []
+        module = self.model.get_submodule(self.head)
+        hook = module.register_forward_pre_hook(lambda m, args: seen.append(args[0]))
+        try:
+            logits = functional_call(self.model, parameters, (images,))
+        finally:
+            hook.remove()
+        return logits, seen[0]
+
+    def __call__(self, images: Tensor, labels: Tensor) -> Replayed:
+        """Return what clients would send; differentiable in ``images`` and soft labels.
+
+        Parameters
+        ----------
+        images : Tensor, shape (N, B, C, H, W)
+            One batch for each of N clients.
+        labels : Tensor
+            Classes, int64, shape (N, B), or class probabilities, shape (N, B, classes).
+
+        Returns
+        -------
+        Replayed
+            Of the mean cross-entropy of each batch.
+        """
+
+        def loss(
+            parameters: Gradients, batch: Tensor, target: Tensor
+        ) -> tuple[Tensor, Tensor | None]:
+            logits, head_input = self._forward(parameters, batch)
+            return F.cross_entropy(logits, target), head_input
+
+        if len(images) == 1:  # plain autograd: less overhead, and more operators
+            parameters = {n: p.detach().requires_grad_() for n, p in self.parameters.items()}
+            value, head_input = loss(parameters, images[0], labels[0])
+            parts = torch.autograd.grad(
+                value,
+                list(parameters.values()),
+                create_graph=torch.is_grad_enabled(),
+                allow_unused=True,
+                materialize_grads=True,
+            )
+            made = {n: g.unsqueeze(0) for n, g in zip(parameters, parts, strict=True)}
+            return Replayed(made, None if head_input is None else head_input.unsqueeze(0))
+        if self.head is None:
+            single = vmap(grad(lambda p, x, y: loss(p, x, y)[0]), in_dims=(None, 0, 0))
+            return Replayed(single(self.parameters, images, labels), None)
+        both = vmap(grad(loss, has_aux=True), in_dims=(None, 0, 0))
+        return Replayed(*both(self.parameters, images, labels))
+
+
+def _deterministic(model: nn.Module) -> nn.Module:
+    """Make batch normalisation pure and refuse what is random."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.modules.dropout._DropoutNd) and module.training and module.p > 0:
+            raise UnsupportedModelError(
+                f"layer {name!r}: dropout with p={module.p} is random in training, which the "
+                "attacker does not see; set p=0"
+            )
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training:
+            # With batch statistics the running ones only count along, in place.
+            module.track_running_stats = False
+            module.running_mean = module.running_var = module.num_batches_tracked = None
+        if hasattr(module, "inplace"):
+            module.inplace = False
+    return model
