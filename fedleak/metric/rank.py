@@ -51,9 +51,10 @@ def _blocks(layer: Conv, filters: int) -> tuple[int, int]:
 
 def _axis(layer: Conv, axis: int) -> dict[int, tuple[int, int]]:
     """Return, per stride class along one axis, kernel offsets and the pixels they reach."""
+    w = layer.windows
     size, out = layer.in_shape[1 + axis], layer.out_shape[1 + axis]
-    kernel, stride, dilation = layer.kernel[axis], layer.stride[axis], layer.dilation[axis]
-    before = layer.padding[2 - 2 * axis]
+    kernel, stride, dilation = w.kernel[axis], w.stride[axis], w.dilation[axis]
+    before = w.padding[2 - 2 * axis]
     offsets: dict[int, int] = {}
     pixels: dict[int, set[int]] = {}
     for k in range(kernel):

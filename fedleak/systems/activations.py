@@ -1,4 +1,4 @@
-"""Activations whose input follows from their output, and reshapes."""
+"""Activations, inverted as far as they can be, and reshapes."""
 
 from __future__ import annotations
 
@@ -11,6 +11,15 @@ from fedleak.systems.base import Pointwise, Shape
 # float64 resolves tanh and sigmoid this close to saturation; the published code
 # clips tanh at 0.9999 and loses what lies beyond.
 _EDGE = 1e-12
+# A float32 output this close to a bound may as well lie on it: the input is lost.
+_SATURATED = 1.2e-7
+# Larger errors, relative to an output's size, are those of an estimate: no margin covers them.
+_WRONG = 1e-3
+
+
+def _at_bound(distance: Tensor) -> Tensor:
+    # Far outside the range is noise, not saturation.
+    return distance.abs() <= _SATURATED
 
 
 class Tanh(Pointwise):
@@ -23,6 +32,9 @@ class Tanh(Pointwise):
     def inverse(self, z: Tensor) -> Tensor:
         return torch.atanh(z.clamp(-1 + _EDGE, 1 - _EDGE))
 
+    def lost(self, z: Tensor) -> Tensor:
+        return _at_bound(1 - z.abs())
+
 
 class Sigmoid(Pointwise):
     def forward(self, x: Tensor) -> Tensor:
@@ -33,6 +45,42 @@ class Sigmoid(Pointwise):
 
     def inverse(self, z: Tensor) -> Tensor:
         return torch.logit(z.clamp(_EDGE, 1 - _EDGE))
+
+    def lost(self, z: Tensor) -> Tensor:
+        return _at_bound(1 - z)  # float32 resolves the neighbourhood of 0
+
+
+class Clamp(Pointwise):
+    """``clamp(x, low, high)``: ReLU, ReLU6, Hardtanh.
+
+    Between the bounds the input is the output; at a bound it lies anywhere beyond.
+    """
+
+    def __init__(self, name: str, in_shape: Shape, out_shape: Shape, low: float, high: float):
+        super().__init__(name, in_shape, out_shape)
+        self.low, self.high = low, high
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.clamp(self.low, self.high)
+
+    def backward(self, x: Tensor, z: Tensor, e: Tensor) -> Tensor:
+        return e * ((x > self.low) & (x < self.high)).to(e)
+
+    def inverse(self, z: Tensor) -> Tensor:
+        return z.clamp(self.low, self.high)
+
+    def lost(self, z: Tensor) -> Tensor:
+        return (z <= self.low) | (z >= self.high)
+
+    def settle(self, z: Tensor, deviation: Tensor) -> Tensor:
+        flat = z.flatten(1)
+        # What lies outside the range can only be error: it shows how large errors are.
+        outside = torch.maximum(self.low - flat, flat - self.high).amax(1).clamp_min(0)
+        size = flat.square().mean(1).sqrt()
+        error = torch.minimum(3 * outside, _WRONG * size).maximum(1e-9 * size)
+        margin = error.reshape(-1, *[1] * (z.dim() - 1)) + 3 * deviation
+        z = torch.where(z <= self.low + margin, self.low, z)
+        return torch.where(z >= self.high - margin, self.high, z)
 
 
 class LeakyReLU(Pointwise):

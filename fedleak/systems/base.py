@@ -57,11 +57,34 @@ class Layer(ABC):
 
 
 class Pointwise(Layer):
-    """An activation or a reshape: its input follows from its output."""
+    """An activation, a normalisation or a reshape: each output has one input of its own."""
 
     @abstractmethod
     def inverse(self, z: Tensor) -> Tensor:
         """Return the ``x`` with ``f(x) = z``; ``z`` outside the range is clipped to it."""
+
+    def lost(self, z: Tensor) -> Tensor | None:
+        """Return where ``z`` does not tell ``x``, a mask like ``z``; None for nowhere."""
+        return None
+
+    def settle(self, z: Tensor, deviation: Tensor) -> Tensor:
+        """Return ``z`` with what is at a bound of the range, within its error, put on it."""
+        return z
+
+    def undo(self, z: Tensor, deviation: Tensor) -> tuple[Tensor, Tensor]:
+        """Return ``x`` and its standard deviation, from ``z`` and its.
+
+        Where ``x`` is lost, any ``x`` with ``f(x) = z`` is returned, and its deviation is
+        infinite.
+        """
+        z = self.settle(z, deviation)
+        x = self.inverse(z)
+        slope = self.backward(x, z, torch.ones_like(z))
+        deviation = deviation.reshape(x.shape) / slope.abs().clamp_min(1e-12)
+        lost = self.lost(z)
+        if lost is not None:
+            deviation = deviation.masked_fill(lost.reshape(x.shape), torch.inf)
+        return x, deviation
 
 
 @dataclass
@@ -72,16 +95,40 @@ class Rows:
     ----------
     weight : Tensor, shape (N, *out_shape)
         One row for each output: the layer's own equation ``A x = z - c``.
-    gradient : Tensor, shape (N, *weight.shape)
-        One row for each weight: ``K(e) x = dL/dW``.
+    gradient : Tensor, shape (N, *weight_shape)
+        One row for each weight: ``K(e) x = dL/dW``. Shape (N, 0) without parameters.
     """
 
     weight: Tensor
     gradient: Tensor
 
 
-class Affine(Layer):
-    """A layer ``z = A x + c`` with parameters, and so with a linear system for ``x``.
+class System(Layer):
+    """A layer ``z = A x + c``, and so with a linear system ``U x = v`` for its input.
+
+    ``U = [A; K(e)]``; a layer without parameters has the weight rows ``A`` alone.
+    """
+
+    @property
+    def unknowns(self) -> int:
+        """Number of entries of one input, ``n_i`` of the paper."""
+        return math.prod(self.in_shape)
+
+    @abstractmethod
+    def apply(self, x: Tensor, e: Tensor) -> Rows:
+        """Return ``U x``: ``A x`` and ``K(e) x``."""
+
+    @abstractmethod
+    def adjoint(self, rows: Rows, e: Tensor) -> Tensor:
+        """Return ``U^T rows = A^T rows.weight + K(e)^T rows.gradient``."""
+
+    @abstractmethod
+    def target(self, z: Tensor, gradient: Tensor) -> Rows:
+        """Return the system's right side ``[z - c; vec(dL/dW)]``."""
+
+
+class Affine(System):
+    """A system with parameters, and so with gradient rows: convolutions, dense layers.
 
     Everything rests on the patch matrix ``P(x)``, shape (fan_in, positions): the layer
     computes ``A x = W P(x)`` and its weight gradient is ``K(e) x = e P(x)^T``. So one
@@ -120,16 +167,10 @@ class Affine(Layer):
     def scatter(self, p: Tensor) -> Tensor:
         """Return the adjoint of :meth:`patches`, shape (N, *in_shape)."""
 
-    @property
-    def unknowns(self) -> int:
-        """Number of entries of one input, ``n_i`` of the paper."""
-        return math.prod(self.in_shape)
-
     def _grouped(self, e: Tensor) -> Tensor:
         return e.reshape(e.shape[0], *self.weight.shape[:2], -1)
 
     def apply(self, x: Tensor, e: Tensor) -> Rows:
-        """Return ``U x``: ``A x`` and ``K(e) x``."""
         p = self.patches(x)
         return Rows(
             (self.weight @ p).reshape(-1, *self.out_shape),
@@ -137,7 +178,6 @@ class Affine(Layer):
         )
 
     def adjoint(self, rows: Rows, e: Tensor) -> Tensor:
-        """Return ``U^T rows = A^T rows.weight + K(e)^T rows.gradient``."""
         gradient = rows.gradient.reshape(-1, *self.weight.shape)
         p = self.weight.mT @ self._grouped(rows.weight) + gradient.mT @ self._grouped(e)
         return self.scatter(p)
@@ -160,5 +200,4 @@ class Affine(Layer):
         return out
 
     def target(self, z: Tensor, gradient: Tensor) -> Rows:
-        """Return the system's right side ``[z - c; vec(dL/dW)]``."""
         return Rows(z if self.bias is None else z - self._spread(self.bias), gradient)

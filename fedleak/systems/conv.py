@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fedleak.errors import UnsupportedModelError
 from fedleak.systems.base import Affine, Shape
+from fedleak.systems.windows import Windows
 
 
 class Conv(Affine):
     """``nn.Conv2d`` with zero padding."""
 
     def __init__(self, name: str, module: nn.Conv2d, in_shape: Shape, out_shape: Shape):
-        self.kernel, self.stride, self.dilation = (
+        kernel, stride, dilation = (
             (int(a), int(b)) for a, b in (module.kernel_size, module.stride, module.dilation)
         )
         self.groups = module.groups
-        self.padding = _padding(module)
-        left, right, top, bottom = self.padding
-        self.padded = (in_shape[1] + top + bottom, in_shape[2] + left + right)
+        self.windows = Windows(in_shape, kernel, stride, _padding(module), dilation)
         super().__init__(name, in_shape, out_shape, module.weight, module.bias)
 
     @classmethod
@@ -35,14 +33,11 @@ class Conv(Affine):
         return weight.reshape(self.groups, weight.shape[0] // self.groups, -1)
 
     def patches(self, x: Tensor) -> Tensor:
-        p = F.unfold(F.pad(x, self.padding), self.kernel, self.dilation, 0, self.stride)
+        p = self.windows.patches(x)
         return p.reshape(p.shape[0], self.groups, -1, p.shape[2])
 
     def scatter(self, p: Tensor) -> Tensor:
-        columns = p.reshape(p.shape[0], -1, p.shape[-1])
-        x = F.fold(columns, self.padded, self.kernel, self.dilation, 0, self.stride)
-        left, _, top, _ = self.padding
-        return x[..., top : top + self.in_shape[1], left : left + self.in_shape[2]]
+        return self.windows.scatter(p.reshape(p.shape[0], -1, p.shape[-1]))
 
 
 def _padding(module: nn.Conv2d) -> tuple[int, int, int, int]:

@@ -135,8 +135,8 @@ class _Residual(nn.Module):
     ("model", "words"),
     [
         (
-            nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.Flatten(), nn.Linear(72, 3)),
-            "'1' (ReLU)",
+            nn.Sequential(nn.Conv2d(1, 2, 3), nn.GELU(), nn.Flatten(), nn.Linear(72, 3)),
+            "'1' (GELU)",
         ),
         (nn.Sequential(nn.Conv2d(1, 2, 3), nn.Tanh()), "does not end in a fully connected"),
         (_Residual(), "residual"),

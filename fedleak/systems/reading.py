@@ -1,0 +1,238 @@
+"""Read a torch module as a list of layers; refuse by name what is no chain of them."""
+
+from __future__ import annotations
+
+import copy
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from fedleak.errors import InvalidInputError, UnsupportedModelError
+from fedleak.systems.activations import Clamp, LeakyReLU, Reshape, Sigmoid, Tanh
+from fedleak.systems.base import Layer, Shape
+from fedleak.systems.conv import Conv
+from fedleak.systems.linear import Dense
+from fedleak.systems.normalisation import BatchNorm
+from fedleak.systems.pooling import AvgPool, MaxPool, Mean
+
+Reader = Callable[[str, Any, Shape, Shape], Layer]
+
+
+def _clamp(name: str, module: Any, i: Shape, o: Shape) -> Layer:
+    bounds = (0.0, torch.inf) if isinstance(module, nn.ReLU) else (module.min_val, module.max_val)
+    return Clamp(name, i, o, *map(float, bounds))
+
+
+def _reshape(name: str, module: Any, i: Shape, o: Shape) -> Layer:
+    return Reshape(name, i, o)
+
+
+#: How each kind of module becomes a layer: (name, module, in_shape, out_shape) -> Layer.
+MODULES: dict[type[nn.Module], Reader] = {
+    nn.Conv2d: Conv.read,
+    nn.Linear: lambda n, m, i, o: Dense.read(n, m, i),
+    nn.Tanh: lambda n, m, i, o: Tanh(n, i, o),
+    nn.Sigmoid: lambda n, m, i, o: Sigmoid(n, i, o),
+    nn.LeakyReLU: lambda n, m, i, o: LeakyReLU(n, i, o, m.negative_slope),
+    nn.ReLU: _clamp,
+    nn.ReLU6: _clamp,
+    nn.Hardtanh: _clamp,
+    nn.BatchNorm1d: BatchNorm.read,
+    nn.BatchNorm2d: BatchNorm.read,
+    nn.AvgPool2d: AvgPool.read,
+    nn.AdaptiveAvgPool2d: AvgPool.read_adaptive,
+    Mean: AvgPool.read_mean,
+    nn.MaxPool2d: MaxPool.read,
+    nn.Identity: _reshape,
+    nn.Flatten: _reshape,
+    nn.Unflatten: _reshape,
+    nn.Dropout: _reshape,
+    nn.Dropout2d: _reshape,
+}
+
+
+def _no_layer(*args: Any, **kwargs: Any) -> nn.Module:
+    return nn.Identity()
+
+
+def _max_pool(
+    kernel_size: Any,
+    stride: Any = None,
+    padding: Any = 0,
+    dilation: Any = 1,
+    ceil_mode: bool = False,
+    return_indices: bool = False,
+) -> nn.Module:
+    return nn.MaxPool2d(kernel_size, stride, padding, dilation, return_indices, ceil_mode)
+
+
+#: The module that each function or tensor method in ``forward`` amounts to, made with the
+#: arguments after the first.
+FUNCTIONS: dict[Any, Callable[..., nn.Module]] = {
+    torch.tanh: nn.Tanh,
+    F.tanh: nn.Tanh,
+    "tanh": nn.Tanh,
+    torch.sigmoid: nn.Sigmoid,
+    F.sigmoid: nn.Sigmoid,
+    "sigmoid": nn.Sigmoid,
+    F.leaky_relu: nn.LeakyReLU,
+    F.relu: nn.ReLU,
+    torch.relu: nn.ReLU,
+    torch.relu_: nn.ReLU,
+    "relu": nn.ReLU,
+    "relu_": nn.ReLU,
+    F.relu6: nn.ReLU6,
+    F.hardtanh: nn.Hardtanh,
+    F.avg_pool2d: nn.AvgPool2d,
+    F.adaptive_avg_pool2d: nn.AdaptiveAvgPool2d,
+    torch.mean: Mean,
+    "mean": Mean,
+    F.max_pool2d: _max_pool,
+    torch.max_pool2d: _max_pool,
+    torch.flatten: _no_layer,
+    torch.reshape: _no_layer,
+    "flatten": _no_layer,
+    "view": _no_layer,
+    "reshape": _no_layer,
+}
+# Bookkeeping around ``x.view(x.size(0), -1)``: no layer of its own.
+_IGNORED = {"size", getattr, operator.getitem}
+
+
+def read_layers(model: nn.Module, input_shape: Shape) -> list[Layer]:
+    """Return the layers of a module, in forward order; see :meth:`Chain.read`."""
+    _demand_known(model)
+    model = copy.deepcopy(model).eval()
+    try:
+        graph = fx.symbolic_trace(model)
+    except Exception as error:  # fx raises many kinds; each means "not a fixed chain"
+        raise UnsupportedModelError(
+            f"the forward pass of {type(model).__name__} cannot be traced ({error}); "
+            "the linear systems need a fixed chain of layers"
+        ) from error
+    modules = dict(graph.named_modules())
+    reference = next(model.parameters(), torch.empty(0))
+    value = torch.zeros(1, *input_shape, dtype=reference.dtype, device=reference.device)
+    runner = _ShapeRunner(graph, input_shape)
+    with torch.no_grad():
+        runner.run(value)
+    layers: list[Layer] = []
+    seen: set[Any] = set()
+    current: fx.Node | None = None
+    for node in graph.graph.nodes:
+        if node.op == "placeholder" and current is None:
+            current = node
+        elif node.op == "output":
+            _demand_chain(node, current)
+        elif node.target not in _IGNORED or node.op == "call_module":
+            _demand_chain(node, current)
+            if node.op == "call_module" and node.target in seen and _has_parameters(modules, node):
+                raise UnsupportedModelError(
+                    f"layer {node.target!r} is used twice: its gradient is the sum of both uses"
+                )
+            seen.add(node.target)
+            layers.append(_read_node(node, modules, runner, current))
+            current = node
+    return layers
+
+
+def _has_parameters(modules: dict[str, nn.Module], node: fx.Node) -> bool:
+    return next(modules[str(node.target)].parameters(), None) is not None
+
+
+def _demand_chain(node: fx.Node, current: fx.Node | None) -> None:
+    if current not in node.all_input_nodes or not all(
+        n is current or n.target in _IGNORED for n in node.all_input_nodes
+    ):
+        raise UnsupportedModelError(
+            f"layer {node.name!r} does not follow the layer before it alone (a branch, a "
+            "residual connection or a loose parameter); the linear systems need a chain"
+        )
+
+
+def _read_node(
+    node: fx.Node, modules: dict[str, nn.Module], runner: _ShapeRunner, before: fx.Node | None
+) -> Layer:
+    assert before is not None
+    if node.op == "call_module":
+        name, module = str(node.target), modules[str(node.target)]
+        what = f"{name!r} ({type(module).__name__})"
+        frozen = [n for n, p in module.named_parameters() if not p.requires_grad]
+        if frozen:
+            raise UnsupportedModelError(
+                f"layer {name!r} has a frozen {frozen[0]!r}: it gets no gradient to attack"
+            )
+    else:
+        name, module = node.name, _as_module(node, runner)
+        what = f"{name!r} ({node.op})"
+    reader = MODULES.get(type(module))
+    if reader is None or node.name not in runner.shapes:
+        supported = ", ".join(sorted(kind.__name__ for kind in MODULES))
+        raise UnsupportedModelError(
+            f"layer {what} has no linear system in fedleak; layers that have one: {supported}. "
+            "The hybrid attack matches such a model as a whole"
+        )
+    shape_in, shape_out = runner.shapes[before.name], runner.shapes[node.name]
+    if shape_out[:1] != (1,):
+        raise UnsupportedModelError(
+            f"layer {what} mixes the images of a batch: it makes one image an array of shape "
+            f"{shape_out}"
+        )
+    return reader(name, module, shape_in[1:], shape_out[1:])
+
+
+def _as_module(node: fx.Node, runner: _ShapeRunner) -> nn.Module | None:
+    """Return the module that a function call amounts to; None if there is none."""
+    make = FUNCTIONS.get(node.target)
+    if make is None:
+        return None
+    known = fx.node.map_arg((node.args[1:], node.kwargs), lambda n: runner.values.get(n.name))
+    args, kwargs = known  # type: ignore[misc]
+    return make(*args, **{k: v for k, v in kwargs.items() if k != "input"})  # type: ignore[union-attr]
+
+
+def _demand_known(model: nn.Module) -> None:
+    """Refuse what a client computes from what the server does not know, and NaN."""
+    for name, module in model.named_modules():
+        dropout = isinstance(module, nn.modules.dropout._DropoutNd)
+        if dropout and module.training and module.p > 0:  # type: ignore[operator]
+            raise UnsupportedModelError(
+                f"layer {name!r}: dropout with p={module.p} is random in training, which the "
+                "attacker does not see; set p=0"
+            )
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training:
+            raise UnsupportedModelError(
+                f"layer {name!r} uses batch statistics, which are not known before its input is; "
+                "if the clients train with running statistics, hand the model over after "
+                "model.eval(). The hybrid attack matches such a model as a whole"
+            )
+    for name, value in model.state_dict().items():
+        if value.is_floating_point() and not bool(value.isfinite().all()):
+            raise InvalidInputError(f"the model's {name!r} holds NaN or infinite values")
+
+
+class _ShapeRunner(fx.Interpreter):
+    """Runs the model once on zeros, to learn the shape of every tensor and all other values."""
+
+    def __init__(self, graph: fx.GraphModule, input_shape: Shape):
+        super().__init__(graph)
+        self.shapes: dict[str, Shape] = {}
+        self.values: dict[str, Any] = {}
+        self.input_shape = input_shape
+
+    def run_node(self, n: fx.Node) -> Any:
+        try:
+            value = super().run_node(n)
+        except (RuntimeError, ValueError) as error:
+            raise InvalidInputError(
+                f"layer {n.target!s} cannot take an image of shape {self.input_shape}: {error}"
+            ) from error
+        if isinstance(value, Tensor):
+            self.shapes[n.name] = tuple(value.shape)
+        else:
+            self.values[n.name] = value
+        return value
