@@ -31,6 +31,8 @@ class Evidence:
         Known, or inferred from the head's gradient.
     replay : Replay
         The client's step on any torch module, float64.
+    granted : bool
+        Whether all labels were known beforehand.
     """
 
     model: nn.Module
@@ -38,6 +40,7 @@ class Evidence:
     gradient: Gradients
     labels: Tensor
     replay: Replay
+    granted: bool = False
 
     @classmethod
     def gather(cls, observations: Sequence[Observation], device: str) -> Evidence:
@@ -63,7 +66,8 @@ class Evidence:
         gradient = {n: torch.stack([o.gradient[n] for o in observations]).to(where) for n in names}
         replay = Replay(first.model, first.input_shape, device=where)
         labels = _labels(observations, gradient, replay)
-        return cls(first.model, first.input_shape, gradient, labels, replay)
+        granted = all(o.labels is not None for o in observations)
+        return cls(first.model, first.input_shape, gradient, labels, replay, granted)
 
     @cached_property
     def _chain(self) -> Chain | UnsupportedModelError:
@@ -110,6 +114,12 @@ class Evidence:
         )
         part.__dict__["_chain"] = self._chain  # read once
         return part
+
+    def with_labels(self, labels: Tensor) -> Evidence:
+        """Return the same observations with other labels, shape (N, B)."""
+        other = replace(self, labels=labels)
+        other.__dict__["_chain"] = self._chain  # read once
+        return other
 
     def fit(self, images: Tensor) -> Tensor:
         """Return :attr:`Reconstruction.fit` of each update, shape (N,).

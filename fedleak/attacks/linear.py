@@ -10,17 +10,23 @@ from torch import Tensor
 
 from fedleak.attacks.base import ATTACKS, Reconstruction
 from fedleak.attacks.evidence import Evidence
-from fedleak.errors import UnsupportedModelError
-from fedleak.metric.rank import layer_rank
+from fedleak.attacks.heads import CLEAN, ROUNDING, HeadSolution, solve_head
+from fedleak.metric.rank import layer_ranks
 from fedleak.observation import Observation
 from fedleak.solvers import cgls
-from fedleak.systems import Affine, Layer, Pointwise, Rows
+from fedleak.systems import Affine, Layer, Pointwise, Rows, System
+from fedleak.systems.pooling import AvgPool, MaxPool
 
-#: Relative rounding error of a float32 forward pass, measured on the paper's networks; that
-#: of a weight gradient, a sum over many positions, was about three times as large.
-_ROUNDING = 1.1e-7
-#: Below this noise, relative to an entry's size, an update is as good as undefended.
-CLEAN = 1e-5
+__all__ = [
+    "CLEAN",
+    "LayerSolution",
+    "LinearAttack",
+    "LinearSolution",
+    "package",
+    "row_deviations",
+    "solve_layer",
+    "solve_recursively",
+]
 
 
 @dataclass
@@ -30,15 +36,19 @@ class LayerSolution:
     Attributes
     ----------
     name : str
-    unknowns, rank : int
-        ``rank`` is what generic weights give; equal to ``unknowns`` if solvable.
+    unknowns : int
+    rank : Tensor, int64, shape (N,)
+        Equal to ``unknowns`` if solvable. With ReLU or pooling above it depends on the update.
+    exact : bool
+        Whether the rank is that of this very system, or a count of its constraints.
     residual : Tensor, shape (N,)
         ``||U x - v|| / ||v||``.
     """
 
     name: str
     unknowns: int
-    rank: int
+    rank: Tensor
+    exact: bool
     residual: Tensor
 
 
@@ -70,13 +80,17 @@ class LinearSolution:
         return self.values[0]
 
     def undetermined(self, layers: Sequence[Layer]) -> int:
-        """Return how many of the first layers are left undetermined.
+        """Return how many of the first layers are left undetermined, in the worst update.
 
         From the head down, layers are solved exactly until the first rank-deficient one;
-        that one and all below it are left. 0 means that the image itself is known.
+        that one and all below it are left, and layers above it whose outputs are known
+        better than their inputs (a ReLU's). 0 means that the image itself is known.
         """
-        deficient = {s.name for s in self.layers if s.rank < s.unknowns}
-        return max((i + 1 for i, layer in enumerate(layers) if layer.name in deficient), default=0)
+        deficient = {s.name for s in self.layers if bool((s.rank < s.unknowns).any())}
+        depth = max((i + 1 for i, layer in enumerate(layers) if layer.name in deficient), default=0)
+        while bool(self.deviations[depth].isinf().any()):
+            depth += 1
+        return depth
 
     def subset(self, mask: Tensor) -> LinearSolution:
         """Return the updates where ``mask`` is true."""
@@ -85,57 +99,112 @@ class LinearSolution:
             [c[mask] for c in self.cotangents],
             [d[mask] for d in self.deviations],
             self.noise[mask],
-            [replace(s, residual=s.residual[mask]) for s in self.layers],
+            [replace(s, rank=s.rank[mask.cpu()], residual=s.residual[mask]) for s in self.layers],
         )
+
+    @staticmethod
+    def pick(solutions: Sequence[LinearSolution], best: Tensor) -> LinearSolution:
+        """Return, for each update, the solution of index ``best``, shape (N,)."""
+        layers = [
+            replace(
+                steps[0],
+                rank=_pick([s.rank for s in steps], best.cpu()),
+                residual=_pick([s.residual for s in steps], best),
+            )
+            for steps in zip(*(s.layers for s in solutions), strict=True)
+        ]
+        values, cotangents, deviations = (
+            [_pick(v, best) for v in zip(*lists, strict=True)]
+            for lists in (
+                [s.values for s in solutions],
+                [s.cotangents for s in solutions],
+                [s.deviations for s in solutions],
+            )
+        )
+        noise = _pick([s.noise for s in solutions], best)
+        return LinearSolution(values, cotangents, deviations, noise, layers)
 
 
 def solve_recursively(evidence: Evidence, mid_grey: float = 0.5) -> LinearSolution:
     """Solve every layer's linear system, from the head to the image.
 
     Chen & Campbell 2022, section 3, and R-GAP (Zhu & Blaschko 2021), with the
-    convolution's bias, exact inverses of the activations, and no matrix.
+    convolution's bias, inverses of the activations as far as they have one, and no matrix.
 
     Parameters
     ----------
     evidence : Evidence
+        Where the head alone leaves the label open (two classes, no bias), ``labels`` is set
+        to what the layers below agree with.
     mid_grey : float
         Where the image is undetermined, the solution nearest to this grey is taken.
     """
-    chain, gradient = evidence.chain, evidence.gradient
-    if chain.head.bias is None:
-        raise UnsupportedModelError(
-            f"head {chain.head.name!r} has no bias; its bias gradient is what the linear "
-            "systems start from"
-        )
-    g = gradient[chain.head.bias_name]
-    value, deviation, noise = _head_input(g, gradient[chain.head.weight_name])
-    g, noise = _self_consistent(evidence, g, value, noise)
-    cotangent = chain.head.backward(value, value, g)
-    out = LinearSolution([value], [cotangent], [deviation], noise)
-    for i in reversed(range(len(chain.layers))):
-        layer = chain.layers[i]
+    heads = solve_head(evidence)
+    found = [_descend(evidence, head, mid_grey) for head in heads]
+    if len(found) == 1:
+        return found[0]
+    misfit = []
+    for head, solution in zip(heads, found, strict=True):
+        outside = (solution.image - solution.image.clamp(0, 1)).flatten(1)
+        fit = evidence.with_labels(head.labels).fit(solution.image)
+        # A network without any bias is odd: only the range of pixels tells x from -x.
+        misfit.append(fit + 1e-3 * outside.square().mean(1).sqrt())
+    best = torch.stack(misfit).nan_to_num(torch.inf).argmin(0)
+    evidence.labels = _pick([head.labels for head in heads], best)
+    return LinearSolution.pick(found, best)
+
+
+def _descend(evidence: Evidence, head: HeadSolution, mid_grey: float) -> LinearSolution:
+    """Go from the head's input down to the image."""
+    layers = evidence.chain.layers
+    value, deviation = head.value, head.deviation
+    cotangent = evidence.chain.head.backward(value, value, head.g)
+    out = LinearSolution([value], [cotangent], [deviation], head.noise)
+    for i in reversed(range(len(layers))):
+        layer = layers[i]
         if isinstance(layer, Pointwise):
-            x = layer.inverse(value)
-            slope = layer.backward(x, value, torch.ones_like(value))
+            x, deviation = layer.undo(value, deviation)
             cotangent = layer.backward(x, value, cotangent)
-            deviation = deviation.reshape(x.shape) / slope.reshape(x.shape).abs().clamp_min(1e-12)
         else:
-            assert isinstance(layer, Affine)
-            weight_gradient = gradient[layer.weight_name]
-            deviations = row_deviations(value, deviation, weight_gradient, noise)
-            start = torch.full((len(evidence), *layer.in_shape), mid_grey if i == 0 else 0.0)
-            x, residual = solve_layer(
-                layer, value, cotangent, weight_gradient, deviations, start.to(value)
-            )
-            rank = layer_rank(layer, cotangent[0])
-            out.layers.insert(0, LayerSolution(layer.name, layer.unknowns, rank, residual))
-            cotangent = layer.backward(x, value, cotangent)
-            deviation = (_spread(noise, x) * _rms(x)).expand_as(x)
+            if isinstance(layer, MaxPool):
+                x, below = layer.estimate(value, cotangent)
+                rank = torch.full((len(x),), layer.rank)
+                step = LayerSolution(
+                    layer.name, layer.unknowns, rank, False, torch.zeros_like(head.noise)
+                )
+            else:
+                assert isinstance(layer, System)
+                start = torch.full(layer.in_shape, mid_grey if i == 0 else 0.0).to(value)
+                x, step = _solve_step(evidence, layer, out, start.expand(len(value), *start.shape))
+                below = layer.backward(x, value, cotangent)
+            out.layers.insert(0, step)
+            cotangent, deviation = below, (_spread(head.noise, x) * _rms(x)).expand_as(x)
         value = x
         out.values.insert(0, value)
         out.cotangents.insert(0, cotangent)
         out.deviations.insert(0, deviation)
     return out
+
+
+def _solve_step(
+    evidence: Evidence, layer: System, above: LinearSolution, start: Tensor
+) -> tuple[Tensor, LayerSolution]:
+    """Solve one layer's system, given everything above it."""
+    z, e, deviation = above.values[0], above.cotangents[0], above.deviations[0]
+    if isinstance(layer, Affine):
+        gradient = evidence.gradient[layer.weight_name]
+        rank, exact = layer_ranks(layer, e, deviation.isfinite())
+    else:
+        assert isinstance(layer, AvgPool)
+        gradient = z.new_zeros(len(z), 0)
+        rank, exact = torch.full((len(z),), layer.rank), True
+    deviations = row_deviations(z, deviation, gradient, above.noise)
+    x, residual = solve_layer(layer, z, e, gradient, deviations, start)
+    return x, LayerSolution(layer.name, layer.unknowns, rank, exact, residual)
+
+
+def _pick(parts: Sequence[Tensor], best: Tensor) -> Tensor:
+    return torch.stack(list(parts))[best, torch.arange(len(best), device=best.device)]
 
 
 def _spread(scalar: Tensor, like: Tensor) -> Tensor:
@@ -146,67 +215,6 @@ def _rms(x: Tensor) -> Tensor:
     return _spread(x.flatten(1).square().mean(1).sqrt().clamp_min(1e-300), x)
 
 
-def _head_input(g: Tensor, head: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Solve ``G = g x^T`` for the head's input ``x`` by weighted least squares.
-
-    Every row gives ``x`` alone; rows are weighted by the inverse of their variance: even
-    noise (a defence) plus rounding in proportion to the row.
-
-    Returns
-    -------
-    x, deviation : Tensor, shape (N, features)
-    noise : Tensor, shape (N,)
-    """
-
-    def solve(weight: Tensor) -> tuple[Tensor, Tensor]:
-        total = (weight * g.square()).sum(1, keepdim=True).clamp_min(1e-300)
-        x = torch.einsum("nc,ncf->nf", weight * g, head) / total
-        return x, head - torch.einsum("nc,nf->ncf", g, x)
-
-    size = head.square().mean((1, 2), keepdim=True).sqrt().clamp_min(1e-300)[:, :, 0]
-    x, rest = solve(torch.ones_like(g))
-    rows = rest.square().mean(2).sqrt()
-    used = head.abs().amax(2) > 0
-    even = torch.where(used, rows, torch.nan).nanmedian(1, keepdim=True).values.nan_to_num(0.0)
-    rounding = _ROUNDING / 4 * g.abs() * x.square().mean(1, keepdim=True).sqrt()
-    variance = even.square() + rounding.square()
-    floor = variance.amax(1, keepdim=True) * 1e-12 + 1e-300
-    weight = 1.0 / (variance + floor)
-    weight = weight / weight.amax(1, keepdim=True)
-    x, rest = solve(weight)
-    freedom = max(1, (head.shape[1] - 1) * head.shape[2])
-    noise = (rest.square().sum((1, 2)) / freedom).sqrt() / size[:, 0]
-    spread = (weight.square() * g.square() * variance).sum(1, keepdim=True).sqrt()
-    total = (weight * g.square()).sum(1, keepdim=True).clamp_min(1e-300)
-    return x, (spread / total).expand_as(x), noise
-
-
-def _self_consistent(
-    evidence: Evidence, g: Tensor, value: Tensor, noise: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Return the head's ``dL/dlogits`` made from its input where that is more precise.
-
-    A softmax cross-entropy has ``g = softmax(W x + b) - y``. The input ``x`` averages over
-    all rows of the head's gradient, so under noise this ``g`` is better than the observed
-    one. It is not taken where it contradicts the observed one: the loss may be another.
-
-    Returns
-    -------
-    g : Tensor, shape (N, classes)
-    noise : Tensor, shape (N,)
-        At least the difference of the two: a pruned head can look noiseless.
-    """
-    logits = evidence.chain.head.forward(value)
-    made = logits.softmax(1) - torch.nn.functional.one_hot(evidence.labels[:, 0], g.shape[1])
-    size = g.norm(dim=1).clamp_min(1e-300)
-    miss = (made - g).norm(dim=1) / size
-    # The client's float32 softmax rounds p - y: of a confident model's small g, a large part.
-    rounding = 5e-7 * (1 + logits.abs().amax(1)) / size
-    miss = torch.where(miss < rounding, torch.zeros_like(miss), miss)
-    use = (noise.maximum(miss) > CLEAN) & (miss < (5 * noise).clamp(0.5, 1.0))
-    return torch.where(use.unsqueeze(1), made, g), noise.maximum(miss)
-
-
 def row_deviations(
     z: Tensor, deviation: Tensor, gradient: Tensor, noise: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -215,19 +223,19 @@ def row_deviations(
     Parameters
     ----------
     z, deviation : Tensor, shape (N, *out_shape)
-        The layer's output and the standard deviation carried over from above, to which
-        the rounding of the client's own forward pass is added.
-    gradient : Tensor, shape (N, *weight_shape)
+        The layer's output and the standard deviation carried over from above, infinite
+        where nothing is known; the rounding of the client's own forward pass is added.
+    gradient : Tensor, shape (N, *weight_shape), or (N, 0) of a layer without parameters
     noise : Tensor, shape (N,)
     """
-    rounding = _ROUNDING * torch.hypot(0.5 * _rms(z), z)
+    rounding = ROUNDING * torch.hypot(0.5 * _rms(z), z)
     of_z = torch.hypot(deviation, rounding)
-    of_gradient = _spread(noise.clamp_min(3 * _ROUNDING), gradient) * _rms(gradient)
+    of_gradient = _spread(noise.clamp_min(3 * ROUNDING), gradient) * _rms(gradient)
     return of_z, of_gradient
 
 
 def solve_layer(
-    layer: Affine,
+    layer: System,
     z: Tensor,
     e: Tensor,
     gradient: Tensor,
@@ -236,7 +244,10 @@ def solve_layer(
 ) -> tuple[Tensor, Tensor]:
     """Solve one layer's system; return the solution nearest ``start`` and its residual."""
     of_z, of_gradient = deviations
+    # Rows are weighted by the inverse of their deviation, the most exact weight row by 1;
+    # a row of infinite deviation drops out.
     least = of_z.flatten(1).amin(1)
+    least = torch.where(least.isinf(), 1.0, least)
     a, k = _spread(least, of_z) / of_z, _spread(least, of_gradient) / of_gradient
     target = layer.target(z, gradient)
 
@@ -280,7 +291,8 @@ def package(
             {
                 "name": s.name,
                 "unknowns": s.unknowns,
-                "rank": s.rank,
+                "rank": int(s.rank[n]),
+                "exact": s.exact,
                 "residual": float(s.residual[n]),
             }
             for s in solution.layers

@@ -6,11 +6,11 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fedleak.errors import InvalidInputError
-from fedleak.metric.rank import AUTO_UNKNOWNS, exact_rank, structural_rank
-from fedleak.systems import Chain
+from fedleak.metric.rank import exact_rank, layer_ranks, structural_rank
+from fedleak.systems import Affine, Chain
 from fedleak.systems.conv import Conv
 
 Method = Literal["auto", "exact", "structural"]
@@ -60,7 +60,8 @@ def security_metric(
 
     Chen & Campbell 2022, equation 10: ``d`` convolutions, ``U_i`` the system of layer
     ``i`` and ``n_i`` its unknowns. Each layer's term is rounded half to even, as the
-    published code does.
+    published code does. Outputs that a ReLU or a pool hides give no constraint; pools are
+    not layers of their own here.
 
     Parameters
     ----------
@@ -94,15 +95,20 @@ def security_metric(
     x = torch.rand(1, *chain.input_shape, generator=generator, dtype=torch.float64)
     classes = chain.head.out_shape[0]
     label = torch.randint(classes, (1,), generator=generator)
-    errors = chain.trace(x.to(chain.device), label.to(chain.device)).errors
+    trace = chain.trace(x.to(chain.device), label.to(chain.device))
     convolutions = [i for i, layer in enumerate(chain.layers) if isinstance(layer, Conv)]
     depth = len(convolutions)
     layers, c = [], 0
     for place, i in enumerate(convolutions):
         layer = chain.layers[i]
         assert isinstance(layer, Conv)
-        exact = method == "exact" or (method == "auto" and layer.unknowns <= AUTO_UNKNOWNS)
-        rank = exact_rank(layer, errors[i][0]) if exact else structural_rank(layer)
+        known, e = _binding(chain, trace.inputs, i), trace.errors[i]
+        if method == "auto":
+            ranks, exact = layer_ranks(layer, e, known)
+            rank = int(ranks[0])
+        else:
+            exact = method == "exact"
+            rank = (exact_rank if exact else structural_rank)(layer, e[0], known[0])
         weight = (depth - place) / depth
         deficiency = rank - layer.unknowns
         c += round(weight * deficiency)
@@ -110,3 +116,18 @@ def security_metric(
             LayerRank(layer.name, "conv2d", layer.unknowns, rank, deficiency, weight, exact)
         )
     return SecurityMetric(c, tuple(layers))
+
+
+def _binding(chain: Chain, inputs: list[Tensor], i: int) -> Tensor:
+    """Return the outputs of layer ``i`` that are known when the next system's input is.
+
+    An inactive ReLU hides its input and a pool all but one pixel of each window: what is
+    hidden gives no weight constraint.
+    """
+    end = i + 1
+    while end < len(chain.layers) and not isinstance(chain.layers[end], Affine):
+        end += 1
+    known = torch.ones_like(inputs[end], dtype=torch.bool)
+    for j in reversed(range(i + 1, end)):
+        known = chain.layers[j].binds(inputs[j], inputs[j + 1], known)
+    return known

@@ -5,20 +5,21 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fedleak.systems import Affine
+from fedleak.solvers import cgls
+from fedleak.systems import Affine, Rows
 from fedleak.systems.conv import Conv
 
 #: A singular value counts when it exceeds this part of the largest one. A float32 gradient
 #: says nothing about directions below it, and a Gram matrix in float64 resolves no smaller.
 TOLERANCE = 1e-7
-#: :func:`layer_rank` is exact up to this many unknowns.
+#: :func:`layer_ranks` are exact up to this many unknowns.
 AUTO_UNKNOWNS = 600
 # An eigenvalue of a Gram matrix, relative to the largest, does not count below the first
 # bound and counts above the second; between them an SVD decides.
 _GRAM_ZERO, _GRAM_SURE = 1e-14, 1e-11
 
 
-def structural_rank(layer: Affine) -> int:
+def structural_rank(layer: Affine, e: Tensor | None = None, known: Tensor | None = None) -> int:
     """Return the rank that generic weights and a generic ``e`` give, in closed form.
 
     With ``k`` the rank of one input channel's block of ``K``, ``u`` the pixels that the
@@ -28,15 +29,32 @@ def structural_rank(layer: Affine) -> int:
 
     Exact on the usual layers. It over-estimates some with few filters or pixels, and where
     the kernel equals a stride of 2 with padding: :func:`exact_rank` is the judge.
+
+    Parameters
+    ----------
+    layer : Affine
+    e : Tensor, shape (*out_shape), optional
+        ``dL/dz``: its filters of zeros have no gradient rows.
+    known : Tensor of bool, shape (*out_shape), optional
+        Outputs that have a weight row. Missing ones break relations, too.
     """
+    groups, filters, _ = layer.weight.shape
+    shape = (groups, filters, -1)
+    ones = torch.ones(layer.out_shape, dtype=torch.bool, device=layer.weight.device)
+    used = (ones if e is None else e != 0).reshape(shape)
+    known = (ones if known is None else known).reshape(shape)
     if not isinstance(layer, Conv):  # fully connected: K(e) x = e x^T alone gives x
-        return layer.unknowns
-    channels = layer.in_shape[0] // layer.groups
-    filters = layer.out_shape[0] // layer.groups
-    covered, block = _blocks(layer, filters)
-    constraints = filters * layer.out_shape[1] * layer.out_shape[2]
-    joint = min(channels * covered, constraints + channels * block - filters**2)
-    return layer.groups * max(channels * block, joint)
+        return layer.unknowns if bool(used.any()) else min(layer.unknowns, int(known.sum()))
+    channels = layer.in_shape[0] // groups
+    rank = 0
+    for g in range(groups):
+        live = used[g].any(1)
+        covered, block = _blocks(layer, int(live.sum()))
+        missed = used[g].double() @ (~known[g]).double().mT
+        relations = int((missed[live] == 0).sum())
+        joint = min(channels * covered, int(known[g].sum()) + channels * block - relations)
+        rank += max(channels * block, joint)
+    return rank
 
 
 def _blocks(layer: Conv, filters: int) -> tuple[int, int]:
@@ -66,9 +84,81 @@ def _axis(layer: Conv, axis: int) -> dict[int, tuple[int, int]]:
     return {cls: (offsets[cls], len(pixels[cls])) for cls in offsets}
 
 
-def layer_rank(layer: Affine, e: Tensor) -> int:
-    """Return the exact rank of a small layer, and the structural one of a large layer."""
-    return exact_rank(layer, e) if layer.unknowns <= AUTO_UNKNOWNS else structural_rank(layer)
+def layer_ranks(layer: Affine, e: Tensor, known: Tensor) -> tuple[Tensor, bool]:
+    """Return the rank of a layer's system for each update, and whether it is exact.
+
+    Small layers are ranked exactly. Of large ones the constraints are counted; where
+    outputs are unknown or ``e`` has zeros, a full count is put to the test
+    (:func:`probed_rank`).
+
+    Parameters
+    ----------
+    layer : Affine
+    e : Tensor, shape (N, *out_shape)
+    known : Tensor of bool, shape (N, *out_shape)
+        Outputs that have a weight row.
+
+    Returns
+    -------
+    ranks : Tensor, int64, shape (N,)
+    exact : bool
+    """
+    exact = layer.unknowns <= AUTO_UNKNOWNS
+    rank = exact_rank if exact else structural_rank
+    generic = (known & (e != 0)).flatten(1).all(1)
+    ranks = torch.zeros(len(e), dtype=torch.int64)
+    if bool(generic.any()):  # generic errors give one rank for all
+        ranks[generic.cpu()] = rank(layer, e[generic][0])
+    for n in (~generic).nonzero().flatten().tolist():
+        ranks[n] = rank(layer, e[n], known[n])
+    if not exact and isinstance(layer, Conv):
+        doubtful = ~generic.cpu() & (ranks == layer.unknowns)
+        if bool(doubtful.any()):
+            ranks[doubtful] = probed_rank(layer, e[doubtful], known[doubtful])
+    return ranks, exact
+
+
+def probed_rank(
+    layer: Affine, e: Tensor, known: Tensor, probes: int = 2, iterations: int = 1000
+) -> Tensor:
+    """Estimate the rank of each update's system from products with it alone.
+
+    The least-norm solution of ``U x = U x_0`` misses the part of ``x_0`` in the null space:
+    of a random ``x_0`` that is on average the null space's share of all dimensions. What
+    the solver cannot find in ``iterations`` steps counts as not determined.
+
+    Returns
+    -------
+    Tensor, int64, shape (N,)
+    """
+    many = [v.repeat_interleave(probes, 0) for v in (e, known.to(e))]
+    generator = torch.Generator().manual_seed(0)
+    x0 = torch.randn(len(many[0]), *layer.in_shape, generator=generator, dtype=e.dtype).to(e.device)
+    rows = layer.apply(x0, many[0])
+    mask = many[1]
+    balance = _rms(rows.weight) / _rms(rows.gradient)
+    scale = balance.reshape(-1, *[1] * (rows.gradient.dim() - 1))
+
+    def apply(x: Tensor) -> tuple[Tensor, Tensor]:
+        made = layer.apply(x, many[0])
+        return made.weight * mask, made.gradient * scale
+
+    def adjoint(r: tuple[Tensor, ...]) -> Tensor:
+        return layer.adjoint(Rows(r[0] * mask, r[1] * scale), many[0])
+
+    rhs = (rows.weight * mask, rows.gradient * scale)
+    x, _ = cgls(apply, adjoint, rhs, torch.zeros_like(x0), 1e-10, iterations)
+    share = (x - x0).flatten(1).square().sum(1) / x0.flatten(1).square().sum(1)
+    n = layer.unknowns
+    share = share.reshape(-1, probes).cpu()
+    # A null space of one dimension has a share of about 1 / n, rarely below a hundredth of it.
+    full = (share * n < 1e-2).all(1)
+    estimate = (n * (1 - share.mean(1))).round().long().clamp(max=n - 1)
+    return torch.where(full, n, estimate)
+
+
+def _rms(x: Tensor) -> Tensor:
+    return x.flatten(1).square().mean(1).sqrt().clamp_min(1e-300)
 
 
 def dense_system(layer: Affine, e: Tensor) -> list[tuple[Tensor, Tensor]]:
@@ -111,7 +201,7 @@ def dense_system(layer: Affine, e: Tensor) -> list[tuple[Tensor, Tensor]]:
     return systems
 
 
-def exact_rank(layer: Affine, e: Tensor) -> int:
+def exact_rank(layer: Affine, e: Tensor, known: Tensor | None = None) -> int:
     """Return the numerical rank of ``U = [A; K(e)]`` for one ``e``.
 
     The rows of ``K`` are block diagonal over a group's input channels with identical
@@ -123,6 +213,8 @@ def exact_rank(layer: Affine, e: Tensor) -> int:
     layer : Affine
     e : Tensor, shape (*out_shape)
         ``dL/dz`` of one example.
+    known : Tensor of bool, shape (*out_shape), optional
+        Outputs that have a weight row.
 
     Returns
     -------
@@ -133,13 +225,17 @@ def exact_rank(layer: Affine, e: Tensor) -> int:
     channels = layer.in_shape[0] // groups
     pixels = layer.unknowns // groups // channels
     rank = 0
-    for a, k in dense_system(layer, e):
+    for g, (a, k) in enumerate(dense_system(layer, e)):
+        if known is not None:
+            a = a[known.reshape(groups, -1)[g]]
         block = k.reshape(filters, channels, -1, channels, pixels)[:, 0, :, 0]
         _, values, vectors = torch.linalg.svd(block.flatten(0, 1), full_matrices=False)
         basis = vectors[values > TOLERANCE * values.max()]
         rows = a.reshape(-1, channels, pixels)
         rest = (rows - (rows @ basis.mT) @ basis).flatten(1)
-        rank += channels * basis.shape[0] + _rank(rest, _gram_spectrum(a)[-1])
+        rank += channels * basis.shape[0]
+        if len(a):
+            rank += _rank(rest, _gram_spectrum(a)[-1])
     return rank
 
 

@@ -45,6 +45,22 @@ class Layer(ABC):
         """Return ``dL/dparameter`` of each update by name, shape (N, *parameter)."""
         return {}
 
+    def binds(self, x: Tensor, z: Tensor, known: Tensor) -> Tensor:
+        """Return which entries of ``x`` the ``known`` entries of ``z`` tie down.
+
+        Parameters
+        ----------
+        x : Tensor, shape (N, *in_shape)
+        z : Tensor, shape (N, *out_shape)
+        known : Tensor of bool, shape (N, *out_shape)
+
+        Returns
+        -------
+        Tensor of bool, shape (N, *in_shape)
+            One entry for each equation; all of them where the layer has a system of its own.
+        """
+        return torch.ones_like(x, dtype=torch.bool)
+
     def to(self, device: torch.device) -> Layer:
         """Move the layer's own tensors to ``device``, in place."""
         for key, value in vars(self).items():
@@ -66,6 +82,10 @@ class Pointwise(Layer):
     def lost(self, z: Tensor) -> Tensor | None:
         """Return where ``z`` does not tell ``x``, a mask like ``z``; None for nowhere."""
         return None
+
+    def binds(self, x: Tensor, z: Tensor, known: Tensor) -> Tensor:
+        lost = self.lost(z)
+        return (known if lost is None else known & ~lost).reshape(x.shape)
 
     def settle(self, z: Tensor, deviation: Tensor) -> Tensor:
         """Return ``z`` with what is at a bound of the range, within its error, put on it."""

@@ -13,6 +13,7 @@ from fedleak.systems.base import Gradients, Layer, Shape
 from fedleak.systems.linear import Dense
 from fedleak.systems.reading import read_layers
 
+
 @dataclass
 class Trace:
     """Every value of one forward and backward pass of a chain.

@@ -50,7 +50,7 @@ class AvgPool(System):
         return cls(name, windows, out_shape, divisor)
 
     @classmethod
-    def read_adaptive(cls, name: str, module: Any, in_shape: Shape, out_shape: Shape) -> AvgPool:
+    def read_adaptive(cls, name: str, in_shape: Shape, out_shape: Shape) -> AvgPool:
         """Read ``nn.AdaptiveAvgPool2d`` where all its windows are of one size."""
         _demand_image(name, in_shape)
         (height, width), (rows, columns) = in_shape[1:], out_shape[1:]
@@ -66,7 +66,10 @@ class AvgPool(System):
     def read_mean(cls, name: str, module: Mean, in_shape: Shape, out_shape: Shape) -> AvgPool:
         """Read a mean over all pixels, ``x.mean((2, 3))``."""
         dims = module.dim if isinstance(module.dim, Sequence) else [module.dim]
-        if len(in_shape) != 3 or sorted(d % 4 if isinstance(d, int) else -1 for d in dims) != [2, 3]:
+        if len(in_shape) != 3 or sorted(d % 4 if isinstance(d, int) else -1 for d in dims) != [
+            2,
+            3,
+        ]:
             raise UnsupportedModelError(
                 f"layer {name!r}: a mean over dimensions {module.dim} has no linear system in "
                 "fedleak; one over (2, 3) has"
@@ -91,6 +94,13 @@ class AvgPool(System):
 
     def target(self, z: Tensor, gradient: Tensor) -> Rows:
         return Rows(z, gradient)
+
+    def binds(self, x: Tensor, z: Tensor, known: Tensor) -> Tensor:
+        # One equation for each window: counted at its middle pixel.
+        size = self.windows.kernel[0] * self.windows.kernel[1]
+        p = x.new_zeros(x.shape[0], self.in_shape[0], size, len(self.divisor))
+        p[:, :, size // 2] = known.reshape(x.shape[0], self.in_shape[0], -1).to(x)
+        return self.windows.scatter(p.flatten(1, 2)) > 0
 
     @property
     def rank(self) -> int:
@@ -140,6 +150,9 @@ class MaxPool(Layer):
 
     def backward(self, x: Tensor, z: Tensor, e: Tensor) -> Tensor:
         return self.route(x, e)
+
+    def binds(self, x: Tensor, z: Tensor, known: Tensor) -> Tensor:
+        return self.route(x, known.to(x)) > 0
 
     def estimate(self, z: Tensor, e: Tensor) -> tuple[Tensor, Tensor]:
         """Return an input that gives ``z``, and ``dL/dx``, where the places are not known.

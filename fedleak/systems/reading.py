@@ -44,7 +44,7 @@ MODULES: dict[type[nn.Module], Reader] = {
     nn.BatchNorm1d: BatchNorm.read,
     nn.BatchNorm2d: BatchNorm.read,
     nn.AvgPool2d: AvgPool.read,
-    nn.AdaptiveAvgPool2d: AvgPool.read_adaptive,
+    nn.AdaptiveAvgPool2d: lambda n, m, i, o: AvgPool.read_adaptive(n, i, o),
     Mean: AvgPool.read_mean,
     nn.MaxPool2d: MaxPool.read,
     nn.Identity: _reshape,

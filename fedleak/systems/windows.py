@@ -44,9 +44,7 @@ class Windows:
         """Positions of the kernel along the rows and columns."""
         rows, columns = (
             (n - d * (k - 1) - 1) // s + 1
-            for n, k, s, d in zip(
-                self.padded, self.kernel, self.stride, self.dilation, strict=True
-            )
+            for n, k, s, d in zip(self.padded, self.kernel, self.stride, self.dilation, strict=True)
         )
         return rows, columns
 

@@ -211,15 +211,6 @@ def test_several_images_are_refused(observe: Observe) -> None:
         LinearAttack()([batch])
 
 
-def test_a_head_without_bias_is_named() -> None:
-    model = nn.Sequential(
-        nn.Conv2d(1, 6, 3), nn.Tanh(), nn.Flatten(), nn.Linear(216, 4, bias=False)
-    )
-    gradient = client_gradient(model, torch.rand(1, 8, 8), 1)
-    with pytest.raises(UnsupportedModelError, match="head '3' has no bias"):
-        LinearAttack()([Observation.from_gradient(model, gradient, (1, 8, 8))])
-
-
 def test_layers_that_are_not_what_they_seem() -> None:
     """Each would be attacked as another network, and come out wrong with status ok."""
     twice = nn.Conv2d(1, 1, 3, padding=1)

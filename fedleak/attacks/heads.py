@@ -1,0 +1,197 @@
+"""What the fully connected head gives: its input and ``dL/dlogits``, with or without bias."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fedleak.attacks.evidence import Evidence
+
+#: Relative rounding error of a float32 forward pass, measured on the paper's networks; that
+#: of a weight gradient, a sum over many positions, was about three times as large.
+ROUNDING = 1.1e-7
+#: Below this noise, relative to an entry's size, an update is as good as undefended.
+CLEAN = 1e-5
+# Scales tried for a head without bias: logarithms of ||dL/dlogits||, and how many.
+_LEAST, _GRID = -28.0, 1000
+
+
+@dataclass
+class HeadSolution:
+    """What the gradient of the head says.
+
+    Attributes
+    ----------
+    g : Tensor, shape (N, classes)
+        ``dL/dlogits``.
+    value, deviation : Tensor, shape (N, features)
+        The head's input and its estimated standard deviation.
+    noise : Tensor, shape (N,)
+        Noise of the update's entries relative to their root mean square, estimated from
+        how far the head's gradient is from rank one.
+    labels : Tensor, int64, shape (N, 1)
+    """
+
+    g: Tensor
+    value: Tensor
+    deviation: Tensor
+    noise: Tensor
+    labels: Tensor
+
+
+def solve_head(evidence: Evidence) -> list[HeadSolution]:
+    """Solve ``G = g x^T`` for ``x`` and ``g``.
+
+    Returns
+    -------
+    list of HeadSolution
+        One; of a head with two classes and no bias several, which explain its gradient
+        equally well.
+    """
+    chain, labels = evidence.chain, evidence.labels
+    head = evidence.gradient[chain.head.weight_name]
+    if chain.head.bias is not None:
+        g = evidence.gradient[chain.head.bias_name]
+        made = [(g, *_head_input(g, head), labels)]
+    elif head.shape[1] > 2:
+        made = [_rank_one(evidence, labels, 0)]
+    else:
+        # (x, y) and (-x, 1 - y) give the same gradient, and so may two scales.
+        tried = [labels] if evidence.granted else [labels, 1 - labels]
+        made = [_rank_one(evidence, y, place) for y in tried for place in (0, 1)]
+    out = []
+    for g, value, deviation, noise, y in made:
+        logits = chain.head.forward(value)
+        g, noise = _self_consistent(logits, g, y[:, 0], noise)
+        out.append(HeadSolution(g, value, deviation, noise, y))
+    return out
+
+
+def _head_input(g: Tensor, head: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Solve ``G = g x^T`` for the head's input ``x`` by weighted least squares.
+
+    Every row gives ``x`` alone; rows are weighted by the inverse of their variance: even
+    noise (a defence) plus rounding in proportion to the row.
+
+    Returns
+    -------
+    x, deviation : Tensor, shape (N, features)
+    noise : Tensor, shape (N,)
+    """
+
+    def solve(weight: Tensor) -> tuple[Tensor, Tensor]:
+        total = (weight * g.square()).sum(1, keepdim=True).clamp_min(1e-300)
+        x = torch.einsum("nc,ncf->nf", weight * g, head) / total
+        return x, head - torch.einsum("nc,nf->ncf", g, x)
+
+    size = head.square().mean((1, 2), keepdim=True).sqrt().clamp_min(1e-300)[:, :, 0]
+    x, rest = solve(torch.ones_like(g))
+    rows = rest.square().mean(2).sqrt()
+    used = head.abs().amax(2) > 0
+    even = torch.where(used, rows, torch.nan).nanmedian(1, keepdim=True).values.nan_to_num(0.0)
+    rounding = ROUNDING / 4 * g.abs() * x.square().mean(1, keepdim=True).sqrt()
+    variance = even.square() + rounding.square()
+    floor = variance.amax(1, keepdim=True) * 1e-12 + 1e-300
+    weight = 1.0 / (variance + floor)
+    weight = weight / weight.amax(1, keepdim=True)
+    x, rest = solve(weight)
+    freedom = max(1, (head.shape[1] - 1) * head.shape[2])
+    noise = (rest.square().sum((1, 2)) / freedom).sqrt() / size[:, 0]
+    spread = (weight.square() * g.square() * variance).sum(1, keepdim=True).sqrt()
+    total = (weight * g.square()).sum(1, keepdim=True).clamp_min(1e-300)
+    return x, (spread / total).expand_as(x), noise
+
+
+def _rank_one(
+    evidence: Evidence, labels: Tensor, place: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Solve ``G = g x^T`` without knowing ``g``: ``g = a u`` and ``x = (s / a) v``.
+
+    ``s u v^T`` is the best approximation of rank one. ``g`` is negative at the label only,
+    which gives the sign, and ``softmax(W x) - y = g`` gives the scale ``a``.
+
+    Parameters
+    ----------
+    evidence : Evidence
+    labels : Tensor, int64, shape (N, 1)
+    place : int
+        0 for the scale that fits best, 1 for the next.
+    """
+    head, weight = evidence.gradient[evidence.chain.head.weight_name], evidence.chain.head.weight[0]
+    left, values, right = torch.linalg.svd(head, full_matrices=False)
+    u, s, v = left[:, :, 0], values[:, :1].clamp_min(1e-300), right[:, 0]
+    sign = torch.where(u.gather(1, labels) > 0, -1.0, 1.0)
+    u, v = sign * u, sign * v
+    a = _scale(s * (v @ weight.mT), u, labels, place)
+    freedom = max(1, (head.shape[1] - 1) * head.shape[2])
+    spread = (values[:, 1:].square().sum(1, keepdim=True) / freedom).sqrt()
+    size = head.square().mean((1, 2)).sqrt().clamp_min(1e-300)
+    x = s / a * v
+    return a * u, x, (spread / a).expand_as(x), spread[:, 0] / size, labels
+
+
+def _scale(w: Tensor, u: Tensor, labels: Tensor, place: int) -> Tensor:
+    """Return the ``a`` with ``softmax(w / a) - y = a u``, shape (N, 1).
+
+    A grid over ``log a``, then golden sections, then Gauss-Newton steps to the last digit.
+    """
+    own = F.one_hot(labels, u.shape[1]).to(u)  # (N, 1, classes)
+
+    def residual(t: Tensor) -> tuple[Tensor, Tensor]:
+        """Return ``(softmax - y) / a - u`` and its derivative, shape (N, len, classes)."""
+        logits = w.unsqueeze(1) * torch.exp(-t).unsqueeze(2)
+        p = logits.softmax(2)
+        g = p * (1 - own)
+        g = g - own * g.sum(2, keepdim=True)  # p - 1 without cancellation
+        change = p * ((p * logits).sum(2, keepdim=True) - logits)
+        size = torch.exp(t).unsqueeze(2)
+        return g / size - u.unsqueeze(1), (change - g) / size
+
+    def loss(t: Tensor) -> Tensor:
+        return residual(t)[0].square().sum(2)
+
+    # p > 0 at the label bounds a.
+    most = -u.gather(1, labels).abs().clamp_min(1e-12).log()
+    grid = _LEAST + (most - _LEAST) * torch.linspace(0, 1, _GRID).to(u)
+    value = loss(grid)
+    padded = F.pad(value, (1, 1), value=torch.inf)
+    valley = (value <= padded[:, :-2]) & (value <= padded[:, 2:])
+    best = value.masked_fill(~valley, torch.inf).topk(place + 1, 1, largest=False).indices
+    t, step = grid.gather(1, best[:, place:]), (most - _LEAST) / (_GRID - 1)
+    for _ in range(60):
+        step = step * 0.618
+        tries = torch.cat([t - step, t, t + step], 1)
+        t = tries.gather(1, loss(tries).argmin(1, keepdim=True))
+    for _ in range(8):
+        r, slope = residual(t)
+        fresh = t - (r * slope).sum(2) / slope.square().sum(2).clamp_min(1e-300)
+        t = torch.where(loss(fresh) < loss(t), fresh, t)
+    return t.exp()
+
+
+def _self_consistent(
+    logits: Tensor, g: Tensor, label: Tensor, noise: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return the head's ``dL/dlogits`` made from its input where that is more precise.
+
+    A softmax cross-entropy has ``g = softmax(W x + b) - y``. The input ``x`` averages over
+    all rows of the head's gradient, so under noise this ``g`` is better than the observed
+    one. It is not taken where it contradicts the observed one: the loss may be another.
+
+    Returns
+    -------
+    g : Tensor, shape (N, classes)
+    noise : Tensor, shape (N,)
+        At least the difference of the two: a pruned head can look noiseless.
+    """
+    made = logits.softmax(1) - F.one_hot(label, g.shape[1])
+    size = g.norm(dim=1).clamp_min(1e-300)
+    miss = (made - g).norm(dim=1) / size
+    # The client's float32 softmax rounds p - y: of a confident model's small g, a large part.
+    rounding = 5e-7 * (1 + logits.abs().amax(1)) / size
+    miss = torch.where(miss < rounding, torch.zeros_like(miss), miss)
+    use = (noise.maximum(miss) > CLEAN) & (miss < (5 * noise).clamp(0.5, 1.0))
+    return torch.where(use.unsqueeze(1), made, g), noise.maximum(miss)
