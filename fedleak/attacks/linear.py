@@ -28,6 +28,9 @@ __all__ = [
     "solve_recursively",
 ]
 
+#: A solvable system of a clean update leaves a residual of a few roundings, below this.
+_MISSED = 1.5e-6
+
 
 @dataclass
 class LayerSolution:
@@ -86,7 +89,13 @@ class LinearSolution:
         that one and all below it are left, and layers above it whose outputs are known
         better than their inputs (a ReLU's). 0 means that the image itself is known.
         """
-        deficient = {s.name for s in self.layers if bool((s.rank < s.unknowns).any())}
+        # A system of full rank that its own solution misses was set up from wrong values.
+        wrong = (10 * self.noise).clamp_min(_MISSED)
+        deficient = {
+            s.name
+            for s in self.layers
+            if bool((s.rank < s.unknowns).any()) or bool((s.residual > wrong).any())
+        }
         depth = max((i + 1 for i, layer in enumerate(layers) if layer.name in deficient), default=0)
         while bool(self.deviations[depth].isinf().any()):
             depth += 1

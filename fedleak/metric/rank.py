@@ -119,7 +119,7 @@ def layer_ranks(layer: Affine, e: Tensor, known: Tensor) -> tuple[Tensor, bool]:
 
 
 def probed_rank(
-    layer: Affine, e: Tensor, known: Tensor, probes: int = 2, iterations: int = 1000
+    layer: Affine, e: Tensor, known: Tensor, probes: int = 2, iterations: int = 3000
 ) -> Tensor:
     """Estimate the rank of each update's system from products with it alone.
 

@@ -23,6 +23,8 @@ def _at_bound(distance: Tensor) -> Tensor:
 
 
 class Tanh(Pointwise):
+    rounding = 3e-8
+
     def forward(self, x: Tensor) -> Tensor:
         return torch.tanh(x)
 
@@ -37,6 +39,8 @@ class Tanh(Pointwise):
 
 
 class Sigmoid(Pointwise):
+    rounding = 3e-8
+
     def forward(self, x: Tensor) -> Tensor:
         return torch.sigmoid(x)
 

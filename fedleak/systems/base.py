@@ -73,7 +73,15 @@ class Layer(ABC):
 
 
 class Pointwise(Layer):
-    """An activation, a normalisation or a reshape: each output has one input of its own."""
+    """An activation, a normalisation or a reshape: each output has one input of its own.
+
+    Attributes
+    ----------
+    rounding : float
+        Standard deviation of the client's float32 rounding, relative to the output.
+    """
+
+    rounding = 0.0
 
     @abstractmethod
     def inverse(self, z: Tensor) -> Tensor:
@@ -100,6 +108,7 @@ class Pointwise(Layer):
         z = self.settle(z, deviation)
         x = self.inverse(z)
         slope = self.backward(x, z, torch.ones_like(z))
+        deviation = torch.hypot(deviation, self.rounding * z.abs())
         deviation = deviation.reshape(x.shape) / slope.abs().clamp_min(1e-12)
         lost = self.lost(z)
         if lost is not None:

@@ -130,8 +130,6 @@ class MaxPool(Layer):
 
     @classmethod
     def read(cls, name: str, module: nn.MaxPool2d, in_shape: Shape, out_shape: Shape) -> MaxPool:
-        if module.return_indices:
-            raise UnsupportedModelError(f"layer {name!r}: return_indices is not supported")
         return cls(name, _windows(name, module, in_shape, out_shape), out_shape)
 
     def _pool(self, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -158,6 +158,7 @@ def _read_node(
     node: fx.Node, modules: dict[str, nn.Module], runner: _ShapeRunner, before: fx.Node | None
 ) -> Layer:
     assert before is not None
+    module: nn.Module | None
     if node.op == "call_module":
         name, module = str(node.target), modules[str(node.target)]
         what = f"{name!r} ({type(module).__name__})"
@@ -169,7 +170,7 @@ def _read_node(
     else:
         name, module = node.name, _as_module(node, runner)
         what = f"{name!r} ({node.op})"
-    reader = MODULES.get(type(module))
+    reader = None if module is None else MODULES.get(type(module))
     if reader is None or node.name not in runner.shapes:
         supported = ", ".join(sorted(kind.__name__ for kind in MODULES))
         raise UnsupportedModelError(
@@ -191,15 +192,15 @@ def _as_module(node: fx.Node, runner: _ShapeRunner) -> nn.Module | None:
     if make is None:
         return None
     known = fx.node.map_arg((node.args[1:], node.kwargs), lambda n: runner.values.get(n.name))
-    args, kwargs = known  # type: ignore[misc]
-    return make(*args, **{k: v for k, v in kwargs.items() if k != "input"})  # type: ignore[union-attr]
+    args, kwargs = known
+    return make(*args, **{k: v for k, v in kwargs.items() if k != "input"})
 
 
 def _demand_known(model: nn.Module) -> None:
     """Refuse what a client computes from what the server does not know, and NaN."""
     for name, module in model.named_modules():
         dropout = isinstance(module, nn.modules.dropout._DropoutNd)
-        if dropout and module.training and module.p > 0:  # type: ignore[operator]
+        if dropout and module.training and module.p > 0:
             raise UnsupportedModelError(
                 f"layer {name!r}: dropout with p={module.p} is random in training, which the "
                 "attacker does not see; set p=0"
