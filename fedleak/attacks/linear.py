@@ -89,17 +89,14 @@ class LinearSolution:
         that one and all below it are left, and layers above it whose outputs are known
         better than their inputs (a ReLU's). 0 means that the image itself is known.
         """
-        # A system of full rank that its own solution misses was set up from wrong values, and
-        # under noise it is uncertain which units of a ReLU were active.
-        missed, noisy = (10 * self.noise).clamp_min(_MISSED), self.noise >= CLEAN
-        steps, depth = {s.name: s for s in self.layers}, 0
-        for i, layer in enumerate(layers):
-            if (step := steps.get(layer.name)) is None:
-                continue
-            hidden = self.deviations[i + 1].isinf().flatten(1).any(1)
-            deficient = step.rank.to(hidden.device) < step.unknowns
-            if bool((deficient | (step.residual > missed) | (noisy & hidden)).any()):
-                depth = i + 1
+        # A system of full rank that its own solution misses was set up from wrong values.
+        wrong = (10 * self.noise).clamp_min(_MISSED)
+        deficient = {
+            s.name
+            for s in self.layers
+            if bool((s.rank < s.unknowns).any()) or bool((s.residual > wrong).any())
+        }
+        depth = max((i + 1 for i, layer in enumerate(layers) if layer.name in deficient), default=0)
         while bool(self.deviations[depth].isinf().any()):
             depth += 1
         return depth
@@ -209,7 +206,8 @@ def _solve_step(
     else:
         assert isinstance(layer, AvgPool)
         gradient = z.new_zeros(len(z), 0)
-        rank, exact = torch.full((len(z),), layer.rank), True
+        known = deviation.isfinite().flatten(1).sum(1).cpu()
+        rank, exact = known.clamp(max=layer.rank), bool((known == z[0].numel()).all())
     deviations = row_deviations(z, deviation, gradient, above.noise)
     x, residual = solve_layer(layer, z, e, gradient, deviations, start)
     return x, LayerSolution(layer.name, layer.unknowns, rank, exact, residual)

@@ -15,6 +15,9 @@ _EDGE = 1e-12
 _SATURATED = 1.2e-7
 # Larger errors, relative to an output's size, are those of an estimate: no margin covers them.
 _WRONG = 1e-3
+# Standard deviations from the bound within which a unit counts as at it. Of thousands of
+# units none may cross: one that does brings a wrong equation, one too many loses only its own.
+_MARGIN = 5
 
 
 def _at_bound(distance: Tensor) -> Tensor:
@@ -82,7 +85,7 @@ class Clamp(Pointwise):
         outside = torch.maximum(self.low - flat, flat - self.high).amax(1).clamp_min(0)
         size = flat.square().mean(1).sqrt()
         error = torch.minimum(3 * outside, _WRONG * size).maximum(1e-9 * size)
-        margin = error.reshape(-1, *[1] * (z.dim() - 1)) + 3 * deviation
+        margin = error.reshape(-1, *[1] * (z.dim() - 1)) + _MARGIN * deviation
         z = torch.where(z <= self.low + margin, self.low, z)
         return torch.where(z >= self.high - margin, self.high, z)
 

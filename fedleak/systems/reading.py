@@ -172,7 +172,7 @@ def _read_node(
         what = f"{name!r} ({node.op})"
     reader = None if module is None else MODULES.get(type(module))
     if reader is None or node.name not in runner.shapes:
-        supported = ", ".join(sorted(kind.__name__ for kind in MODULES))
+        supported = ", ".join(sorted(k.__name__ for k in MODULES if hasattr(nn, k.__name__)))
         raise UnsupportedModelError(
             f"layer {what} has no linear system in fedleak; layers that have one: {supported}. "
             "The hybrid attack matches such a model as a whole"

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from fedleak.attacks import LinearAttack, Reconstruction
 from fedleak.attacks.evidence import Evidence
 from fedleak.attacks.linear import LinearSolution, solve_recursively
+from fedleak.defences import DefenceSpec, defend
 from fedleak.errors import InvalidInputError, UnsupportedModelError
 from fedleak.metric import exact_rank, security_metric, structural_rank
 from fedleak.metric.rank import dense_system, layer_ranks, probed_rank
@@ -360,6 +361,17 @@ def test_a_dead_channel_is_unknown_and_nothing_is_nan(observe: Observe) -> None:
     assert depth == 2  # below it nothing comes through at all
     assert int(solution.layers[0].rank) == 0
     assert bool(result.images.isfinite().all())
+
+
+@pytest.mark.parametrize(("noise", "least"), [(1e-3, 60), (1e-2, 43), (1e-1, 24)])
+def test_noise_does_not_wake_inactive_units(noise: float, least: float, observe: Observe) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(*EXACT["relu"]())
+    clean = observe(model, _small(), 4)
+    update = defend(clean.gradient, DefenceSpec("noise", noise), 0)
+    (result,) = LinearAttack()([Observation.from_gradient(model, update, (3, 8, 8))])
+    assert int(result.labels) == 4
+    assert score(result.images[0], _small()).psnr_db > least
 
 
 def test_a_granted_label_is_kept_with_two_classes(observe: Observe) -> None:
