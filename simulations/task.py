@@ -82,7 +82,11 @@ def local_training(
 
 
 def evaluate(model: nn.Module, images: LabelledImages) -> tuple[float, float]:
-    """Return accuracy and mean cross-entropy."""
+    """Return accuracy and mean cross-entropy; the model's mode stays as it is.
+
+    Attack and metric read from the mode whether clients normalise by batch statistics.
+    """
+    mode = model.training
     model.eval()
     correct, loss = 0, 0.0
     with torch.no_grad():
@@ -91,6 +95,7 @@ def evaluate(model: nn.Module, images: LabelledImages) -> tuple[float, float]:
             logits = model(x)
             correct += int((logits.argmax(1) == y).sum())
             loss += F.cross_entropy(logits, y, reduction="sum").item()
+    model.train(mode)
     return correct / len(images), loss / len(images)
 
 
