@@ -11,6 +11,7 @@ from fedleak.attacks.base import (
 from fedleak.attacks.evidence import Evidence, resolve_device
 from fedleak.attacks.hybrid import HybridAttack
 from fedleak.attacks.linear import LinearAttack
+from fedleak.attacks.paper import PaperHybridAttack
 
 __all__ = [
     "ATTACKS",
@@ -19,6 +20,7 @@ __all__ = [
     "HybridAttack",
     "LinearAttack",
     "Outcome",
+    "PaperHybridAttack",
     "Reconstruction",
     "make_attack",
     "resolve_device",

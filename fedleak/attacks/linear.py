@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -89,7 +89,13 @@ class LinearSolution:
         )
 
 
-def solve_recursively(evidence: Evidence, mid_grey: float = 0.5) -> LinearSolution:
+#: ``(i, x, z, e) -> x``: replaces the solution of layer ``i`` for the layers below it.
+Correction = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+
+
+def solve_recursively(
+    evidence: Evidence, mid_grey: float = 0.5, correct: Correction | None = None
+) -> LinearSolution:
     """Solve every layer's linear system, from the head to the image.
 
     Chen & Campbell 2022, section 3, and R-GAP (Zhu & Blaschko 2021), with the
@@ -99,7 +105,10 @@ def solve_recursively(evidence: Evidence, mid_grey: float = 0.5) -> LinearSoluti
     ----------
     evidence : Evidence
     mid_grey : float
-        Where the image is undetermined, the solution nearest to this grey is taken.
+        Where the image is undetermined, the solution nearest to this grey is taken; in the
+        layers above, the one nearest to what a grey image gives there.
+    correct : callable, optional
+        Is given each layer's solution, and returns what the layers below build on.
     """
     chain, gradient = evidence.chain, evidence.gradient
     if chain.head.bias is None:
@@ -112,6 +121,7 @@ def solve_recursively(evidence: Evidence, mid_grey: float = 0.5) -> LinearSoluti
     g, noise = _self_consistent(evidence, g, value, noise)
     cotangent = chain.head.backward(value, value, g)
     out = LinearSolution([value], [cotangent], [deviation], noise)
+    grey = chain.features(torch.full((1, *chain.input_shape), mid_grey).to(value))
     for i in reversed(range(len(chain.layers))):
         layer = chain.layers[i]
         if isinstance(layer, Pointwise):
@@ -123,10 +133,10 @@ def solve_recursively(evidence: Evidence, mid_grey: float = 0.5) -> LinearSoluti
             assert isinstance(layer, Affine)
             weight_gradient = gradient[layer.weight_name]
             deviations = row_deviations(value, deviation, weight_gradient, noise)
-            start = torch.full((len(evidence), *layer.in_shape), mid_grey if i == 0 else 0.0)
-            x, residual = solve_layer(
-                layer, value, cotangent, weight_gradient, deviations, start.to(value)
-            )
+            start = grey[i].expand(len(evidence), *layer.in_shape)
+            x, residual = solve_layer(layer, value, cotangent, weight_gradient, deviations, start)
+            if correct is not None:
+                x = correct(i, x, value, cotangent)
             rank = layer_rank(layer, cotangent[0])
             out.layers.insert(0, LayerSolution(layer.name, layer.unknowns, rank, residual))
             cotangent = layer.backward(x, value, cotangent)
