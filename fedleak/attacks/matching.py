@@ -206,7 +206,9 @@ def _draw(gradient: Gradients, seed: int, count: int) -> Tensor:
     sent = torch.cat([g.flatten(1) for g in gradient.values()], 1).cpu()
     rows = []
     for update in sent:
-        generator = torch.Generator().manual_seed(zlib.crc32(update.numpy().tobytes()) ^ seed)
+        generator = torch.Generator().manual_seed(
+            (zlib.crc32(update.numpy().tobytes()) + seed) % 2**63
+        )
         rows.append(torch.randn(count, generator=generator, dtype=torch.float64))
     return torch.stack(rows).to(next(iter(gradient.values())).device)
 
