@@ -21,6 +21,8 @@ from fedleak.solvers import lbfgs
 
 #: Evaluations in one step of ``torch.optim.LBFGS`` as the authors of DLG call it.
 _EVALUATIONS = 20
+#: Its length of memory; 20 fell 7 to 12 dB behind after the same number of steps.
+_HISTORY = 100
 
 
 @ATTACKS.register("dlg")
@@ -32,11 +34,11 @@ class DLGAttack:
     until their gradient is the observed one, in squared distance (their equation 4). Labels
     are found, never read: also those that the threat model grants.
 
-    The authors run ``torch.optim.LBFGS`` with unit steps and no line search. It is one
-    vector, so that many updates would share one curvature; and it diverged (loss of 3 to
-    1e3, from float32 gradients, 1200 evaluations) in 6 of 16 runs of DLG and iDLG on CIFAR-10
-    images. Here every update has its own L-BFGS with backtracking, in float64. Where
-    theirs converged, ours came within 1 dB of it, on average 0.0 dB; it never diverged.
+    The authors run ``torch.optim.LBFGS`` with unit steps and no line search. That is one
+    vector, so that many updates would share one curvature; and it diverged in 5 of 16 runs
+    of DLG and iDLG on CIFAR-10 images (float32, 60 steps). Here every update has its own
+    L-BFGS, with the same memory of 100 pairs but backtracking, in float64. It never
+    diverged, and where theirs did not, it came within 0.8 dB, on average 0.1 dB below.
 
     Parameters
     ----------
@@ -79,7 +81,7 @@ class DLGAttack:
             return value.detach(), gradient
 
         start = _draw(evidence.gradient, self.seed, pixels + soft)
-        u, loss = lbfgs(objective, start, self.steps * _EVALUATIONS)
+        u, loss = lbfgs(objective, start, self.steps * _EVALUATIONS, history=_HISTORY)
         images, labels = dummy(u)
         if not self._infers:
             evidence.labels = labels.argmax(-1)
