@@ -77,7 +77,7 @@ class PaperHybridAttack:
 
     def __call__(self, observations: Sequence[Observation]) -> list[Reconstruction]:
         evidence = Evidence.gather(observations, self.device)
-        correction = _Correction(evidence, self.steps_fraction)
+        correction = _Correction(evidence, self.steps_fraction, torch.zeros(len(evidence)))
         solution = solve_recursively(evidence, correct=correction)
         results = package(evidence, solution.image, solution, ["hybrid-paper"] * len(evidence))
         for n, result in enumerate(results):
@@ -93,14 +93,14 @@ class _Correction:
     Attributes
     ----------
     loss : Tensor, shape (N,)
-        Objective of the layer that was corrected last, at its end.
+        Objective of the layer that was corrected last, at its end; 0 before the first.
     steps : list of int
         Adam steps of each layer so far.
     """
 
     evidence: Evidence
     fraction: float
-    loss: Tensor = field(default_factory=lambda: torch.empty(0))
+    loss: Tensor
     steps: list[int] = field(default_factory=list)
 
     def __call__(self, i: int, x: Tensor, z: Tensor, e: Tensor) -> Tensor:

@@ -10,9 +10,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fedleak.attacks import Evidence, LinearAttack, make_attack
+from fedleak.attacks import Evidence, LinearAttack, make_attack, run_attack
 from fedleak.attacks.linear import solve_recursively
 from fedleak.attacks.objectives import cosine_distance, squared_distance, total_variation
+from fedleak.defences import DefenceSpec, defend
 from fedleak.errors import InvalidInputError, UnsupportedModelError
 from fedleak.models import build_model
 from fedleak.observation import Observation
@@ -205,6 +206,33 @@ def test_undetermined_layers_start_from_what_grey_gives(observe: Observe) -> Non
 def test_paper_hybrid_needs_a_chain() -> None:
     with pytest.raises(UnsupportedModelError, match="mixes 2 images"):
         make_attack("hybrid-paper")([_batch()])
+
+
+def test_paper_hybrid_of_connected_layers_and_of_a_head_alone() -> None:
+    """No total variation where there is no space; nothing to correct where all is known."""
+    torch.manual_seed(0)
+    hidden = nn.Sequential(nn.Flatten(), nn.Linear(64, 80), nn.Tanh(), nn.Linear(80, 4))
+    alone = nn.Sequential(nn.Flatten(), nn.Linear(64, 4))
+    for model, steps in ((hidden, 10), (alone, 0)):
+        gradient = client_gradient(model, _smooth(0), 1)
+        seen = Observation.from_gradient(model, gradient, (1, 8, 8))
+        (result,) = make_attack("hybrid-paper", steps_fraction=0.001)([seen])
+        assert result.details["steps"] == steps
+        assert score(result.images[0], _smooth(0)).psnr_db > 30
+
+
+@pytest.mark.parametrize("name", ["dlg", "idlg", "cosine", "hybrid-paper"])
+@pytest.mark.parametrize("defence", ["noise", "prune"])
+def test_defended_updates_give_an_image(name: str, defence: str) -> None:
+    small = {"steps_fraction": 0.002} if name == "hybrid-paper" else {"steps": 3}
+    seen = [
+        Observation.from_gradient(
+            o.model, defend(o.gradient, DefenceSpec(defence, 0.3), n), o.input_shape
+        )
+        for n, o in enumerate(_observe(2))
+    ]
+    for outcome in run_attack(make_attack(name, **small), seen):
+        assert outcome.reconstruction is not None, outcome.reason
 
 
 def test_terms_of_the_objectives() -> None:
