@@ -134,17 +134,22 @@ class Replay:
             return F.cross_entropy(logits, target), head_input
 
         if len(images) == 1:  # plain autograd: less overhead, and more operators
-            parameters = {n: p.detach().requires_grad_() for n, p in self.parameters.items()}
-            value, head_input = loss(parameters, images[0], labels[0])
+            differentiable = torch.is_grad_enabled()
+            with torch.enable_grad():
+                parameters = {n: p.detach().requires_grad_() for n, p in self.parameters.items()}
+                value, head_input = loss(parameters, images[0], labels[0])
             parts = torch.autograd.grad(
                 value,
                 list(parameters.values()),
-                create_graph=torch.is_grad_enabled(),
+                create_graph=differentiable,
                 allow_unused=True,
                 materialize_grads=True,
             )
             made = {n: g.unsqueeze(0) for n, g in zip(parameters, parts, strict=True)}
-            return Replayed(made, None if head_input is None else head_input.unsqueeze(0))
+            if head_input is not None:
+                head_input = head_input if differentiable else head_input.detach()
+                head_input = head_input.unsqueeze(0)
+            return Replayed(made, head_input)
         if self.head is None:
             single = vmap(grad(lambda p, x, y: loss(p, x, y)[0]), in_dims=(None, 0, 0))
             return Replayed(single(self.parameters, images, labels), None)

@@ -11,14 +11,20 @@ from fedleak.attacks.base import (
 from fedleak.attacks.evidence import Evidence, resolve_device
 from fedleak.attacks.hybrid import HybridAttack
 from fedleak.attacks.linear import LinearAttack
+from fedleak.attacks.matching import CosineAttack, DLGAttack, IDLGAttack
+from fedleak.attacks.paper import PaperHybridAttack
 
 __all__ = [
     "ATTACKS",
     "Attack",
+    "CosineAttack",
+    "DLGAttack",
     "Evidence",
     "HybridAttack",
+    "IDLGAttack",
     "LinearAttack",
     "Outcome",
+    "PaperHybridAttack",
     "Reconstruction",
     "make_attack",
     "resolve_device",

@@ -43,8 +43,12 @@ class Evidence:
     granted: bool = False
 
     @classmethod
-    def gather(cls, observations: Sequence[Observation], device: str) -> Evidence:
+    def gather(
+        cls, observations: Sequence[Observation], device: str, infer: bool = True
+    ) -> Evidence:
         """Stack observations and infer the labels that are not known.
+
+        Without ``infer`` the attack finds the labels itself: all are set to 0 until then.
 
         Raises
         ------
@@ -65,7 +69,10 @@ class Evidence:
         names = first.gradient
         gradient = {n: torch.stack([o.gradient[n] for o in observations]).to(where) for n in names}
         replay = Replay(first.model, first.input_shape, device=where)
-        labels = _labels(observations, gradient, replay)
+        if infer:
+            labels = _labels(observations, gradient, replay)
+        else:
+            labels = torch.zeros(len(observations), first.images, dtype=torch.int64, device=where)
         granted = all(o.labels is not None for o in observations)
         return cls(first.model, first.input_shape, gradient, labels, replay, granted)
 

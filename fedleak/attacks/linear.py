@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -134,7 +134,13 @@ class LinearSolution:
         return LinearSolution(values, cotangents, deviations, noise, layers)
 
 
-def solve_recursively(evidence: Evidence, mid_grey: float = 0.5) -> LinearSolution:
+#: ``(i, x, z, e) -> x``: replaces the solution of layer ``i`` for the layers below it.
+Correction = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+
+
+def solve_recursively(
+    evidence: Evidence, mid_grey: float = 0.5, correct: Correction | None = None
+) -> LinearSolution:
     """Solve every layer's linear system, from the head to the image.
 
     Chen & Campbell 2022, section 3, and R-GAP (Zhu & Blaschko 2021), with the
@@ -146,10 +152,13 @@ def solve_recursively(evidence: Evidence, mid_grey: float = 0.5) -> LinearSoluti
         Where the head alone leaves the label open (two classes, no bias), ``labels`` is set
         to what the layers below agree with.
     mid_grey : float
-        Where the image is undetermined, the solution nearest to this grey is taken.
+        Where the image is undetermined, the solution nearest to this grey is taken; in the
+        layers above, the one nearest to what a grey image gives there.
+    correct : callable, optional
+        Is given each layer's solution, and returns what the layers below build on.
     """
     heads = solve_head(evidence)
-    found = [_descend(evidence, head, mid_grey) for head in heads]
+    found = [_descend(evidence, head, mid_grey, correct) for head in heads]
     if len(found) == 1:
         return found[0]
     misfit = []
@@ -163,12 +172,15 @@ def solve_recursively(evidence: Evidence, mid_grey: float = 0.5) -> LinearSoluti
     return LinearSolution.pick(found, best)
 
 
-def _descend(evidence: Evidence, head: HeadSolution, mid_grey: float) -> LinearSolution:
+def _descend(
+    evidence: Evidence, head: HeadSolution, mid_grey: float, correct: Correction | None
+) -> LinearSolution:
     """Go from the head's input down to the image."""
     layers = evidence.chain.layers
     value, deviation = head.value, head.deviation
     cotangent = evidence.chain.head.backward(value, value, head.g)
     out = LinearSolution([value], [cotangent], [deviation], head.noise)
+    grey = evidence.chain.features(torch.full((1, *evidence.chain.input_shape), mid_grey).to(value))
     for i in reversed(range(len(layers))):
         layer = layers[i]
         if isinstance(layer, Pointwise):
@@ -183,8 +195,10 @@ def _descend(evidence: Evidence, head: HeadSolution, mid_grey: float) -> LinearS
                 )
             else:
                 assert isinstance(layer, System)
-                start = torch.full(layer.in_shape, mid_grey if i == 0 else 0.0).to(value)
-                x, step = _solve_step(evidence, layer, out, start.expand(len(value), *start.shape))
+                start = grey[i].expand(len(value), *layer.in_shape)
+                x, step = _solve_step(evidence, layer, out, start)
+                if correct is not None:
+                    x = correct(i, x, value, cotangent)
                 below = layer.backward(x, value, cotangent)
             out.layers.insert(0, step)
             cotangent, deviation = below, (_spread(head.noise, x) * _rms(x)).expand_as(x)
