@@ -13,12 +13,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fedleak.attacks import Attack, Reconstruction, make_attack
+from fedleak.data import read_images
 from fedleak.defences import DefenceSpec, defend, parse_defence
-from fedleak.errors import DataUnavailableError, InvalidInputError
+from fedleak.errors import InvalidInputError
 from fedleak.observation import Observation
 from fedleak.quality import Quality, score
 
-SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff"}
+__all__ = ["Trial", "Trials", "labels_of", "read_images", "reconstruct", "summary"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,60 +111,6 @@ def reconstruct(
     seconds = time.perf_counter() - begin
     trials = [Trial(r, score(r.images[0], images[n]), targets[n]) for n, r in enumerate(results)]
     return Trials(tuple(trials), seconds)
-
-
-def read_images(
-    paths: Sequence[Path], channels: int = 3, limit: int = 0
-) -> tuple[list[Path], Tensor]:
-    """Read image files and folders of them.
-
-    Parameters
-    ----------
-    paths : sequence of Path
-        Files, or folders searched to any depth.
-    channels : int
-        1 for grey, 3 for colour.
-    limit : int
-        Read at most this many; 0 for all.
-
-    Returns
-    -------
-    files : list of Path
-    images : Tensor, float32, shape (N, C, H, W)
-
-    Raises
-    ------
-    DataUnavailableError, InvalidInputError
-        If a path is missing, nothing is an image, or sizes differ.
-    """
-    from torchvision.io import ImageReadMode, decode_image
-
-    files: list[Path] = []
-    for path in paths:
-        if path.is_dir():
-            files += sorted(f for f in path.rglob("*") if f.suffix.lower() in SUFFIXES)
-        elif path.is_file():
-            files.append(path)
-        else:
-            raise DataUnavailableError(f"there is no image file or folder {str(path)!r}")
-    files = files[: limit or None]
-    if not files:
-        raise DataUnavailableError(
-            f"no images in {', '.join(map(str, paths))}; known types: {', '.join(sorted(SUFFIXES))}"
-        )
-    mode = ImageReadMode.GRAY if channels == 1 else ImageReadMode.RGB
-    images: list[Tensor] = []
-    for file in files:
-        try:
-            images.append(decode_image(str(file), mode).float() / 255)
-        except RuntimeError as error:
-            raise InvalidInputError(f"{str(file)!r} cannot be read as an image: {error}") from error
-        if images[-1].shape != images[0].shape:
-            raise InvalidInputError(
-                f"{str(file)!r} has shape {tuple(images[-1].shape)}, {str(files[0])!r} has "
-                f"{tuple(images[0].shape)}; images attacked together must have one size"
-            )
-    return files, torch.stack(images)
 
 
 def labels_of(files: Sequence[Path], classes: int, seed: int) -> list[int]:

@@ -94,6 +94,11 @@ class Evidence:
         return isinstance(self._chain, Chain)
 
     @property
+    def why_not_chain(self) -> str:
+        """Why the linear systems do not cover this; empty where they do."""
+        return "" if isinstance(self._chain, Chain) else str(self._chain)
+
+    @property
     def chain(self) -> Chain:
         """The model as a chain of layers with linear systems.
 

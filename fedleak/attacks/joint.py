@@ -1,0 +1,256 @@
+"""Joint matching: the image under a prior that explains everything that is known."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fedleak.attacks.evidence import Evidence
+from fedleak.attacks.linear import LinearSolution
+from fedleak.priors import Prior
+from fedleak.priors.gaussian import DENSE_UNKNOWNS
+from fedleak.solvers import Gaussian, GaussNewton, lbfgs
+
+#: Quasi-Newton steps before the first Jacobian is taken, and the relative error at which the
+#: known values count meanwhile: the prior leads to the right valley.
+WARM_UP, WARM_LEVEL = 80, 3e-2
+#: Jacobians taken, at most, and the mean square error (in units of the errors allowed) below
+#: which the first was good enough: at the solution it is about 0.1.
+MOST_JACOBIANS, _MATCHED = 3, 0.5
+#: The same where there is no Jacobian, and where evidence is weighed.
+QUASI_LEVEL = 1e-2
+#: Rows beyond which a Jacobian is not built.
+DENSE_ROWS = 3 * DENSE_UNKNOWNS
+#: Memory for Jacobians and covariances at once, in entries: it sets how many updates are
+#: solved together.
+_ENTRIES = {"cpu": 3e7, "cuda": 2e9}
+
+
+class Target(ABC):
+    """What candidate images must reproduce, for N updates.
+
+    Attributes
+    ----------
+    values : Tensor, shape (N, m)
+        The known values, each tensor divided by its root mean square.
+    errors : Tensor, shape (N, m)
+        Standard deviations that they are known with, in the same units.
+    """
+
+    values: Tensor
+    errors: Tensor
+    #: Whether what images make is affine in them: one Jacobian is then enough.
+    linear: bool = False
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def _known(self, values: list[Tensor], errors: list[Tensor]) -> None:
+        """Set ``values`` and ``errors``; a tensor that is all zero says nothing."""
+        sizes = [v.flatten(1).square().mean(1, keepdim=True).sqrt() for v in values]
+        self._sizes = [torch.where(s > 0, s, torch.inf) for s in sizes]
+        self.values = self._joined(values)
+        self.errors = self._joined([e.expand_as(v) for e, v in zip(errors, values, strict=True)])
+
+    def _joined(self, tensors: list[Tensor]) -> Tensor:
+        return torch.cat([t.flatten(1) / s for t, s in zip(tensors, self._sizes, strict=True)], 1)
+
+    @abstractmethod
+    def made(self, images: Tensor) -> Tensor:
+        """Return what ``images``, shape (N, B, C, H, W), make of it, shape (N, m)."""
+
+    @abstractmethod
+    def subset(self, index: Tensor) -> Target:
+        """Return the part of the updates in ``index``."""
+
+
+class ChainTarget(Target):
+    """Known values above the first ``depth`` layers of a chain, and the gradients below.
+
+    With ``exact`` the backward pass starts from what is known there; else from the image's
+    own logits.
+    """
+
+    def __init__(self, evidence: Evidence, solution: LinearSolution, depth: int, exact: bool):
+        self.evidence, self.solution = evidence, solution
+        self.depth, self.exact = depth, exact
+        self.linear = exact and depth <= 1
+        names = {layer.name for layer in evidence.chain.layers[:depth]}
+        self.names = [n for n in evidence.gradient if n.rpartition(".")[0] in names]
+        gradients = [evidence.gradient[n] for n in self.names]
+        noise = solution.noise
+
+        def error(g: Tensor) -> Tensor:
+            size = g.flatten(1).square().mean(1).sqrt() * noise
+            return size.reshape(-1, *[1] * (g.dim() - 1))
+
+        self._known(
+            [solution.values[depth], *gradients],
+            [solution.deviations[depth], *(error(g) for g in gradients)],
+        )
+
+    def made(self, images: Tensor) -> Tensor:
+        chain = self.evidence.chain
+        inputs = chain.features(images[:, 0], self.depth)
+        if self.exact:
+            above = self.solution.cotangents[self.depth]
+        else:
+            logits = chain.head.forward(inputs[-1])
+            labels = torch.nn.functional.one_hot(self.evidence.labels[:, 0], logits.shape[1])
+            above = chain.head.backward(inputs[-1], logits, logits.softmax(1) - labels)
+        gradients = chain.backward(inputs, above).gradients
+        return self._joined([inputs[-1], *(gradients[n] for n in self.names)])
+
+    def subset(self, index: Tensor) -> ChainTarget:
+        part = self.evidence.subset(index), self.solution.subset(index)
+        return ChainTarget(*part, self.depth, self.exact)
+
+
+class ModuleTarget(Target):
+    """Every gradient of any torch module, and the head's input where it is known."""
+
+    def __init__(self, evidence: Evidence):
+        self.evidence = evidence
+        self.names = list(evidence.gradient)
+        known = list(evidence.gradient.values())
+        self.features = _head_input(evidence)
+        known += [] if self.features is None else [self.features]
+        self._known(known, [torch.zeros_like(k) for k in known])
+
+    def made(self, images: Tensor) -> Tensor:
+        replayed = self.evidence.replay(images, self.evidence.labels)
+        made = [replayed.gradients[n] for n in self.names]
+        if self.features is not None:
+            assert replayed.head_input is not None
+            made.append(replayed.head_input)
+        return self._joined(made)
+
+    def subset(self, index: Tensor) -> ModuleTarget:
+        return ModuleTarget(self.evidence.subset(index))
+
+
+def _head_input(evidence: Evidence) -> Tensor | None:
+    """Return the input of a fully connected head, exact for one image: ``G = g x^T``."""
+    head = evidence.replay.head
+    if head is None or evidence.images > 1:
+        return None
+    bias = evidence.gradient.get(f"{head}.bias")
+    weight = evidence.gradient.get(f"{head}.weight")
+    if bias is None or weight is None:
+        return None
+    total = bias.square().sum(1, keepdim=True).clamp_min(1e-300)
+    return (torch.einsum("nc,ncf->nf", bias, weight) / total).unsqueeze(1)
+
+
+@dataclass
+class Match:
+    """The image that a prior and the target agree on.
+
+    Attributes
+    ----------
+    images : Tensor, shape (N, B, C, H, W)
+    solver : str
+        ``gauss-newton`` or ``l-bfgs``.
+    priors : list of str
+        The prior of each update, with what its evidence chose.
+    """
+
+    images: Tensor
+    solver: str
+    priors: list[str]
+
+
+def match(
+    target: Target, prior: Prior, start: Tensor, batch: int, steps: int, precision: float
+) -> Match:
+    """Find the most probable images.
+
+    Parameters
+    ----------
+    target : Target
+    prior : Prior
+    start : Tensor, shape (N, B, C, H, W)
+        A guess; Gauss-Newton begins there or at the prior's mean, where less is wrong.
+    batch : int
+        Images B behind each update.
+    steps : int
+        Evaluations of the quasi-Newton solver, at most.
+    precision : float
+        Relative error at which a value counts as matched, at least.
+    """
+    n, m = batch * math.prod(prior.shape), target.values.shape[1]
+    if not prior.gaussian or batch > 1 or n > DENSE_UNKNOWNS or m > DENSE_ROWS:
+        return _quasi_newton(target, prior, start, steps, max(precision, QUASI_LEVEL))
+    budget = _ENTRIES[start.device.type] / (m * n + 2 * n * n)
+    parts = torch.arange(len(target), device=start.device).split(max(1, int(budget)))
+    found = [_gauss_newton(target.subset(i), prior, start[i], precision) for i in parts]
+    return Match(
+        torch.cat([f.images for f in found]), "gauss-newton", [p for f in found for p in f.priors]
+    )
+
+
+def _quasi_newton(target: Target, prior: Prior, start: Tensor, steps: int, level: float) -> Match:
+    """Match in whitened coordinates, where ``||u||^2`` is the prior and the preconditioner."""
+    count, batch = start.shape[:2]
+    errors = target.errors.clamp_min(level)
+
+    def images(u: Tensor) -> Tensor:
+        return prior.image(u.reshape(-1, *prior.latent_shape)).reshape(start.shape)
+
+    def objective(u: Tensor) -> tuple[Tensor, Tensor]:
+        u = u.detach().requires_grad_()
+        data = ((target.made(images(u)) - target.values) / errors).square().sum(1)
+        energy = prior.energy(u.reshape(count * batch, -1)).reshape(count, batch).sum(1)
+        value = (data + energy) / (2 * u.shape[1])
+        (gradient,) = torch.autograd.grad(value.sum(), u)
+        return value.detach(), gradient
+
+    # Images of one label would stay the same image if they all began as one.
+    generator = torch.Generator().manual_seed(0)
+    size = batch * math.prod(prior.latent_shape)
+    u = 0.1 * torch.randn(size, generator=generator, dtype=torch.float64) * (batch > 1)
+    u, _ = lbfgs(objective, u.to(start).expand(count, -1).clone(), steps)
+    return Match(images(u).detach(), "l-bfgs", [str(prior)] * count)
+
+
+def _gauss_newton(target: Target, prior: Prior, start: Tensor, precision: float) -> Match:
+    """Match by Gauss-Newton, the prior following the evidence of each update."""
+
+    def residual(x: Tensor) -> Tensor:
+        return target.made(x.reshape(start.shape)) - target.values
+
+    begin, errors = start, target.errors.clamp_min(precision)
+    if not target.linear:
+        begin = _quasi_newton(target, prior, start, WARM_UP, max(precision, WARM_LEVEL)).images
+    solver = GaussNewton(residual, begin.flatten(1))
+    for _ in range(0 if target.linear else MOST_JACOBIANS):
+        solver.descend(prior.dense(), errors)
+        if bool(((residual(solver.x) / errors).square().mean(1) < _MATCHED).all()):
+            break
+        solver.linearise()
+    chosen = _follow_evidence(solver, [prior] * len(start), target.errors.clamp_min(QUASI_LEVEL))
+    measured = solver.descend(Gaussian.stack([p.dense() for p in chosen]), errors)
+    if type(prior).local is not Prior.local:
+        covariances = measured.covariance()
+        near = [p.local(x, v) for p, x, v in zip(chosen, solver.x, covariances, strict=True)]
+        del measured, covariances
+        solver.descend(Gaussian.stack(near), errors)
+    return Match(solver.x.reshape(start.shape), "gauss-newton", [str(p) for p in chosen])
+
+
+def _follow_evidence(solver: GaussNewton, priors: list[Prior], errors: Tensor) -> list[Prior]:
+    """Return, for each update, the prior of the family that its evidence prefers."""
+    for stage in range(2):
+        chosen = list(priors)
+        for prior in {id(p): p for p in priors}.values():
+            family = prior.family(stage)
+            if len(family) > 1:
+                best = solver.choose([p.dense() for p in family], errors).tolist()
+                for i, k in enumerate(best):
+                    chosen[i] = family[k] if priors[i] is prior else chosen[i]
+        priors = chosen
+    return priors

@@ -1,0 +1,125 @@
+"""Maximum a posteriori by Gauss-Newton with dense algebra, batched over updates."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from torch.func import jvp, vjp, vmap
+
+from fedleak.solvers.gaussian import Gaussian, Measurements, Rows
+
+#: Rows or columns of the Jacobian that are computed together.
+_TOGETHER = 64
+
+Residual = Callable[[Tensor], Tensor]
+
+
+def jacobian(residual: Residual, x: Tensor) -> Tensor:
+    """Return the Jacobian of every update's residual at once.
+
+    Parameters
+    ----------
+    residual : callable
+        ``(N, n) -> (N, m)``; row ``i`` of the result depends on row ``i`` alone.
+    x : Tensor, shape (N, n)
+
+    Returns
+    -------
+    Tensor, shape (N, m, n)
+        By columns (forward mode) where there are fewer of them, else by rows.
+    """
+    count, n = x.shape
+    value, pull = vjp(residual, x)  # type: ignore[misc]
+    m = value.shape[1]
+    out = x.new_empty(count, m, n)
+
+    def unit(i: Tensor, size: int) -> Tensor:
+        return torch.nn.functional.one_hot(i, size).to(x).unsqueeze(0).expand(count, -1)
+
+    if m <= n:
+
+        def row(i: Tensor) -> Tensor:
+            return pull(unit(i, m))[0]
+
+        for rows in torch.arange(m, device=x.device).split(_TOGETHER):
+            out[:, rows] = vmap(row)(rows).transpose(0, 1)
+        return out
+    for columns in torch.arange(n, device=x.device).split(_TOGETHER):
+        part = vmap(lambda i: jvp(residual, (x,), (unit(i, n).clone(),))[1])(columns)
+        out[:, :, columns] = part.permute(1, 2, 0)
+    return out
+
+
+class GaussNewton:
+    """Minimise ``||residual(x) / deviation||^2 + prior.energy(x)`` for each update.
+
+    Parameters
+    ----------
+    residual : callable
+        ``(N, n) -> (N, m)``, zero at the truth.
+    start : Tensor, shape (N, n)
+
+    Attributes
+    ----------
+    x : Tensor, shape (N, n)
+        The best point so far.
+    """
+
+    def __init__(self, residual: Residual, start: Tensor):
+        self.residual, self.x = residual, start
+        self.linearise()
+
+    def linearise(self) -> None:
+        """Take the Jacobian where we are."""
+        self._rows = Rows(jacobian(self.residual, self.x))
+
+    def _target(self) -> Tensor:
+        """Return what the linearised rows should give."""
+        return (self._rows.jacobian @ self.x.unsqueeze(2))[:, :, 0] - self.residual(self.x)
+
+    def choose(self, priors: Sequence[Gaussian], deviation: Tensor) -> Tensor:
+        """Return the index of the prior with the greatest evidence, for each update."""
+        target = self._target()
+        found = [Measurements(self._rows, deviation, p).log_evidence(target) for p in priors]
+        return torch.stack(found).nan_to_num(-torch.inf).argmax(0)
+
+    def descend(self, prior: Gaussian, deviation: Tensor, steps: int = 6) -> Measurements:
+        """Step to the posterior mean, and on with the same Jacobian while that pays.
+
+        The Jacobian costs far more than a residual, so it is kept (the chord method) as
+        long as each step still takes a good part off the objective.
+        """
+        measured = Measurements(self._rows, deviation, prior)
+        best = self._objective(self.x, prior, deviation)
+        going = torch.ones_like(best, dtype=torch.bool)
+        for _ in range(steps):
+            step = measured.posterior_mean(self._target()) - self.x
+            going &= self._line_search(step, prior, deviation, best, going)
+            value = self._objective(self.x, prior, deviation)
+            going &= value < best * (1 - 1e-2)
+            best = value
+            if not bool(going.any()):
+                break
+        return measured
+
+    def _line_search(
+        self, step: Tensor, prior: Gaussian, deviation: Tensor, best: Tensor, going: Tensor
+    ) -> Tensor:
+        """Take the first of ever shorter steps that goes down; say which updates took one."""
+        length = torch.ones_like(best)
+        done = ~going
+        for _ in range(8):
+            trial = self.x + length.unsqueeze(1) * step
+            down = ~done & (self._objective(trial, prior, deviation) < best)
+            self.x = torch.where(down.unsqueeze(1), trial, self.x)
+            done = done | down
+            if bool(done.all()):
+                break
+            length = torch.where(down, length, length / 2)
+        return done & going
+
+    def _objective(self, x: Tensor, prior: Gaussian, deviation: Tensor) -> Tensor:
+        data = (self.residual(x) / deviation).square().sum(1)
+        return (data + prior.energy(x)).nan_to_num(torch.inf)
