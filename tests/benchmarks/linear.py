@@ -52,7 +52,9 @@ def measure(network: Network, repeats: int = 7, size: int = 32) -> dict[str, Any
             out: list[Tensor] = []
             dense += seconds(lambda u=u, v=v, out=out: out.append(_dense(u, v)))
             miss = u @ out[0] - v
-            own = u @ solution.values[i][0].reshape(-1, 1) - v if layer.weight.shape[0] == 1 else miss
+            own = (
+                u @ solution.values[i][0].reshape(-1, 1) - v if layer.weight.shape[0] == 1 else miss
+            )
             difference = max(difference, float((miss.norm() - own.norm()).abs() / v.norm()))
             rows.append(tuple(u.shape))
         ours += [seconds(lambda: attack([observation])) for _ in range(repeats)]

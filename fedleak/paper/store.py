@@ -1,0 +1,126 @@
+"""The folder of a comparison: finished cells are kept, and only those of the same settings."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from torch import Tensor
+
+from fedleak.errors import InvalidInputError
+from fedleak.paper.cells import COLUMNS, Row, pictures_of
+
+#: What a comparison writes; ``overwrite`` removes these and nothing else.
+WRITTEN = ("paper.csv", "paper.json", "paper.md", "paper.png")
+_TEXT = ("network", "attack", "options", "image", "label_inferred", "status", "reason")
+
+
+class Store:
+    """The csv, settings and reconstructions in one folder.
+
+    Parameters
+    ----------
+    folder : Path
+    settings : dict
+        What every cell of the folder must have been made with; plain types.
+    record : dict
+        What is only written down, next to the settings.
+    overwrite : bool
+        Start again, where the folder holds an earlier comparison.
+
+    Raises
+    ------
+    InvalidInputError
+        If the folder cannot be used, holds something else, or was made with other settings.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        settings: dict[str, Any],
+        record: dict[str, Any] | None = None,
+        overwrite: bool = False,
+    ):
+        self.folder, self.csv = folder, folder / "paper.csv"
+        try:
+            (folder / "reconstructions").mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InvalidInputError(f"--out {str(folder)!r} cannot be used: {error}") from error
+        stored = folder / "paper.json"
+        if stored.is_file() and not overwrite:
+            self._compare(stored, settings)
+        else:
+            self._clear(overwrite and stored.is_file())
+        text = json.dumps({"settings": settings, **(record or {})}, indent=2)
+        stored.write_text(text + "\n")
+
+    def _compare(self, stored: Path, settings: dict[str, Any]) -> None:
+        try:
+            before = json.loads(stored.read_text())["settings"]
+        except (ValueError, KeyError) as error:
+            raise InvalidInputError(
+                f"{str(stored)!r} cannot be read ({error}); use another --out or --overwrite"
+            ) from error
+        other = [k for k in {**before, **settings} if before.get(k) != settings.get(k)]
+        if other:
+            listed = "; ".join(f"{k} {before.get(k)!r}, now {settings.get(k)!r}" for k in other)
+            raise InvalidInputError(
+                f"{str(self.folder)!r} was made with other settings ({listed}); "
+                "use another --out, or --overwrite to start again"
+            )
+
+    def _clear(self, overwrite: bool) -> None:
+        pictures = self.folder / "reconstructions"
+        if not any(self.folder.glob("*")) or overwrite:
+            for name in WRITTEN:
+                (self.folder / name).unlink(missing_ok=True)
+            shutil.rmtree(pictures, ignore_errors=True)
+        elif [*self.folder.iterdir()] != [pictures] or any(pictures.iterdir()):
+            raise InvalidInputError(
+                f"--out {str(self.folder)!r} is not empty and holds no comparison; use another"
+            )
+        pictures.mkdir(exist_ok=True)
+
+    def table(self) -> pd.DataFrame:
+        """Return every finished row."""
+        if not self.csv.is_file():
+            return pd.DataFrame(columns=list(COLUMNS))
+        kept = {name: str for name in _TEXT}
+        return pd.read_csv(self.csv, dtype=kept, keep_default_na=False, na_values={
+            "psnr_db": ["", "nan"], "ssim": ["", "nan"], "fit": ["", "nan"],
+        })  # fmt: skip
+
+    def has(self, network: str, attack: str, options: str, images: list[str]) -> bool:
+        """Return whether a cell is there, with all its images."""
+        table = self.table()
+        mine = (
+            (table["network"] == network)
+            & (table["attack"] == attack)
+            & (table["options"] == options)
+        )
+        return list(table.loc[mine, "image"]) == images
+
+    def add(self, rows: list[Row], made: np.ndarray) -> None:
+        """Write one finished cell: its pictures first, then its rows, in one go."""
+        first = rows[0]
+        path = pictures_of(self.folder, first["network"], first["attack"], first["options"])
+        np.savez_compressed(path, made=made)
+        fresh = pd.DataFrame(rows, columns=list(COLUMNS))
+        whole = fresh if not self.csv.is_file() else pd.concat([self.table(), fresh])
+        # A file that is replaced is never seen half written.
+        half = self.csv.with_suffix(".part")
+        whole.to_csv(half, index=False, na_rep="nan")
+        half.replace(self.csv)
+
+
+def digest(images: Tensor | None) -> str | None:
+    """Return a checksum of images, to tell whether two runs had the same."""
+    if images is None:
+        return None
+    shape = "x".join(map(str, images.shape))
+    return f"{shape} {hashlib.sha256(images.numpy().tobytes()).hexdigest()[:16]}"
