@@ -90,7 +90,7 @@ class Store:
         """Return every finished row."""
         if not self.csv.is_file():
             return pd.DataFrame(columns=list(COLUMNS))
-        kept = {name: str for name in _TEXT}
+        kept = dict.fromkeys(_TEXT, str)
         return pd.read_csv(self.csv, dtype=kept, keep_default_na=False, na_values={
             "psnr_db": ["", "nan"], "ssim": ["", "nan"], "fit": ["", "nan"],
         })  # fmt: skip

@@ -20,7 +20,7 @@ from torch import nn
 
 from fedleak.models import PAPER_NETWORKS
 from fedleak.observation import Observation
-from fedleak.paper import photographs
+from fedleak.paper.photographs import photographs
 
 Network = tuple[str, nn.Module]
 
@@ -63,20 +63,32 @@ def peak_memory() -> int:
     return most if sys.platform == "darwin" else most * 1024
 
 
-def arguments(description: str | None, repeats: int) -> argparse.Namespace:
-    """Read the options that every benchmark has, and set the number of threads."""
-    parser = argparse.ArgumentParser(description=description)
+def parser_of(description: str | None, repeats: int) -> argparse.ArgumentParser:
+    """Return the options that every benchmark has."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--network", action="append", choices=list(PAPER_NETWORKS), default=[])
     parser.add_argument("--repeats", type=int, default=repeats)
     parser.add_argument("--threads", type=int, default=1, help="Threads of torch, on both sides")
     parser.add_argument("--json", type=Path, help="Write the figures to this file, too")
+    return parser
+
+
+def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """Read the command line, and set the number of threads."""
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     return options
 
 
-def report(rows: Sequence[dict[str, Any]], options: argparse.Namespace, notes: str) -> None:
-    """Print ``rows`` as a table, and write them as JSON where that was asked for."""
+def report(
+    rows: Sequence[dict[str, Any]],
+    options: argparse.Namespace,
+    notes: str,
+    extra: dict[str, Any] | None = None,
+) -> None:
+    """Print ``rows`` as a table, and write them (and ``extra``) as JSON where asked for."""
     names = list(rows[0])
     cells = [[_cell(row[name]) for name in names] for row in rows]
     widths = [max(len(n), *(len(c[i]) for c in cells)) for i, n in enumerate(names)]
@@ -85,6 +97,7 @@ def report(rows: Sequence[dict[str, Any]], options: argparse.Namespace, notes: s
     print(f"\n{options.threads} thread(s), torch {torch.__version__}. {notes}")
     if options.json is not None:
         stored = {"threads": options.threads, "torch": torch.__version__, "rows": list(rows)}
+        stored |= extra or {}
         options.json.write_text(json.dumps(stored, indent=2) + "\n")
 
 
