@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import inspect
 import math
+import re
 import time
 import zlib
 from collections.abc import Sequence
@@ -187,6 +188,8 @@ def _one_by_one(images: Images) -> Sequence[Images]:
 
 def pictures_of(folder: Path, network: str, attack: str, options: str) -> Path:
     """Return the file with the reconstructions of one cell."""
-    # Options may hold anything; their checksum is a name that every file system takes.
-    mark = f"-{zlib.crc32(options.encode()):08x}" if options else ""
-    return folder / "reconstructions" / f"{network}.{attack}{mark}.npz"
+    # A factory's path and options may hold anything; a checksum is a name that every file
+    # system takes.
+    name = re.sub(r"[^\w.-]", "_", f"{network}.{attack}")
+    mark = f"-{zlib.crc32(f'{network} {options}'.encode()):08x}"
+    return folder / "reconstructions" / f"{name}{mark}.npz"

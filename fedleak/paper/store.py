@@ -47,15 +47,23 @@ class Store:
         overwrite: bool = False,
     ):
         self.folder, self.csv = folder, folder / "paper.csv"
+        stored, pictures = folder / "paper.json", folder / "reconstructions"
         try:
-            (folder / "reconstructions").mkdir(parents=True, exist_ok=True)
+            folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise InvalidInputError(f"--out {str(folder)!r} cannot be used: {error}") from error
-        stored = folder / "paper.json"
-        if stored.is_file() and not overwrite:
-            self._compare(stored, settings)
+        if not stored.is_file():
+            if any(folder.iterdir()):
+                raise InvalidInputError(
+                    f"--out {str(folder)!r} is not empty and holds no comparison; use another"
+                )
+        elif overwrite:
+            for name in WRITTEN:
+                (folder / name).unlink(missing_ok=True)
+            shutil.rmtree(pictures, ignore_errors=True)
         else:
-            self._clear(overwrite and stored.is_file())
+            self._compare(stored, settings)
+        pictures.mkdir(exist_ok=True)
         text = json.dumps({"settings": settings, **(record or {})}, indent=2)
         stored.write_text(text + "\n")
 
@@ -74,18 +82,6 @@ class Store:
                 "use another --out, or --overwrite to start again"
             )
 
-    def _clear(self, overwrite: bool) -> None:
-        pictures = self.folder / "reconstructions"
-        if not any(self.folder.glob("*")) or overwrite:
-            for name in WRITTEN:
-                (self.folder / name).unlink(missing_ok=True)
-            shutil.rmtree(pictures, ignore_errors=True)
-        elif [*self.folder.iterdir()] != [pictures] or any(pictures.iterdir()):
-            raise InvalidInputError(
-                f"--out {str(self.folder)!r} is not empty and holds no comparison; use another"
-            )
-        pictures.mkdir(exist_ok=True)
-
     def table(self) -> pd.DataFrame:
         """Return every finished row."""
         if not self.csv.is_file():
@@ -98,24 +94,27 @@ class Store:
     def has(self, network: str, attack: str, options: str, images: list[str]) -> bool:
         """Return whether a cell is there, with all its images."""
         table = self.table()
-        mine = (
-            (table["network"] == network)
-            & (table["attack"] == attack)
-            & (table["options"] == options)
-        )
-        return list(table.loc[mine, "image"]) == images
+        return list(table.loc[_cell(table, network, attack, options), "image"]) == images
 
     def add(self, rows: list[Row], made: np.ndarray) -> None:
         """Write one finished cell: its pictures first, then its rows, in one go."""
-        first = rows[0]
-        path = pictures_of(self.folder, first["network"], first["attack"], first["options"])
-        np.savez_compressed(path, made=made)
-        fresh = pd.DataFrame(rows, columns=list(COLUMNS))
-        whole = fresh if not self.csv.is_file() else pd.concat([self.table(), fresh])
+        cell = tuple(str(rows[0][name]) for name in ("network", "attack", "options"))
+        np.savez_compressed(pictures_of(self.folder, *cell), made=made)
+        whole = pd.DataFrame(rows, columns=list(COLUMNS))
+        if self.csv.is_file():
+            table = self.table()
+            whole = pd.concat([table[~_cell(table, *cell)], whole])
         # A file that is replaced is never seen half written.
         half = self.csv.with_suffix(".part")
         whole.to_csv(half, index=False, na_rep="nan")
         half.replace(self.csv)
+
+
+def _cell(table: pd.DataFrame, network: str, attack: str, options: str) -> pd.Series:
+    """Return which rows belong to one cell."""
+    return (
+        (table["network"] == network) & (table["attack"] == attack) & (table["options"] == options)
+    )
 
 
 def digest(images: Tensor | None) -> str | None:

@@ -66,19 +66,47 @@ def markdown(
         "fewer images have seen the first ones. PSNR has peak 1; an exact reconstruction counts "
         f"as {CEILING_DB:.0f} dB.\n",
     ]
-    for title, column, digits in (("PSNR in dB", "psnr_db", 1), ("SSIM", "ssim", 3)):
-        head = ["network", "c(M)", *(a.label for a in attacks)]
-        lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
-        for network in networks:
-            cells = [cell_text(select(table, network, a), column, digits) for a in attacks]
-            c = metric.get(network)
-            lines.append("| " + " | ".join([network, "" if c is None else str(c), *cells]) + " |")
-        parts.append(f"## {title}\n\n" + "\n".join(lines) + "\n")
+    parts.append("## PSNR in dB\n\n" + _grid(table, networks, attacks, metric, "psnr_db", 1))
+    parts.append("## SSIM\n\n" + _grid(table, networks, attacks, metric, "ssim", 3))
+    shared = _seen_by_all(table, networks, attacks)
+    if set(shared) < set(table["image"]):
+        part = table[table["image"].isin(shared)]
+        listed = ", ".join(str(name) for name in shared)
+        parts.append(
+            f"## PSNR in dB on the images that every attack has seen\n\nThese are: {listed}.\n\n"
+            + _grid(part, networks, attacks, metric, "psnr_db", 1)
+        )
     failed = table[table["status"] != "ok"]
     if len(failed):
         parts.append("## Failed\n\n" + "\n".join(_failures(failed)) + "\n")
     parts.append(f"```sh\n{command}\n```\n")
     return "\n".join(parts)
+
+
+def _grid(
+    table: pd.DataFrame,
+    networks: Sequence[str],
+    attacks: Sequence[AttackSpec],
+    metric: Mapping[str, int | None],
+    column: str,
+    digits: int,
+) -> str:
+    """Return one table: a row for each network, a column for each attack."""
+    head = ["network", "c(M)", *(a.label for a in attacks)]
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    for network in networks:
+        cells = [cell_text(select(table, network, a), column, digits) for a in attacks]
+        c = metric.get(network)
+        lines.append("| " + " | ".join([network, "" if c is None else str(c), *cells]) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _seen_by_all(
+    table: pd.DataFrame, networks: Sequence[str], attacks: Sequence[AttackSpec]
+) -> list[str]:
+    """Return the images that lie in every cell, in order."""
+    cells = [set(select(table, n, a)["image"]) for n in networks for a in attacks]
+    return [name for name in dict.fromkeys(table["image"]) if all(name in c for c in cells)]
 
 
 def _failures(failed: pd.DataFrame) -> list[str]:

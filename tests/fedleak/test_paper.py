@@ -21,7 +21,7 @@ from fedleak.cli import main
 from fedleak.errors import InvalidInputError, UnknownNameError
 from fedleak.observation import Observation
 from fedleak.paper import photographs
-from fedleak.paper.cells import COLUMNS, Images, parse_attack, run_cell
+from fedleak.paper.cells import COLUMNS, Images, parse_attack, pictures_of, run_cell
 from fedleak.paper.comparison import compare
 from fedleak.paper.tables import cell_text, mean_and_width
 
@@ -117,7 +117,7 @@ def test_comparison_is_written_and_resumed(tmp_path: Path, images: Images) -> No
     assert list(table["options"]) == ["", "", "steps=3"]
     assert list(table["images_together"]) == [2, 2, 1]
     assert (out / "paper.png").stat().st_size > 10_000
-    with np.load(out / "reconstructions" / f"{NETWORK}.linear.npz") as stored:
+    with np.load(pictures_of(out, NETWORK, "linear", "")) as stored:
         assert stored["made"].shape == (2, 3, 12, 12)
     again = _run(out, images, "linear", "cosine:steps=3", "cosine:steps=4")
     assert again[: len(table)].equals(table)  # the times, too: nothing was run again
@@ -126,7 +126,7 @@ def test_comparison_is_written_and_resumed(tmp_path: Path, images: Images) -> No
         _run(out, images, "linear", seed=1)
     fresh = _run(out, images, "linear", seed=1, overwrite=True)
     assert len(fresh) == 2
-    assert [p.name for p in (out / "reconstructions").iterdir()] == [f"{NETWORK}.linear.npz"]
+    assert list((out / "reconstructions").iterdir()) == [pictures_of(out, NETWORK, "linear", "")]
 
 
 def test_foreign_folders_are_left_alone(tmp_path: Path, images: Images) -> None:
@@ -135,7 +135,9 @@ def test_foreign_folders_are_left_alone(tmp_path: Path, images: Images) -> None:
     for overwrite in (False, True):
         with pytest.raises(InvalidInputError, match="is not empty and holds no comparison"):
             _run(tmp_path, images, "linear", overwrite=overwrite)
-    assert mine.read_text() == "keep"
+    assert [p.name for p in tmp_path.iterdir()] == ["mine.txt"]
+    with pytest.raises(InvalidInputError, match="cannot be used"):
+        _run(mine, images, "linear")
 
 
 def test_tables_agree_with_the_csv(tmp_path: Path, images: Images) -> None:
@@ -156,6 +158,10 @@ def test_tables_agree_with_the_csv(tmp_path: Path, images: Images) -> None:
         assert cells[3] == f"{slow:.{digits}f} (1)"
         shown[title] = cells
     assert len(shown) == 2
+    same = text.split("every attack has seen")[1]
+    assert "These are: cat." in same
+    first = table.loc[table["attack"] == "linear", "psnr_db"].iloc[0]
+    assert f"| {NETWORK} | 0 | {float(first):.1f} (1) | {shown['PSNR'][3]} |" in same
 
 
 def test_means_and_intervals() -> None:
@@ -181,6 +187,18 @@ def test_failures_keep_their_reason_and_the_rest_goes_on(
     assert refuses.calls == 3  # both together, then each alone
     _run(out, images, "refuses", "linear")
     assert refuses.calls == 3  # a failed cell is kept
+
+
+def test_networks_may_be_factories(tmp_path: Path, images: Images) -> None:
+    spec = f"{tmp_path / 'net.py'}:net"
+    (tmp_path / "net.py").write_text(
+        "from fedleak.models import conv_chain\n"
+        "def net(input_shape, classes):\n"
+        "    return conv_chain([(6, 3, 1, 0)], input_shape, classes)\n"
+    )
+    out = tmp_path / "paper"
+    compare([spec], [parse_attack("linear")], images, 1, out, device="cpu")
+    assert pd.read_csv(out / "paper.csv")["psnr_db"].min() > 100
 
 
 def test_diverged_images_are_failures(images: Images) -> None:
