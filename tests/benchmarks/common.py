@@ -102,8 +102,6 @@ def report(
 
 
 def _cell(value: Any) -> str:
-    return (
-        f"{value:.3g}"
-        if isinstance(value, float) and value < 100
-        else (f"{value:.0f}" if isinstance(value, float) else str(value))
-    )
+    if not isinstance(value, float):
+        return str(value)
+    return f"{value:.3g}" if value < 100 else f"{value:.0f}"

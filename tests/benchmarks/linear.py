@@ -49,8 +49,9 @@ def measure(
 ) -> dict[str, Any]:
     """Return the times of both sides on one network, and their ratio.
 
-    ``residuals differ`` is the greatest difference of their relative residuals: that both
-    solve the same systems.
+    ``residuals differ`` is the greatest difference of their relative residuals: both solve the
+    same systems. Below a deficient layer these contradict themselves, and the attack weighs
+    their rows by what it knows of their errors, so that it is not zero there.
     """
     name, model = network
     observation = observe(model, size)
