@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test slow lint format install clean
+.PHONY: demo test slow bench lint format install clean
 
 demo: install
 	$(BIN)/fedleak simulate demo --out results/runs/demo --overwrite
@@ -14,6 +14,11 @@ test: install
 
 slow: install
 	$(BIN)/pytest -m slow
+
+# Ratios against dense linear algebra and the published attack; takes about ten minutes.
+bench: install
+	$(BIN)/python -m tests.benchmarks.linear
+	$(BIN)/python -m tests.benchmarks.hybrid
 
 lint: install
 	$(BIN)/ruff check .

@@ -17,6 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from fedleak.errors import FedleakError, InvalidInputError
+from fedleak.paper import paper
 
 if TYPE_CHECKING:
     from simulations.engines import Arm
@@ -47,6 +48,9 @@ def _root(
     ] = False,
 ) -> None:
     """What does a federated-learning server learn about the training images?"""
+
+
+app.command()(paper)
 
 
 @app.command()

@@ -10,10 +10,17 @@ from torch import Tensor
 Vector = tuple[Tensor, ...]
 
 
-def _dot(a: Vector, b: Vector) -> Tensor:
-    """Inner product of each update: sum over everything but the first dimension."""
-    terms = [(x * y).flatten(1).sum(1) for x, y in zip(a, b, strict=True)]
-    return torch.stack(terms).sum(0)
+#: The loop looks this often whether all are done: looking waits for the device.
+_LOOK = 4
+
+
+def _dot(a: Vector) -> Tensor:
+    """Squared norm of each update: sum over everything but the first dimension."""
+    flat = [x.flatten(1) for x in a]
+    total = torch.linalg.vecdot(flat[0], flat[0])
+    for x in flat[1:]:
+        total = total + torch.linalg.vecdot(x, x)
+    return total
 
 
 def _expand(scalar: Tensor, like: Tensor) -> Tensor:
@@ -25,7 +32,7 @@ def cgls(
     adjoint: Callable[[Vector], Tensor],
     rhs: Vector,
     start: Tensor,
-    tolerance: float = 1e-13,
+    tolerance: float = 1e-11,
     max_iterations: int = 3000,
 ) -> tuple[Tensor, Tensor]:
     """Solve ``min ||U x - v||`` for many right sides at once.
@@ -58,23 +65,24 @@ def cgls(
     r = tuple(v - u for v, u in zip(rhs, apply(x), strict=True))
     s = adjoint(r)
     p = s
-    gamma = _dot((s,), (s,))
-    scale = _dot((start_s := adjoint(rhs),), (start_s,))
-    goal = tolerance**2 * scale
-    for _ in range(max_iterations):
+    gamma = _dot((s,))
+    goal = tolerance**2 * _dot((adjoint(rhs),))
+    for step in range(max_iterations):
         active = gamma > goal
-        if not bool(active.any()):
+        if step % _LOOK == 0 and not bool(active.any()):
             break
         q = apply(p)
-        delta = _dot(q, q)
+        delta = _dot(q)
         alpha = torch.where(active & (delta > 0), gamma / delta.clamp_min(1e-300), 0.0)
-        x = x + _expand(alpha, x) * p
-        r = tuple(a - _expand(alpha, a) * b for a, b in zip(r, q, strict=True))
+        # In place: these are this function's own, and there are many small steps.
+        x.addcmul_(_expand(alpha, x), p)
+        for a, b in zip(r, q, strict=True):
+            a.addcmul_(_expand(alpha, a), b, value=-1)
         s = adjoint(r)
-        fresh = _dot((s,), (s,))
+        fresh = _dot((s,))
         beta = torch.where(active, fresh / gamma.clamp_min(1e-300), 0.0)
-        p = s + _expand(beta, p) * p
+        p = torch.addcmul(s, _expand(beta, p), p)
         gamma = torch.where(active, fresh, gamma)
     r = tuple(v - u for v, u in zip(rhs, apply(x), strict=True))
-    size = _dot(rhs, rhs).clamp_min(1e-300)
-    return x, (_dot(r, r) / size).sqrt()
+    size = _dot(rhs).clamp_min(1e-300)
+    return x, (_dot(r) / size).sqrt()
