@@ -15,7 +15,7 @@ from fedleak.priors.synthetic import dead_leaves
 from fedleak.solvers.gaussian import Gaussian, cholesky
 
 #: Patches that a mixture is fitted to, and rounds of expectation-maximisation.
-_SAMPLES, _ROUNDS = 50_000, 12
+_SAMPLES, _ROUNDS = 40_000, 10
 #: Observations that the pooled covariance is worth in each component, and the variance
 #: under which no component falls (a step of 8-bit pixels has 1e-6).
 _POOLED, _FLOOR = 10.0, 1e-5
