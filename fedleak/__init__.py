@@ -10,6 +10,7 @@ The library knows torch and nothing of Flower or Ray; :mod:`strategies` and
 """
 
 import os as _os
+import warnings as _warnings
 from importlib import metadata as _metadata
 
 # Before torch is imported: its threads shall sleep, not spin, while they wait for each other.
@@ -25,6 +26,9 @@ from fedleak.observation import Observation
 from fedleak.priors import GaussianPrior
 from fedleak.quality import Quality, score
 from fedleak.systems import Chain
+
+# torch.func's first use loads code of torch's own that torch itself deprecates.
+_warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", FutureWarning)
 
 try:
     __version__ = _metadata.version("fedleak")

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -92,7 +93,17 @@ def reconstruct(
     model: Annotated[str, typer.Option(help="Name, FILE.py:FACTORY or module:FACTORY")],
     images: Annotated[list[Path], typer.Option(help="Image file or folder; may be repeated")],
     attack: Annotated[str, typer.Option(help="The attack's name")] = "hybrid",
+    prior: Annotated[
+        str | None, typer.Option(help="gaussian, gaussian:learned, patches, patches:learned or tv")
+    ] = None,
+    public: Annotated[
+        Path | None, typer.Option(help="Folder of public images, for a learned prior")
+    ] = None,
+    option: Annotated[
+        list[str] | None, typer.Option(metavar="KEY=VALUE", help="The attack's own, as steps=300")
+    ] = None,
     defence: Annotated[str, typer.Option(help="NAME:STRENGTH, as noise:0.1")] = "none",
+    batch_size: Annotated[int, typer.Option(min=1, help="Images behind each gradient")] = 1,
     label: Annotated[str, typer.Option(help="infer, or known to the attacker")] = "infer",
     classes: Annotated[int, typer.Option(min=2, help="Classes of the model")] = 10,
     channels: Annotated[int, typer.Option(min=1, max=3, help="1 reads grey, 3 colour")] = 3,
@@ -120,16 +131,19 @@ def reconstruct(
     files, pixels = laboratory.read_images(images, channels, limit)
     labels = laboratory.labels_of(files, classes, seed)
     channel, height, width = pixels.shape[1:]
-    network = build_model(model, (channel, height, width), classes, seed, weights)
+    network = build_model(model, (channel, height, width), classes, seed, weights).eval()
+    options = _options(option or ()) | {
+        k: v for k, v in (("prior", prior), ("public", public)) if v is not None
+    }
+    run = make_attack(attack, device=device, **options)
     trials = laboratory.reconstruct(
-        network, pixels, labels, make_attack(attack, device=device), defence,
-        label == "known", seed,
-    )  # fmt: skip
-    result = laboratory.summary(trials, files, attack)
+        network, pixels, labels, run, defence, label == "known", seed, batch_size
+    )
+    result = laboratory.summary(trials, files, attack, getattr(run, "prior", None))
     if out is not None:
         from fedleak.plots import image_grid
 
-        made = [t.reconstruction.images[0].float().numpy() for t in trials.trials]
+        made = [t.image.float().numpy() for t in trials.trials]
         row = (f"{attack}, {defence}", made, trials.psnr_db)
         image_grid(list(pixels.numpy()), [row], out / "reconstructions.png")
     if json_:
@@ -139,7 +153,7 @@ def reconstruct(
     for column in ("image", "PSNR (dB)", "SSIM", "label", "inferred"):
         table.add_column(column, justify="left" if column == "image" else "right")
     for file, trial in zip(files, trials.trials, strict=True):
-        quality, inferred = trial.quality, int(trial.reconstruction.labels[0])
+        quality, inferred = trial.quality, trial.label_inferred
         table.add_row(
             f"{file.parent.name}/{file.name}", _number(quality.psnr_db), f"{quality.ssim:.3f}",
             str(trial.label), str(inferred),
@@ -147,6 +161,23 @@ def reconstruct(
     _console.print(table)
     mean = sum(trials.psnr_db) / len(trials.psnr_db)
     _console.print(f"mean {_number(mean)} dB in {trials.seconds:.1f} s", highlight=False)
+    reason = trials.trials[0].reconstruction.details.get("why_not_linear")
+    if reason:
+        _console.print(f"Matched as a whole: {reason}.", highlight=False, soft_wrap=True)
+
+
+def _options(pairs: Sequence[str]) -> dict[str, Any]:
+    """Read KEY=VALUE; values are Python literals where they can be."""
+    out: dict[str, Any] = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not equals or not key.isidentifier():
+            raise InvalidInputError(f"--option {pair!r} is not KEY=VALUE, as steps=300")
+        try:
+            out[key] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            out[key] = value
+    return out
 
 
 @contextmanager

@@ -13,30 +13,35 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fedleak.attacks import Attack, Reconstruction, make_attack
-from fedleak.data import read_images
 from fedleak.defences import DefenceSpec, defend, parse_defence
 from fedleak.errors import InvalidInputError
+from fedleak.images import read_images
 from fedleak.observation import Observation
-from fedleak.quality import Quality, score
+from fedleak.quality import Quality, match, score
 
 __all__ = ["Trial", "Trials", "labels_of", "read_images", "reconstruct", "summary"]
 
 
 @dataclass(frozen=True, eq=False)
 class Trial:
-    """What an attack made of one image's update, and how good it is.
+    """What an attack made of one image, and how good it is.
 
     Attributes
     ----------
     reconstruction : Reconstruction
+        Of the whole batch that the image was in.
+    image : Tensor, shape (C, H, W)
+        The reconstructed image that was matched with this one.
     quality : Quality
-    label : int
-        The true label.
+    label, label_inferred : int
+        The true label, and the one that the attack gives the matched image.
     """
 
     reconstruction: Reconstruction
+    image: Tensor
     quality: Quality
     label: int
+    label_inferred: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,24 +65,29 @@ def reconstruct(
     defence: str | DefenceSpec = "none",
     labels_known: bool = False,
     seed: int = 0,
+    batch_size: int = 1,
 ) -> Trials:
-    """Compute each image's gradient as a client would, defend it, attack it, score it.
+    """Compute gradients as clients would, defend them, attack them, score the images.
 
     Parameters
     ----------
     model : nn.Module
-        With the weights at which the gradients are taken.
+        With the weights at which the gradients are taken, in the mode of the client:
+        ``model.eval()`` for running statistics in batch normalisation and no dropout.
     images : Tensor, shape (N, C, H, W)
-        Values in [0, 1]. Each is a client of its own, with batch size 1.
+        Values in [0, 1]. Every ``batch_size`` in a row are one client's.
     labels : sequence of int, length N
     attack : str or Attack
-        The attack sees the model and the defended gradients, all N together.
+        The attack sees the model and the defended gradients, all together.
     defence : str or DefenceSpec
         ``"noise:0.1"`` for instance.
     labels_known : bool
         Whether the threat model grants the labels.
     seed : int
         Draws the defence's noise.
+    batch_size : int
+        Images behind each gradient. The images of a batch come back in any order, and are
+        matched with the true ones by least squared error before they are scored.
 
     Returns
     -------
@@ -91,26 +101,55 @@ def reconstruct(
     spec = parse_defence(defence) if isinstance(defence, str) else defence
     run = make_attack(attack) if isinstance(attack, str) else attack
     shape = (int(images.shape[1]), int(images.shape[2]), int(images.shape[3]))
-    targets = [int(label) for label in labels]
+    targets = torch.tensor([int(label) for label in labels])
+    if len(targets) != len(images):
+        raise InvalidInputError(f"{len(targets)} labels for {len(images)} images")
+    if batch_size < 1 or len(images) % batch_size:
+        raise InvalidInputError(
+            f"{len(images)} images do not make batches of {batch_size}; attack "
+            f"{len(images) // max(batch_size, 1) * batch_size} of them or change the batch size"
+        )
     names, parameters = zip(*model.named_parameters(), strict=True)
     observations = []
-    for n, label in enumerate(targets):
+    for n, (x, y) in enumerate(
+        zip(images.split(batch_size), targets.split(batch_size), strict=True)
+    ):
         try:
-            loss = F.cross_entropy(model(images[n : n + 1]), torch.tensor([label]))
-        except (RuntimeError, IndexError) as error:
+            loss = F.cross_entropy(model(x), y)
+        except (RuntimeError, IndexError, ValueError) as error:
             raise InvalidInputError(
-                f"the model cannot take an image of shape {shape} with label {label}: {error}"
+                f"the model cannot take images of shape {shape} with labels {y.tolist()}: {error}"
             ) from error
         gradient = dict(zip(names, torch.autograd.grad(loss, parameters), strict=True))
         sent = defend(gradient, spec, seed + n)
-        observations.append(
-            Observation.from_gradient(model, sent, shape, labels=[label] if labels_known else None)
-        )
+        known = y.tolist() if labels_known else None
+        observations.append(Observation.from_gradient(model, sent, shape, batch_size, known))
     begin = time.perf_counter()
     results = run(observations)
     seconds = time.perf_counter() - begin
-    trials = [Trial(r, score(r.images[0], images[n]), targets[n]) for n, r in enumerate(results)]
+    trials = [
+        trial
+        for result, x, y in zip(
+            results, images.split(batch_size), targets.split(batch_size), strict=True
+        )
+        for trial in _score(result, x, y)
+    ]
     return Trials(tuple(trials), seconds)
+
+
+def _score(result: Reconstruction, images: Tensor, labels: Tensor) -> list[Trial]:
+    """Score a batch, in the order of its true images."""
+    pairs = {truth: made for made, truth in match(result.images, images)}
+    return [
+        Trial(
+            result,
+            result.images[pairs[n]],
+            score(result.images[pairs[n]], images[n]),
+            int(labels[n]),
+            int(result.labels[pairs[n]]),
+        )
+        for n in range(len(images))
+    ]
 
 
 def labels_of(files: Sequence[Path], classes: int, seed: int) -> list[int]:
@@ -122,11 +161,14 @@ def labels_of(files: Sequence[Path], classes: int, seed: int) -> list[int]:
     return torch.randint(classes, (len(files),), generator=generator).tolist()
 
 
-def summary(trials: Trials, files: Sequence[Path], attack: str) -> dict[str, Any]:
+def summary(
+    trials: Trials, files: Sequence[Path], attack: str, prior: str | None = None
+) -> dict[str, Any]:
     """Return the trials as plain types, for JSON."""
     first = trials.trials[0].reconstruction.details
     return {
         "attack": attack,
+        "prior": prior,
         "seconds": trials.seconds,
         "rank": [
             {k: layer[k] for k in ("name", "unknowns", "rank")} for layer in first.get("layers", ())
@@ -138,8 +180,10 @@ def summary(trials: Trials, files: Sequence[Path], attack: str) -> dict[str, Any
                 "ssim": t.quality.ssim,
                 "mse": t.quality.mse,
                 "label_true": t.label,
-                "label_inferred": int(t.reconstruction.labels[0]),
+                "label_inferred": t.label_inferred,
                 "fit": t.reconstruction.fit,
+                "by": t.reconstruction.details.get("by"),
+                "why_not_linear": t.reconstruction.details.get("why_not_linear"),
             }
             for file, t in zip(files, trials.trials, strict=True)
         ],

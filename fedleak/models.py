@@ -105,7 +105,7 @@ def build_model(
     spec : str
         A registered name (``"cnn2-v1"``), ``"path/to/file.py:factory"`` or
         ``"package.module:factory"``. A factory is called with those of the keyword
-        arguments ``input_shape`` and ``classes`` that it takes.
+        arguments ``input_shape``, ``classes`` and ``num_classes`` that it takes.
     input_shape : tuple of int
         Shape (C, H, W) of one image.
     classes : int
@@ -122,17 +122,13 @@ def build_model(
         If the model cannot be found or made, or the checkpoint does not fit it.
     """
     factory = load_factory(spec) if ":" in spec else MODELS[spec]
-    offered = {"input_shape": tuple(input_shape), "classes": classes}
     if not callable(factory):
         raise InvalidInputError(f"model {spec!r} is a {type(factory).__name__}, not a factory")
-    parameters = inspect.signature(factory).parameters.values()
-    if not any(p.kind is p.VAR_KEYWORD for p in parameters):
-        offered = {k: v for k, v in offered.items() if k in {p.name for p in parameters}}
     with torch.random.fork_rng(devices=[]):
         if seed is not None:
             torch.manual_seed(seed)
         try:
-            model = factory(**offered)
+            model = _call(factory, tuple(input_shape), classes)
         except FedleakError:
             raise
         except Exception as error:  # a stranger's factory may raise anything
@@ -146,6 +142,23 @@ def build_model(
     if weights is not None:
         load_weights(model, weights)
     return model
+
+
+def _call(factory: ModelFactory, input_shape: tuple[int, ...], classes: int) -> object:
+    """Call a factory with those keywords that it takes."""
+    offered = {"input_shape": input_shape, "classes": classes, "num_classes": classes}
+    parameters = inspect.signature(factory).parameters.values()
+    named = {k: v for k, v in offered.items() if k in {p.name for p in parameters}}
+    if named or not any(p.kind is p.VAR_KEYWORD for p in parameters):
+        return factory(**named)
+    # ``**kwargs`` may be handed on to something that takes only some of them.
+    for keywords in (("input_shape", "classes"), ("num_classes",)):
+        try:
+            return factory(**{k: offered[k] for k in keywords})
+        except TypeError as error:
+            if "unexpected keyword" not in str(error):
+                raise
+    return factory()
 
 
 @lru_cache(maxsize=32)

@@ -22,8 +22,8 @@ from fedleak.attacks.linear import (
     solve_layer,
     solve_recursively,
 )
-from fedleak.data import read_images
 from fedleak.errors import InvalidInputError
+from fedleak.images import read_images
 from fedleak.observation import Observation
 from fedleak.priors import PRIORS, Prior, make_prior
 from fedleak.systems import Affine

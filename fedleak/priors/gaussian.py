@@ -224,9 +224,18 @@ def _gaussian(
     shape: tuple[int, int, int],
     device: torch.device | str = "cpu",
     public: Tensor | None = None,
-    **options: float,
+    *,
+    rho: float = _SHAPES[0][0],
+    power: float = _SHAPES[0][1],
+    colour: float = _COLOURS[0],
+    sigma: float = 0.25,
+    mean: float = 0.5,
+    adapt: bool = True,
 ) -> Prior:
-    return GaussianPrior(shape, device=device, **options)  # type: ignore[arg-type]
+    return GaussianPrior(
+        shape, rho=rho, power=power, colour=colour, sigma=sigma, mean=mean, adapt=adapt,
+        device=device,
+    )  # fmt: skip
 
 
 @PRIORS.register("gaussian:learned")

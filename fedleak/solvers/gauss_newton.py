@@ -46,9 +46,12 @@ def jacobian(residual: Residual, x: Tensor) -> Tensor:
         for rows in torch.arange(m, device=x.device).split(_TOGETHER):
             out[:, rows] = vmap(row)(rows).transpose(0, 1)
         return out
+
+    def column(i: Tensor) -> Tensor:
+        return jvp(residual, (x,), (unit(i, n).clone(),))[1]
+
     for columns in torch.arange(n, device=x.device).split(_TOGETHER):
-        part = vmap(lambda i: jvp(residual, (x,), (unit(i, n).clone(),))[1])(columns)
-        out[:, :, columns] = part.permute(1, 2, 0)
+        out[:, :, columns] = vmap(column)(columns).permute(1, 2, 0)
     return out
 
 

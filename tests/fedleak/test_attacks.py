@@ -264,17 +264,21 @@ def test_an_attack_that_raises_is_reported(observe: Observe) -> None:
 def test_bad_options() -> None:
     with pytest.raises(UnknownNameError, match="did you mean 'hybrid'"):
         make_attack("hybird")
-    with pytest.raises(InvalidInputError, match=r"Known: steps, precision"):
+    with pytest.raises(InvalidInputError, match=r"Known: prior, public, prior_options, steps"):
         make_attack("hybrid", stepz=3)
-    for options in (
-        {"steps": 1.5},
-        {"mean": float("nan")},
-        {"sigma": "wide"},
-        {"steps": 0},
-        {"rho": 1.0},
-        {"sigma": -1.0},
+    for name, options in (
+        ("steps", {"steps": 1.5}),
+        ("steps", {"steps": 0}),
+        ("precision", {"precision": float("nan")}),
+        ("mean", {"prior_options": {"mean": float("nan")}}),
+        ("sigma", {"prior_options": {"sigma": "wide"}}),
+        ("rho", {"prior_options": {"rho": 1.0}}),
+        ("sigma", {"prior_options": {"sigma": -1.0}}),
+        ("Known: public, rho, power", {"prior_options": {"hue": 1.0}}),
+        ("did you mean 'gaussian'", {"prior": "gausian"}),
+        ("--public FOLDER", {"prior": "gaussian:learned"}),
     ):
-        with pytest.raises(InvalidInputError, match=next(iter(options))):
+        with pytest.raises(InvalidInputError, match=name):
             make_attack("hybrid", **options)
     with pytest.raises(InvalidInputError, match="device 'tpu9'"):
         LinearAttack(device="tpu9")([_any()])

@@ -174,7 +174,7 @@ def test_a_pickled_checkpoint_runs_no_code(tmp_path: Path) -> None:
 @pytest.mark.parametrize("shape", [(3, 8, 8), (1, 6, 9), (2, 5, 4)])
 def test_prior_root_against_the_dense_covariance(shape: tuple[int, int, int]) -> None:
     """B B^T is sigma^2 C kron rho^r, and the adjoint is the adjoint."""
-    prior = GaussianPrior(shape, rho=0.8, colour=0.6, sigma=0.3, floor=0.0)
+    prior = GaussianPrior(shape, rho=0.8, power=1.0, colour=0.6, sigma=0.3, floor=0.0)
     size = math.prod(prior.latent_shape)
     basis = torch.eye(size, dtype=torch.float64).reshape(size, *prior.latent_shape)
     b = prior.root(basis).flatten(1).T
