@@ -84,5 +84,6 @@ def match(reconstructions: Tensor, truth: Tensor) -> list[tuple[int, int]]:
     """
     a = reconstructions.detach().double().cpu().clamp(0, 1).flatten(1)
     b = truth.detach().double().cpu().flatten(1)
-    rows, columns = linear_sum_assignment(torch.cdist(a, b).square().numpy())
+    cost = torch.cdist(a, b).square().nan_to_num(1e12)  # an image that diverged fits worst
+    rows, columns = linear_sum_assignment(cost.numpy())
     return [(int(r), int(c)) for r, c in zip(rows, columns, strict=True)]

@@ -56,12 +56,12 @@ def test_shipped_scenarios_are_valid(path: Path) -> None:
 def test_overrides() -> None:
     made = load_scenario(
         "demo",
-        ["data.name=MNIST", "attack.options.rho=0.5", "defence.name=noise", "defence.strength=0.1",
-         "compare=[]", "strategy.options = {min_train_nodes = 2}"],
+        ["data.name=MNIST", "attack.options.precision=0.5", "defence.name=noise",
+         "defence.strength=0.1", "compare=[]", "strategy.options = {min_train_nodes = 2}"],
         seed=4,
     )  # fmt: skip
     assert (made.data.name, made.seed) == ("MNIST", 4)
-    assert made.attack.options["rho"] == 0.5
+    assert made.attack.options["precision"] == 0.5
     assert made.defence.spec.label == "noise-0.1"
     assert made.strategy.options == {"min_train_nodes": 2}
     assert [d.spec.label for d in made.arms()] == ["noise-0.1"]
@@ -79,7 +79,7 @@ def test_overrides() -> None:
         (["attack.name=hybird"], "unknown attack 'hybird'; did you mean 'hybrid'"),
         (["defence.name=nois"], "unknown defence 'nois'; did you mean 'noise'"),
         (["strategy.name=FedAvgg"], "unknown strategy 'FedAvgg'; did you mean 'FedAvg'"),
-        (["attack.options.stepz=1"], "Known: steps"),
+        (["attack.options.stepz=1"], "Known: prior"),
         (["federation.fraction=1.5"], "federation.fraction = 1.5"),
         (["federation.fraction=0"], "federation.fraction = 0"),
         (["federation.clients=0"], "federation.clients = 0"),
