@@ -13,7 +13,7 @@ from fedleak.attacks.evidence import Evidence
 from fedleak.attacks.linear import LinearSolution
 from fedleak.priors import Prior
 from fedleak.priors.gaussian import DENSE_UNKNOWNS
-from fedleak.solvers import Gaussian, GaussNewton, lbfgs
+from fedleak.solvers import Gaussian, GaussNewton, cgls, lbfgs
 
 #: Quasi-Newton steps before the first Jacobian is taken, and the relative error at which the
 #: known values count meanwhile: the prior leads to the right valley.
@@ -154,7 +154,7 @@ class Match:
     ----------
     images : Tensor, shape (N, B, C, H, W)
     solver : str
-        ``gauss-newton`` or ``l-bfgs``.
+        ``gauss-newton``, ``least squares`` or ``l-bfgs``.
     priors : list of str
         The prior of each update, with what its evidence chose.
     """
@@ -183,7 +183,10 @@ def match(
         Relative error at which a value counts as matched, at least.
     """
     n, m = batch * math.prod(prior.shape), target.values.shape[1]
-    if not prior.gaussian or batch > 1 or n > DENSE_UNKNOWNS or m > DENSE_ROWS:
+    dense = n <= DENSE_UNKNOWNS and m <= DENSE_ROWS
+    if target.linear and prior.gaussian and not dense:
+        return _least_squares(target, prior, start, precision)
+    if not prior.gaussian or batch > 1 or not dense:
         return _quasi_newton(target, prior, start, steps, max(precision, QUASI_LEVEL))
     budget = _ENTRIES[start.device.type] / (m * n + 2 * n * n)
     parts = torch.arange(len(target), device=start.device).split(max(1, int(budget)))
@@ -215,6 +218,27 @@ def _quasi_newton(target: Target, prior: Prior, start: Tensor, steps: int, level
     u = 0.1 * torch.randn(size, generator=generator, dtype=torch.float64) * (batch > 1)
     u, _ = lbfgs(objective, u.to(start).expand(count, -1).clone(), steps)
     return Match(images(u).detach(), "l-bfgs", [str(prior)] * count)
+
+
+def _least_squares(target: Target, prior: Prior, start: Tensor, precision: float) -> Match:
+    """Match what is linear in the images, at any size: least squares for ``u``, no matrix."""
+    errors = target.errors.clamp_min(precision)
+    mean = prior.mean.expand(start.shape)
+    at_mean = target.made(mean)
+
+    def apply(u: Tensor) -> tuple[Tensor, ...]:
+        made = target.made(mean + prior.root(u).reshape(start.shape))
+        return (made - at_mean) / errors, u
+
+    def adjoint(rows: tuple[Tensor, ...]) -> Tensor:
+        x = mean.clone().requires_grad_()
+        (back,) = torch.autograd.grad(target.made(x), x, rows[0] / errors)
+        return prior.root_adjoint(back.flatten(0, 1)) + rows[1]
+
+    u = start.new_zeros(len(start), *prior.latent_shape)
+    rhs = ((target.values - at_mean) / errors, u)
+    u, _ = cgls(apply, adjoint, rhs, u, tolerance=1e-6, max_iterations=1500)
+    return Match(prior.image(u).reshape(start.shape), "least squares", [str(prior)] * len(start))
 
 
 def _gauss_newton(target: Target, prior: Prior, start: Tensor, precision: float) -> Match:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torchvision.io import write_png
 
+from fedleak.attacks import HybridAttack
 from fedleak.cli import main
 from fedleak.errors import DataUnavailableError, InvalidInputError
 from fedleak.laboratory import labels_of, read_images, reconstruct
@@ -96,3 +97,44 @@ def test_bad_input(
         main()
     assert caught.value.code == 2
     assert words in capsys.readouterr().err
+
+
+def test_batches(photos: Tensor) -> None:
+    """Two images behind each gradient come back, each scored against its own truth."""
+    model = build_model("cnn2-v1", (3, 16, 16), 10, seed=0)
+    small = photos[:, :, ::2, ::2]
+    trials = reconstruct(model, small, [3, 4, 5, 5], attack=HybridAttack(steps=150), batch_size=2)
+    assert [t.label for t in trials.trials] == [3, 4, 5, 5]
+    assert [t.label_inferred for t in trials.trials] == [3, 4, 5, 5]
+    assert trials.trials[0].reconstruction is trials.trials[1].reconstruction
+    assert min(trials.psnr_db[:2]) > 18
+    with pytest.raises(InvalidInputError, match="4 images do not make batches of 3"):
+        reconstruct(model, small, [3, 4, 5, 5], batch_size=3)
+    with pytest.raises(InvalidInputError, match="3 labels for 4 images"):
+        reconstruct(model, small, [3, 4, 5])
+
+
+def test_priors_and_options_on_the_command_line(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = ["fedleak", "reconstruct", "--model", "cnn2-v2", "--images", str(folder / "sky"),
+            "--limit", "1", "--json"]  # fmt: skip
+    monkeypatch.setattr(sys, "argv", [*base, "--prior", "tv", "--option", "steps=40"])
+    main()
+    result = json.loads(capsys.readouterr().out)
+    assert (result["attack"], result["prior"]) == ("hybrid", "tv")
+    assert result["images"][0]["by"] in ("matching", "linear")
+    learned = ["--prior", "gaussian:learned", "--public", str(folder / "flower")]
+    monkeypatch.setattr(sys, "argv", [*base, *learned])
+    main()
+    assert json.loads(capsys.readouterr().out)["images"][0]["psnr_db"] > 10
+    for extra, words in (
+        (["--prior", "gaussian:learned"], "--public FOLDER"),
+        (["--attack", "linear", "--prior", "tv"], "does not take these options"),
+        (["--option", "steps"], "is not KEY=VALUE"),
+        (["--option", "steps=fast"], "steps must be a whole number"),
+    ):
+        monkeypatch.setattr(sys, "argv", [*base, *extra])
+        with pytest.raises(SystemExit):
+            main()
+        assert words in capsys.readouterr().err
