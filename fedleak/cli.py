@@ -21,6 +21,7 @@ from fedleak.errors import FedleakError, InvalidInputError
 from fedleak.paper import paper
 
 if TYPE_CHECKING:
+    from fedleak.attacks import Reconstruction
     from simulations.engines import Arm
     from simulations.scenario import Scenario
 
@@ -150,20 +151,32 @@ def reconstruct(
         print(json.dumps(result, indent=2))  # noqa: T201
         return
     table = Table(box=box.SIMPLE, padding=(0, 1, 0, 0))
-    for column in ("image", "PSNR (dB)", "SSIM", "label", "inferred"):
+    for column in ("image", "PSNR (dB)", "SSIM", "fit", "label", "inferred"):
         table.add_column(column, justify="left" if column == "image" else "right")
     for file, trial in zip(files, trials.trials, strict=True):
         quality, inferred = trial.quality, trial.label_inferred
         table.add_row(
             f"{file.parent.name}/{file.name}", _number(quality.psnr_db), f"{quality.ssim:.3f}",
-            str(trial.label), str(inferred),
+            f"{trial.reconstruction.fit:.1e}", str(trial.label), str(inferred),
         )  # fmt: skip
     _console.print(table)
     mean = sum(trials.psnr_db) / len(trials.psnr_db)
     _console.print(f"mean {_number(mean)} dB in {trials.seconds:.1f} s", highlight=False)
-    reason = trials.trials[0].reconstruction.details.get("why_not_linear")
-    if reason:
-        _console.print(f"Matched as a whole: {reason}.", highlight=False, soft_wrap=True)
+    for note in _notes(trials.trials[0].reconstruction):
+        _console.print(note, highlight=False, soft_wrap=True)
+
+
+def _notes(result: Reconstruction) -> Iterator[str]:
+    """Say what limits a reconstruction, as far as the attacker knows it."""
+    if result.details.get("why_not_linear"):
+        yield f"Matched as a whole: {result.details['why_not_linear']}."
+    for name, share in result.details.get("lost", {}).items():
+        yield f"Layer {name!r}: {share:.0%} of its inputs are unknown (saturated or inactive)."
+    if result.fit > 0.5:
+        yield (
+            f"fit {result.fit:.2g}: the reconstruction explains little of the update. More "
+            "--option steps=, another --prior, or the protocol may not be as declared."
+        )
 
 
 def _options(pairs: Sequence[str]) -> dict[str, Any]:

@@ -133,28 +133,22 @@ class Replay:
             logits, head_input = self._forward(parameters, batch)
             return F.cross_entropy(logits, target), head_input
 
-        if len(images) == 1:  # plain autograd: less overhead, and more operators
-            differentiable = torch.is_grad_enabled()
-            with torch.enable_grad():
-                parameters = {n: p.detach().requires_grad_() for n, p in self.parameters.items()}
-                value, head_input = loss(parameters, images[0], labels[0])
-            parts = torch.autograd.grad(
-                value,
-                list(parameters.values()),
-                create_graph=differentiable,
-                allow_unused=True,
-                materialize_grads=True,
-            )
-            made = {n: g.unsqueeze(0) for n, g in zip(parameters, parts, strict=True)}
-            if head_input is not None:
-                head_input = head_input if differentiable else head_input.detach()
-                head_input = head_input.unsqueeze(0)
-            return Replayed(made, head_input)
         if self.head is None:
-            single = vmap(grad(lambda p, x, y: loss(p, x, y)[0]), in_dims=(None, 0, 0))
-            return Replayed(single(self.parameters, images, labels), None)
-        both = vmap(grad(loss, has_aux=True), in_dims=(None, 0, 0))
-        return Replayed(*both(self.parameters, images, labels))
+            plain = grad(lambda p, x, y: loss(p, x, y)[0])
+            if len(images) == 1:  # without vmap: more operators, less overhead
+                return Replayed(_unsqueezed(plain(self.parameters, images[0], labels[0])), None)
+            return Replayed(
+                vmap(plain, in_dims=(None, 0, 0))(self.parameters, images, labels), None
+            )
+        both = grad(loss, has_aux=True)
+        if len(images) == 1:
+            made, head_input = both(self.parameters, images[0], labels[0])
+            return Replayed(_unsqueezed(made), head_input.unsqueeze(0))
+        return Replayed(*vmap(both, in_dims=(None, 0, 0))(self.parameters, images, labels))
+
+
+def _unsqueezed(gradients: Gradients) -> Gradients:
+    return {n: g.unsqueeze(0) for n, g in gradients.items()}
 
 
 def _deterministic(model: nn.Module) -> nn.Module:

@@ -148,7 +148,10 @@ class Evidence:
             else:
                 made = self.replay(images, self.labels).gradients
         terms = [relative(made[k], g).square().sum(1) for k, g in self.gradient.items()]
-        return torch.stack(terms).mean(0).sqrt()
+        # A tensor that is zero was withheld or pruned away: it says nothing.
+        told = torch.stack([g.flatten(1).any(1) for g in self.gradient.values()])
+        squares = torch.where(told, torch.stack(terms), 0.0).sum(0)
+        return (squares / told.sum(0).clamp_min(1)).sqrt()
 
 
 def _labels(observations: Sequence[Observation], gradient: Gradients, replay: Replay) -> Tensor:

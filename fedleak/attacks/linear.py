@@ -309,6 +309,12 @@ def package(
 ) -> list[Reconstruction]:
     """Return one :class:`Reconstruction` for each update, made ``by`` that method."""
     fit = evidence.fit(images)
+    # Inputs of activations that their outputs do not tell: saturated or inactive units.
+    lost = [
+        (layer, deviation.isinf().flatten(1))
+        for layer, deviation in zip(evidence.chain.layers, solution.deviations, strict=False)
+        if isinstance(layer, Pointwise)
+    ]
     out = []
     for n in range(len(evidence)):
         layers = [
@@ -322,6 +328,11 @@ def package(
             for s in solution.layers
         ]
         details = {"by": by[n], "noise": float(solution.noise[n]), "layers": layers}
+        details["lost"] = {
+            layer.name: float(unknown[n].double().mean())
+            for layer, unknown in lost
+            if bool(unknown[n].any())
+        }
         out.append(
             Reconstruction(
                 images[n : n + 1].cpu(), evidence.labels[n].cpu(), float(fit[n]), details
