@@ -133,8 +133,11 @@ class Replay:
             logits, head_input = self._forward(parameters, batch)
             return F.cross_entropy(logits, target), head_input
 
-        if len(images) == 1:  # plain autograd: less overhead, and more operators
-            differentiable = torch.is_grad_enabled()
+        if len(images) == 1 and not torch._C._are_functorch_transforms_active():
+            # Plain autograd: less overhead, and more operators; no transform can pass it.
+            differentiable = torch.is_grad_enabled() and (
+                images.requires_grad or labels.requires_grad
+            )
             with torch.enable_grad():
                 parameters = {n: p.detach().requires_grad_() for n, p in self.parameters.items()}
                 value, head_input = loss(parameters, images[0], labels[0])
@@ -150,6 +153,10 @@ class Replay:
                 head_input = head_input if differentiable else head_input.detach()
                 head_input = head_input.unsqueeze(0)
             return Replayed(made, head_input)
+        if len(images) == 1:  # no vmap: more operators
+            alone, seen = grad(loss, has_aux=True)(self.parameters, images[0], labels[0])
+            head_input = None if self.head is None else seen.unsqueeze(0)
+            return Replayed({n: g.unsqueeze(0) for n, g in alone.items()}, head_input)
         if self.head is None:
             single = vmap(grad(lambda p, x, y: loss(p, x, y)[0]), in_dims=(None, 0, 0))
             return Replayed(single(self.parameters, images, labels), None)
