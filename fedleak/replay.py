@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
+from torch.utils._pytree import tree_map
 
 from fedleak.errors import InvalidInputError, UnsupportedModelError
 
@@ -153,29 +155,46 @@ class Replay:
                 head_input = head_input if differentiable else head_input.detach()
                 head_input = head_input.unsqueeze(0)
             return Replayed(made, head_input)
+        known = self.head is not None
+        step = grad(loss if known else lambda p, x, y: loss(p, x, y)[0], has_aux=known)
         if len(images) == 1:  # no vmap: more operators
-            alone, seen = grad(loss, has_aux=True)(self.parameters, images[0], labels[0])
-            head_input = None if self.head is None else seen.unsqueeze(0)
-            return Replayed({n: g.unsqueeze(0) for n, g in alone.items()}, head_input)
-        if self.head is None:
-            single = vmap(grad(lambda p, x, y: loss(p, x, y)[0]), in_dims=(None, 0, 0))
-            return Replayed(single(self.parameters, images, labels), None)
-        both = vmap(grad(loss, has_aux=True), in_dims=(None, 0, 0))
-        return Replayed(*both(self.parameters, images, labels))
+            alone = step(self.parameters, images[0], labels[0])
+            out = tree_map(lambda t: t.unsqueeze(0), alone)
+        else:
+            out = vmap(step, in_dims=(None, 0, 0))(self.parameters, images, labels)
+        return Replayed(*out) if known else Replayed(out, None)
 
 
 def _deterministic(model: nn.Module) -> nn.Module:
-    """Make batch normalisation pure and refuse what is random."""
+    """Make normalisation pure and refuse what is random."""
     for name, module in model.named_modules():
         if isinstance(module, nn.modules.dropout._DropoutNd) and module.training and module.p > 0:
             raise UnsupportedModelError(
                 f"layer {name!r}: dropout with p={module.p} is random in training, which the "
                 "attacker does not see; set p=0"
             )
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training:
-            # With batch statistics the running ones only count along, in place.
+        if isinstance(module, nn.modules.batchnorm._NormBase) and (
+            module.training or module.running_mean is None
+        ):
+            # By statistics of the images themselves: running ones only count along, in place.
             module.track_running_stats = False
             module.running_mean = module.running_var = module.num_batches_tracked = None
+            module.forward = partial(_normalised, module)
         if hasattr(module, "inplace"):
             module.inplace = False
     return model
+
+
+def _normalised(module: nn.modules.batchnorm._NormBase, x: Tensor) -> Tensor:
+    """Normalise by the statistics of ``x``, shape (B, C, ...).
+
+    Under vmap, torch's own double backward is wrong in the weight's gradient (2.15 and before).
+    """
+    each = isinstance(module, nn.modules.instancenorm._InstanceNorm)
+    dims = list(range(2, x.dim())) if each else [0, *range(2, x.dim())]
+    rest = x - x.mean(dims, keepdim=True)
+    out = rest / (rest.square().mean(dims, keepdim=True) + module.eps).sqrt()
+    if not module.affine:
+        return out
+    shape = (1, -1, *[1] * (x.dim() - 2))
+    return out * module.weight.reshape(shape) + module.bias.reshape(shape)
