@@ -31,7 +31,7 @@ SHAPE = (1, 8, 8)
 class Residual(nn.Module):
     """No chain: a branch is added back."""
 
-    def __init__(self, filters: int = 3, stride: int = 1) -> None:
+    def __init__(self, filters: int = 2, stride: int = 2) -> None:
         super().__init__()
         self.first = nn.Conv2d(1, filters, 3, stride, padding=1)
         self.branch = nn.Conv2d(filters, filters, 3, padding=1)
@@ -50,16 +50,18 @@ def residual() -> nn.Module:
 
 @pytest.fixture
 def deficient() -> nn.Module:
-    """Two filters at stride 2 on 64 pixels: far from full rank."""
+    """The second convolution leaves its 216 inputs undetermined."""
     torch.manual_seed(1)
-    return conv_chain([(2, 4, 2, 0), (3, 2, 1, 0)], SHAPE)
+    return conv_chain([(6, 3, 1, 0), (2, 3, 2, 0)], SHAPE)
 
 
 def _smooth(count: int) -> Tensor:
     """Return images of slow waves, shape (count, 1, 8, 8)."""
     line = torch.linspace(0, 1, 8)
     y, x = line[:, None], line[None, :]
-    waves = [0.5 + 0.3 * torch.sin(3 * x + (1 + k) * y + k) * torch.cos(k * x) for k in range(count)]
+    waves = [
+        0.5 + 0.3 * torch.sin(3 * x + (1 + k) * y + k) * torch.cos(k * x) for k in range(count)
+    ]
     return torch.stack(waves).unsqueeze(1)
 
 
@@ -76,7 +78,7 @@ def _batch(model: nn.Module, images: Tensor, labels: list[int]) -> Observation:
 
 def test_a_model_that_is_no_chain(residual: nn.Module, observe: Observe) -> None:
     """One update and several: each alone is what it is together, and nearly the truth."""
-    images = _smooth(3)
+    images = _smooth(2)
     seen = [observe(residual, x, k) for k, x in enumerate(images)]
     together = HybridAttack()(seen)
     grey = torch.full((1, *SHAPE), 0.5, dtype=torch.float64)
@@ -87,7 +89,7 @@ def test_a_model_that_is_no_chain(residual: nn.Module, observe: Observe) -> None
         assert result.details["solver"] == "gauss-newton"
         assert "add" in result.details["why_not_linear"]
         assert int(result.labels) == k
-        assert _psnr(result, images[k]) > 60
+        assert _psnr(result, images[k]) > 35
         evidence = Evidence.gather([seen[k]], "cpu")
         assert result.fit < 1e-3 < float(evidence.fit(grey))
         assert result.fit == pytest.approx(float(evidence.fit(result.images)))
@@ -108,11 +110,13 @@ def test_never_a_worse_fit_than_the_mean(residual: nn.Module, steps: int) -> Non
         assert bool(result.images.isfinite().all())
 
 
-def test_a_batch_of_two(residual: nn.Module) -> None:
+def test_a_batch_of_two() -> None:
     """Labels are inferred as counts, the images matched together, in any order."""
+    torch.manual_seed(0)
+    residual = Residual(filters=3, stride=1)
     images = _smooth(4)
     seen = [_batch(residual, images[:2], [7, 2]), _batch(residual, images[2:], [3, 3])]
-    results = HybridAttack(steps=300)(seen)
+    results = HybridAttack(steps=150)(seen)
     assert [r.labels.tolist() for r in results] == [[2, 7], [3, 3]]
     for result, truth in zip(results, (images[:2], images[2:]), strict=True):
         assert result.images.shape == (2, *SHAPE)
@@ -126,7 +130,7 @@ def test_a_batch_of_two(residual: nn.Module) -> None:
     # The first batch has two labels: which image has which is known.
     swapped = images[:2].flip(0)
     assert pair(results[0].images, swapped) == [(0, 0), (1, 1)]
-    (alone,) = HybridAttack(steps=300)(seen[:1])
+    (alone,) = HybridAttack(steps=150)(seen[:1])
     torch.testing.assert_close(results[0].images, alone.images, atol=2e-2, rtol=0)
 
 
@@ -162,7 +166,7 @@ def test_total_variation_goes_by_lbfgs(
     """Its energy is not quadratic: there is no closed form for a step."""
     model = request.getfixturevalue(kind)
     image = _smooth(1)[0]
-    (result,) = HybridAttack(prior="tv", steps=200, prior_options={"scale": 0.1})(
+    (result,) = HybridAttack(prior="tv", steps=60, prior_options={"scale": 0.1})(
         [observe(model, image, 3)]
     )
     assert result.details["solver"] == "l-bfgs"
@@ -179,7 +183,7 @@ def _objective(target: ChainTarget, prior: GaussianPrior, images: Tensor, level:
 def test_gauss_newton_beats_lbfgs_on_its_own_objective(
     deficient: nn.Module, observe: Observe
 ) -> None:
-    """The same target, prior and errors; the second needs no preconditioner."""
+    """The same target, prior and errors."""
     images = _smooth(3)
     evidence = Evidence.gather([observe(deficient, x, k) for k, x in enumerate(images)], "cpu")
     solution = solve_recursively(evidence)
@@ -204,7 +208,7 @@ def test_gauss_newton_beats_lbfgs_on_its_own_objective(
 
 def test_a_deficient_chain(deficient: nn.Module, observe: Observe) -> None:
     """Matched by Gauss-Newton, nearer the truth and no worse a fit than the linear one."""
-    images = _smooth(4)
+    images = _smooth(2)
     seen = [observe(deficient, x, k) for k, x in enumerate(images)]
     results, linear = HybridAttack()(seen), LinearAttack()(seen)
     for k, (ours, theirs) in enumerate(zip(results, linear, strict=True)):
@@ -219,21 +223,23 @@ def test_a_deficient_chain(deficient: nn.Module, observe: Observe) -> None:
 def test_a_noisy_update(deficient: nn.Module, residual: nn.Module, observe: Observe) -> None:
     """The noise is seen, the whole chain is matched, and the prior holds what it drowns."""
     image = _smooth(1)[0]
+    clean = observe(deficient, image, 2)
     for strength in (0.02, 0.2):
-        found, base = [], []
-        for k in range(4):
-            clean = observe(deficient, image, 2)
-            update = defend(clean.gradient, DefenceSpec("noise", strength), k)
-            noisy = Observation.from_gradient(deficient, update, SHAPE)
-            (ours,), (theirs,) = HybridAttack()([noisy]), LinearAttack()([noisy])
+        noisy = [
+            Observation.from_gradient(
+                deficient, defend(clean.gradient, DefenceSpec("noise", strength), k), SHAPE
+            )
+            for k in range(3)
+        ]
+        found, base = HybridAttack()(noisy), LinearAttack()(noisy)
+        for ours, theirs in zip(found, base, strict=True):
             assert strength / 3 < ours.details["noise"] < 3 * strength
-            found.append(_psnr(ours, image))
-            base.append(_psnr(theirs, image))
-        assert sum(found) > sum(base)
-    noisy = Observation.from_gradient(
+            assert ours.fit <= max(1.1 * theirs.fit, 2 * ours.details["noise"])
+        assert sum(_psnr(r, image) for r in found) > sum(_psnr(r, image) for r in base)
+    one = Observation.from_gradient(
         residual, defend(observe(residual, image, 2).gradient, DefenceSpec("noise", 0.02), 0), SHAPE
     )
-    (result,) = HybridAttack()([noisy])
+    (result,) = HybridAttack()([one])
     assert _psnr(result, image) > 15
 
 
@@ -273,13 +279,13 @@ def test_what_is_known_of_the_head(residual: nn.Module, observe: Observe) -> Non
     assert len(second) == 1
     torch.testing.assert_close(second.values, target.values[1:])
     torch.testing.assert_close(second.made(truth[1:]), target.made(truth)[1:])
-    evidence.gradient["first.bias"] = torch.zeros(2, 3, dtype=torch.float64)
+    evidence.gradient["first.bias"] = torch.zeros(2, 2, dtype=torch.float64)
     silent = ModuleTarget(evidence)
     made = silent.made(truth)
     assert bool(made.isfinite().all())
     at = [0, *torch.tensor([evidence.gradient[n][0].numel() for n in silent.names]).cumsum(0)]
     where = slice(int(at[silent.names.index("first.bias")]), None)
-    assert float(made[:, where][:, :3].abs().max()) == 0
+    assert float(made[:, where][:, :2].abs().max()) == 0
 
 
 def test_a_prior_of_another_kind_has_no_family() -> None:
