@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -152,17 +153,35 @@ def _unsqueezed(gradients: Gradients) -> Gradients:
 
 
 def _deterministic(model: nn.Module) -> nn.Module:
-    """Make batch normalisation pure and refuse what is random."""
+    """Make normalisation pure and refuse what is random."""
     for name, module in model.named_modules():
         if isinstance(module, nn.modules.dropout._DropoutNd) and module.training and module.p > 0:
             raise UnsupportedModelError(
                 f"layer {name!r}: dropout with p={module.p} is random in training, which the "
                 "attacker does not see; set p=0"
             )
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training:
-            # With batch statistics the running ones only count along, in place.
+        if isinstance(module, nn.modules.batchnorm._NormBase) and (
+            module.training or module.running_mean is None
+        ):
+            # By statistics of the images themselves: running ones only count along, in place.
             module.track_running_stats = False
             module.running_mean = module.running_var = module.num_batches_tracked = None
+            module.forward = partial(_normalised, module)
         if hasattr(module, "inplace"):
             module.inplace = False
     return model
+
+
+def _normalised(module: nn.modules.batchnorm._NormBase, x: Tensor) -> Tensor:
+    """Normalise by the statistics of ``x``, shape (B, C, ...).
+
+    Under vmap, torch's own double backward is wrong in the weight's gradient (2.15 and before).
+    """
+    each = isinstance(module, nn.modules.instancenorm._InstanceNorm)
+    dims = list(range(2, x.dim())) if each else [0, *range(2, x.dim())]
+    rest = x - x.mean(dims, keepdim=True)
+    out = rest / (rest.square().mean(dims, keepdim=True) + module.eps).sqrt()
+    if not module.affine:
+        return out
+    shape = (1, -1, *[1] * (x.dim() - 2))
+    return out * module.weight.reshape(shape) + module.bias.reshape(shape)

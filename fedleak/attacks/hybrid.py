@@ -22,7 +22,7 @@ from fedleak.attacks.linear import (
     solve_layer,
     solve_recursively,
 )
-from fedleak.errors import InvalidInputError
+from fedleak.errors import InvalidInputError, UnsupportedModelError
 from fedleak.images import read_images
 from fedleak.observation import Observation
 from fedleak.priors import PRIORS, Prior, make_prior
@@ -168,7 +168,14 @@ class HybridAttack:
         for index in parts:
             part = evidence.subset(index)
             grey = prior.mean.expand(len(index), batch, *prior.shape)
-            found = match(ModuleTarget(part), prior, grey, batch, self.steps, self.precision)
+            try:
+                found = match(ModuleTarget(part), prior, grey, batch, self.steps, self.precision)
+            except RuntimeError as error:  # torch names the operator
+                if "not implemented" not in str(error):
+                    raise
+                raise UnsupportedModelError(
+                    f"the model cannot be matched, which takes second derivatives: {error}"
+                ) from error
             images = torch.where(
                 (part.fit(found.images) <= part.fit(grey)).reshape(-1, 1, 1, 1, 1),
                 found.images,

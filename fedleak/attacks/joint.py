@@ -174,7 +174,7 @@ def match(
     target : Target
     prior : Prior
     start : Tensor, shape (N, B, C, H, W)
-        A guess; Gauss-Newton begins there or at the prior's mean, where less is wrong.
+        Says shape and device; what is linear is solved from here, the rest from the prior's mean.
     batch : int
         Images B behind each update.
     steps : int

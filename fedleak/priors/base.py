@@ -110,10 +110,11 @@ def make_prior(
     try:
         return factory(shape, device=device, public=public, **options)
     except TypeError as error:
-        known = [p for p in inspect.signature(factory).parameters if p not in ("shape", "device")]
+        fixed = ("shape", "device", "public")
+        known = [p for p in inspect.signature(factory).parameters if p not in fixed]
         raise InvalidInputError(
             f"prior {name!r} does not take these options {options}: {error}. "
-            f"Known: {', '.join(known)}"
+            f"Known: {', '.join(known) or 'none'}"
         ) from error
 
 

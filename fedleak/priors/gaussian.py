@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Sequence
 from functools import cached_property
@@ -104,17 +105,20 @@ class GaussianPrior(Prior):
         return torch.einsum("dc,nchw->ndhw", self.mix, x)
 
     @cached_property
-    def _dense(self) -> Gaussian:
+    def _space(self) -> Gaussian:
+        """Return the distribution of one channel; priors that differ in colour share it."""
         _, height, width = self.shape
         kernel = torch.fft.irfft2(self.modes.square(), s=self.torus)
         rows = (torch.arange(height)[:, None] - torch.arange(height)[None, :]) % self.torus[0]
         columns = (torch.arange(width)[:, None] - torch.arange(width)[None, :]) % self.torus[1]
         space = kernel[rows[:, None, :, None], columns[None, :, None, :]]
-        mean = self.mean.expand(self.shape).reshape(-1)
         size = height * width
-        return KroneckerGaussian(
-            mean, self.mix @ self.mix, Gaussian(mean[:size], space.reshape(size, size))
-        )
+        return Gaussian(self.mean.expand(1, height, width).reshape(-1), space.reshape(size, size))
+
+    @cached_property
+    def _dense(self) -> Gaussian:
+        mean = self.mean.expand(self.shape).reshape(-1)
+        return KroneckerGaussian(mean, self.mix @ self.mix, self._space)
 
     def dense(self) -> Gaussian:
         return self._dense
@@ -128,18 +132,18 @@ class GaussianPrior(Prior):
         return self._families[stage]
 
     def _family(self, stage: int) -> Sequence[Prior]:
-        if not self.adapt or stage > 1:
+        if not self.adapt or stage > 1 or (self.shape[0] == 1 and not stage):
             return [self]
-        colours = [self.colour] if stage else [self.colour, *_others(self.colour, _COLOURS)]
-        here = (self.rho, self.power)
-        shapes = [here, *_others(here, _SHAPES)] if stage else [here]
-        if self.shape[0] == 1 and not stage:
-            return [self]
-        return [
-            GaussianPrior(self.shape, rho, power, colour, **self.options)  # type: ignore[arg-type]
-            for rho, power in shapes
-            for colour in colours
-        ]
+        if stage:
+            shapes = _others((self.rho, self.power), _SHAPES)
+            return [self, *(self._other(rho, power, self.colour) for rho, power in shapes)]
+        found = [self._other(self.rho, self.power, c) for c in _others(self.colour, _COLOURS)]
+        for prior in found:
+            prior.__dict__["_space"] = self._space  # made once
+        return [self, *found]
+
+    def _other(self, rho: float, power: float, colour: float) -> GaussianPrior:
+        return GaussianPrior(self.shape, rho, power, colour, **self.options)  # type: ignore[arg-type]
 
 
 def _others(here: object, options: Sequence) -> list:
@@ -236,6 +240,10 @@ def _gaussian(
         shape, rho=rho, power=power, colour=colour, sigma=sigma, mean=mean, adapt=adapt,
         device=device,
     )  # fmt: skip
+
+
+# What messages name as its options.
+_gaussian.__signature__ = inspect.signature(GaussianPrior)  # type: ignore[attr-defined]
 
 
 @PRIORS.register("gaussian:learned")

@@ -44,7 +44,7 @@ class PatchMixture:
         self.covariances: Tensor
         self.size = min(size, *images.shape[2:])
         generator = torch.Generator().manual_seed(seed)
-        x = _sample(images.float(), self.size, generator)
+        x = _sample(images.float().cpu(), self.size, generator)
         components = max(1, min(components, len(x) // 200))
         anchors = x[torch.randperm(len(x), generator=generator)[:components]]
         chosen = torch.cdist(x, anchors).argmin(1)

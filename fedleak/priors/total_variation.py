@@ -35,9 +35,11 @@ class TotalVariationPrior(GaussianPrior):
         scale: float = 0.05,
         device: torch.device | str = "cpu",
     ):
-        if not isinstance(scale, (int, float)) or not 0 < scale < float("inf"):
+        number = isinstance(scale, (int, float)) and not isinstance(scale, bool)
+        if not number or not 0 < scale < float("inf"):
             raise InvalidInputError(f"scale must be a number above 0, not {scale!r}")
-        super().__init__(shape, device=device)
+        # Without adapt: the evidence chooses among normal distributions, which this is not.
+        super().__init__(shape, adapt=False, device=device)
         self.scale = scale
 
     def __repr__(self) -> str:

@@ -17,7 +17,9 @@ def cholesky(matrix: Tensor) -> Tensor:
         factor, failed = torch.linalg.cholesky_ex(matrix)
         if not bool(failed.any()):
             break
-        matrix = matrix + torch.diag_embed(lift.expand_as(diagonal))
+        # Only where it failed: the others do not depend on what stands beside them.
+        needed = torch.where(failed.unsqueeze(-1) > 0, lift, 0.0)
+        matrix = matrix + torch.diag_embed(needed.expand_as(diagonal))
         lift = 100 * lift
     return factor
 
