@@ -274,7 +274,7 @@ def test_bad_options() -> None:
         ("sigma", {"prior_options": {"sigma": "wide"}}),
         ("rho", {"prior_options": {"rho": 1.0}}),
         ("sigma", {"prior_options": {"sigma": -1.0}}),
-        ("Known: public, rho, power", {"prior_options": {"hue": 1.0}}),
+        ("Known: rho, power, colour", {"prior_options": {"hue": 1.0}}),
         ("did you mean 'gaussian'", {"prior": "gausian"}),
         ("--public FOLDER", {"prior": "gaussian:learned"}),
     ):
