@@ -23,8 +23,9 @@ from fedleak.errors import FedleakError
 from fedleak.metric import SecurityMetric, security_metric
 from fedleak.models import MODELS, build_model
 from fedleak.observation import Observation
-from fedleak.priors import GaussianPrior
+from fedleak.priors import PRIORS, GaussianPrior, Prior, make_prior
 from fedleak.quality import Quality, score
+from fedleak.replay import Replay
 from fedleak.systems import Chain
 
 # torch.func's first use loads code of torch's own that torch itself deprecates.
@@ -39,6 +40,7 @@ __all__ = [
     "ATTACKS",
     "DEFENCES",
     "MODELS",
+    "PRIORS",
     "Attack",
     "Chain",
     "Defence",
@@ -46,13 +48,16 @@ __all__ = [
     "FedleakError",
     "GaussianPrior",
     "Observation",
+    "Prior",
     "Quality",
     "Reconstruction",
+    "Replay",
     "SecurityMetric",
     "__version__",
     "build_model",
     "defend",
     "make_attack",
+    "make_prior",
     "parse_defence",
     "run_attack",
     "score",
