@@ -11,7 +11,7 @@ from torch.func import jvp, vjp, vmap
 from fedleak.solvers.gaussian import Gaussian, Measurements, Rows
 
 #: Rows or columns of the Jacobian that are computed together.
-_TOGETHER = 64
+_TOGETHER = 32
 
 Residual = Callable[[Tensor], Tensor]
 

@@ -96,13 +96,22 @@ class KroneckerGaussian(Gaussian):
         parts = rows.reshape(*rows.shape[:-1], len(self.colour), -1) @ self.space.covariance
         return torch.einsum("...cs,cd->...ds", parts, self.colour).reshape(rows.shape)
 
-    @cached_property
+    # Made when asked for, not kept: there are many such priors, and the parts are small.
+    @property
     def factor(self) -> Tensor:
         return torch.kron(torch.linalg.cholesky(self.colour), self.space.factor)
 
-    @cached_property
+    @property
     def precision(self) -> Tensor:
         return torch.kron(torch.linalg.inv(self.colour), self.space.precision)
+
+    def energy(self, x: Tensor) -> Tensor:
+        rest = (x - self.mean).reshape(len(x), len(self.colour), -1)
+        by_colour = torch.linalg.solve_triangular(
+            torch.linalg.cholesky(self.colour), rest, upper=False
+        )
+        both = torch.linalg.solve_triangular(self.space.factor, by_colour.mT, upper=False)
+        return both.square().sum((1, 2))
 
     @cached_property
     def log_det(self) -> Tensor:

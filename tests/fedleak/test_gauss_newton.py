@@ -316,3 +316,22 @@ def test_never_uphill_even_where_it_overflows() -> None:
         solver.linearise()
     assert bool(solver.x.isfinite().all())
     assert float(before.max()) < 1e-3
+
+
+def test_a_kronecker_gaussian_is_the_dense_one() -> None:
+    generator = torch.Generator().manual_seed(3)
+
+    def positive(n: int) -> Tensor:
+        root = torch.randn(n, n, generator=generator, dtype=torch.float64)
+        return root @ root.T + torch.eye(n, dtype=torch.float64)
+
+    colour, space = positive(3), positive(5)
+    mean = torch.randn(15, generator=generator, dtype=torch.float64)
+    product = KroneckerGaussian(mean, colour, Gaussian(mean[:5], space))
+    dense = Gaussian(mean, torch.kron(colour, space))
+    x = torch.randn(4, 15, generator=generator, dtype=torch.float64)
+    torch.testing.assert_close(product.energy(x), dense.energy(x))
+    torch.testing.assert_close(product.precision, dense.precision)
+    torch.testing.assert_close(product.log_det, dense.log_det)
+    torch.testing.assert_close(product.factor @ product.factor.T, dense.covariance)
+    torch.testing.assert_close(product.times(x.unsqueeze(0)), dense.times(x.unsqueeze(0)))
