@@ -28,7 +28,10 @@ def mean_and_width(values: Sequence[float]) -> tuple[float, float]:
 
 
 def cell_text(rows: pd.DataFrame, column: str, digits: int) -> str:
-    """Return ``"25.5 ± 2.1 (10)"``; of one value no interval, of none ``"failed"`` or ``""``."""
+    """Return ``"25.5 ± 2.1 (10)"``; of none ``"failed"`` or ``""``.
+
+    Fewer than three values get no interval: it would be wider than the scale.
+    """
     if rows.empty:
         return ""
     ok = rows.loc[rows["status"] == "ok", column].astype(float)
@@ -36,7 +39,7 @@ def cell_text(rows: pd.DataFrame, column: str, digits: int) -> str:
     if values.empty:
         return "failed"
     mean, width = mean_and_width(values.tolist())
-    spread = "" if math.isnan(width) else f" ± {width:.{digits}f}"
+    spread = "" if len(values) < 3 else f" ± {width:.{digits}f}"
     failed = "" if len(values) == len(rows) else f" of {len(rows)}"
     return f"{mean:.{digits}f}{spread} ({len(values)}{failed})"
 
@@ -60,10 +63,11 @@ def markdown(
     """Return ``paper.md``: PSNR and SSIM of every attack on every network, and what failed."""
     parts = [
         "# Attacks on the networks of the paper\n",
-        "Undefended float32 gradients of one image each, labels not known to the attacker. Each "
-        "cell: mean ± half the width of the 95 % confidence interval (Student's t) over images, "
-        "and in brackets how many images. c(M) is the paper's security metric. Attacks with "
-        "fewer images have seen the first ones. PSNR has peak 1; an exact reconstruction counts "
+        "Simulated: undefended float32 gradients of one image each, labels not known to the "
+        "attacker. Each cell: mean ± half the width of the 95 % confidence interval (Student's t) "
+        "over images where there are at least three, and in brackets how many images. c(M) is the "
+        "paper's security metric. Attacks with fewer images have seen the first ones. PSNR has "
+        "peak 1; an exact reconstruction counts "
         f"as {CEILING_DB:.0f} dB.\n",
     ]
     parts.append("## PSNR in dB\n\n" + _grid(table, networks, attacks, metric, "psnr_db", 1))
