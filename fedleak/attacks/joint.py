@@ -188,7 +188,7 @@ def match(
         return _least_squares(target, prior, start, precision)
     if not prior.gaussian or batch > 1 or not dense:
         return _quasi_newton(target, prior, start, steps, max(precision, QUASI_LEVEL))
-    budget = _ENTRIES[start.device.type] / (m * n + 2 * n * n)
+    budget = _ENTRIES[start.device.type] / (m * n + 2 * n * n + 9 * min(m, n) ** 2)
     parts = torch.arange(len(target), device=start.device).split(max(1, int(budget)))
     found = [_gauss_newton(target.subset(i), prior, start[i], precision) for i in parts]
     return Match(

@@ -152,7 +152,7 @@ class Rows:
             rows = self.jacobian.reshape(*self.jacobian.shape[:2], len(colour), -1)
             parts = torch.einsum("nmcs,ca->anms", rows, axes)
             grams = torch.stack([(p @ space.covariance) @ p.mT for p in parts])
-            self._colours = {id(space): (space, axes, grams)}
+            self._colours[id(space)] = (space, axes, grams)
         _, axes, grams = self._colours[id(space)]
         share = axes.mT @ colour @ axes
         if float((share - share.diagonal().diag()).abs().max()) > 1e-9 * float(share.max()):
