@@ -27,6 +27,7 @@ from fedleak.priors import PRIORS, GaussianPrior, Prior, make_prior
 from fedleak.quality import Quality, score
 from fedleak.replay import Replay
 from fedleak.systems import Chain
+from fedleak.threat import LocalTraining, ThreatModel
 
 # torch.func's first use loads code of torch's own that torch itself deprecates.
 _warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", FutureWarning)
@@ -47,12 +48,14 @@ __all__ = [
     "DefenceSpec",
     "FedleakError",
     "GaussianPrior",
+    "LocalTraining",
     "Observation",
     "Prior",
     "Quality",
     "Reconstruction",
     "Replay",
     "SecurityMetric",
+    "ThreatModel",
     "__version__",
     "build_model",
     "defend",

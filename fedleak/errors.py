@@ -39,6 +39,10 @@ class InvalidUpdateError(FedleakError, ValueError):
     """What a client sent cannot be used: missing, misshapen or not finite."""
 
 
+class ForbiddenError(FedleakError):
+    """An attack needs to know or do what the threat model does not allow."""
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """Return ``"; did you mean ...? Known: ..."`` for a name that is not known."""
     known = sorted(known)

@@ -1,15 +1,18 @@
-"""What the attacker holds: the model as sent and one client's update as received."""
+"""What the attacker holds: the model as sent and the update as received."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from fedleak.errors import InvalidInputError, InvalidUpdateError
+from fedleak.threat import HONEST, LocalTraining, ThreatModel
+
+Shared = Literal["gradient", "weights"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,9 +32,20 @@ class Observation:
     input_shape : tuple of int
         Shape (C, H, W) of one image.
     images : int
-        Number of images behind the update.
+        Number of images behind the update, of all its clients.
     labels : tuple of int or None
         The labels, where the threat model says that the server knows them.
+    threat : ThreatModel
+        What the attacker knows and may do.
+    training : LocalTraining or None
+        How the clients trained, where they share weights and the attacker knows it.
+    shared : {"gradient", "weights"}
+        What the clients sent.
+    clients : int
+        Number of clients that the update is the mean of: above 1 under secure aggregation.
+    buffers : dict of str to Tensor
+        Statistics of batch normalisation that came along, where the threat model lets the
+        attacker use them.
     """
 
     model: nn.Module = field(repr=False)
@@ -39,6 +53,22 @@ class Observation:
     input_shape: tuple[int, int, int]
     images: int = 1
     labels: tuple[int, ...] | None = None
+    threat: ThreatModel = HONEST
+    training: LocalTraining | None = None
+    shared: Shared = "gradient"
+    clients: int = 1
+    buffers: dict[str, Tensor] = field(default_factory=dict, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.labels is not None and not self.threat.labels:
+            raise InvalidInputError(
+                f"labels {self.labels} are given, but the threat model does not let the attacker "
+                "know them; pass threat=ThreatModel(labels=True)"
+            )
+        if self.images < 1 or self.clients < 1 or self.images % self.clients:
+            raise InvalidInputError(
+                f"{self.images} images cannot be those of {self.clients} clients alike"
+            )
 
     @classmethod
     def from_gradient(
@@ -48,6 +78,7 @@ class Observation:
         input_shape: tuple[int, int, int],
         batch_size: int = 1,
         labels: Sequence[int] | None = None,
+        threat: ThreatModel | None = None,
     ) -> Observation:
         """Take a gradient that a client shared.
 
@@ -62,61 +93,133 @@ class Observation:
             See the attributes.
         batch_size : int
             Number of images in the batch.
+        threat : ThreatModel, optional
+            By default an honest-but-curious server; labels that are given are known.
 
         Raises
         ------
         InvalidUpdateError
             If a parameter is missing, misshapen or not finite, or all of them are zero.
         """
-        checked: dict[str, Tensor] = {}
-        for name, parameter in model.named_parameters():
-            if not parameter.requires_grad:
-                continue
-            if name not in gradient:
-                raise InvalidUpdateError(
-                    f"the update has no entry {name!r}; it has {', '.join(gradient) or 'none'}"
-                )
-            checked[name] = _check(name, torch.as_tensor(gradient[name]), tuple(parameter.shape))
-        if not any(bool(g.any()) for g in checked.values()):
-            raise InvalidUpdateError("every entry of the update is zero: it says nothing")
         channels, height, width = input_shape
         known = None if labels is None else tuple(int(y) for y in labels)
-        return cls(model, checked, (channels, height, width), batch_size, known)
+        return cls(
+            model,
+            _checked(model, gradient),
+            (channels, height, width),
+            batch_size,
+            known,
+            threat or ThreatModel(labels=known is not None),
+        )
 
     @classmethod
     def from_weights(
         cls,
         model: nn.Module,
         weights: Mapping[str, Any],
-        learning_rate: float,
+        training: LocalTraining,
         input_shape: tuple[int, int, int],
-        local_steps: int = 1,
-        batch_size: int = 1,
+        images: int | None = None,
         labels: Sequence[int] | None = None,
+        threat: ThreatModel | None = None,
     ) -> Observation:
-        """Take weights that a client shared after local steps of plain SGD.
+        """Take weights that a client shared after local training.
 
-        The gradient is ``(sent - received) / (learning_rate * local_steps)``: exact, up to
-        rounding, for one step; the mean over the steps otherwise.
+        ``gradient`` is the one-step view ``(sent - received) / (learning_rate * gain)``
+        without the weight decay: exact, up to rounding, for one step; the mean over the
+        steps otherwise. What the threat model does not let the attacker know is left out:
+        then the gradient is known up to a factor.
+
+        Parameters
+        ----------
+        model : nn.Module
+            The model as sent.
+        weights : mapping
+            Arrays or tensors by name, as received; buffers may be among them.
+        training : LocalTraining
+            What the client does, as far as ``threat`` allows the attacker to know it.
+        input_shape, labels, threat
+            As for :meth:`from_gradient`.
+        images : int, optional
+            Images that the client trained on; by default one batch.
 
         Raises
         ------
-        InvalidInputError
-            If the learning rate or the number of steps is not positive.
         InvalidUpdateError
             As for :meth:`from_gradient`.
         """
-        if learning_rate <= 0 or local_steps < 1:
-            raise InvalidInputError(
-                f"learning rate {learning_rate} and local steps {local_steps} must be positive"
-            )
+        threat = threat or ThreatModel(labels=labels is not None)
+        count = training.batch_size if images is None else images
+        rate = training.learning_rate if threat.learning_rate else 1.0
+        gain = training.gain(count) if threat.local_steps else 1.0
+        decay = training.weight_decay if threat.learning_rate and threat.local_steps else 0.0
         change = {}
         for name, parameter in model.named_parameters():
             if name in weights:
                 received = _check(name, torch.as_tensor(weights[name]), tuple(parameter.shape))
                 sent = parameter.detach().cpu().double()
-                change[name] = (sent - received) / (learning_rate * local_steps)
-        return cls.from_gradient(model, change, input_shape, batch_size * local_steps, labels)
+                change[name] = (sent - received) / (rate * gain) - decay * sent
+        seen = cls.from_gradient(model, change, input_shape, count, labels, threat)
+        buffers = {}
+        for name, buffer in model.named_buffers() if threat.buffers else ():
+            if name in weights and buffer.is_floating_point():
+                buffers[name] = _check(name, torch.as_tensor(weights[name]), tuple(buffer.shape))
+        told = training if threat.learning_rate and threat.local_steps else None
+        return replace(seen, training=told, shared="weights", buffers=buffers)
+
+    @classmethod
+    def sum_of(cls, observations: Sequence[Observation]) -> Observation:
+        """Return what is left under secure aggregation: the sum over clients alone.
+
+        The attacker gets nothing else; the aggregation is simulated here, before anything
+        is attacked. The sum is divided by the number of clients.
+
+        Parameters
+        ----------
+        observations : sequence of Observation
+            Of one model, with equally many images each.
+
+        Raises
+        ------
+        InvalidInputError
+            If they are not.
+        """
+        first = observations[0]
+        if any(o.model is not first.model or o.training != first.training for o in observations):
+            raise InvalidInputError("a sum is over updates of one model and one local training")
+        if any(o.images != first.images or o.clients != 1 for o in observations):
+            raise InvalidInputError("a sum is over clients with equally many images each")
+        count = len(observations)
+
+        def mean(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+            return {k: torch.stack([p[k] for p in parts]).mean(0) for k in parts[0]}
+
+        known = [o.labels for o in observations]
+        labels = None if None in known else tuple(y for part in known for y in part or ())
+        return replace(
+            first,
+            gradient=mean([o.gradient for o in observations]),
+            images=count * first.images,
+            labels=labels,
+            threat=replace(first.threat, view="sum"),
+            clients=count,
+            buffers=mean([o.buffers for o in observations]),
+        )
+
+
+def _checked(model: nn.Module, gradient: Mapping[str, Any]) -> dict[str, Tensor]:
+    checked: dict[str, Tensor] = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        if name not in gradient:
+            raise InvalidUpdateError(
+                f"the update has no entry {name!r}; it has {', '.join(gradient) or 'none'}"
+            )
+        checked[name] = _check(name, torch.as_tensor(gradient[name]), tuple(parameter.shape))
+    if not any(bool(g.any()) for g in checked.values()):
+        raise InvalidUpdateError("every entry of the update is zero: it says nothing")
+    return checked
 
 
 def _check(name: str, value: Tensor, shape: tuple[int, ...]) -> Tensor:

@@ -55,6 +55,10 @@ class Registry(Generic[T]):
             self._entries[name] = point.load()
         return self._entries[name]
 
+    def name_of(self, item: T) -> str | None:
+        """Return the name that ``item`` is entered under, if it has been."""
+        return next((name for name, known in self._entries.items() if known is item), None)
+
     def __contains__(self, name: object) -> bool:
         return name in self._entries or name in self._entry_points()
 

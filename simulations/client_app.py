@@ -45,8 +45,7 @@ def build_client_app(scenario_of: ScenarioOf) -> ClientApp:
                 mu = float(config.get("proximal-mu", 0.0))  # type: ignore[arg-type]
                 loss = local_training(model, scenario, client, server_round, mu)
                 shared = model.state_dict()
-        examples = scenario.training.batch_size * scenario.training.local_steps
-        metrics = MetricRecord({"num-examples": examples, "train_loss": loss})
+        metrics = MetricRecord({"num-examples": scenario.training.images, "train_loss": loss})
         content = RecordDict({"arrays": ArrayRecord(shared), "metrics": metrics})
         return Message(content=content, reply_to=message)
 

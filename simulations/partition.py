@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from functools import lru_cache
 
 from fedleak.data import LabelledImages, load_data
@@ -78,14 +79,27 @@ def client_batches(scenario: Scenario, client: int, server_round: int) -> list[l
     """Return the indices of each local step's batch of one client in one round.
 
     A client walks through its own images in a fixed random order, so that every image is
-    used once before any is used twice.
+    used once before any is used twice; each further epoch takes those of the round in a
+    new order.
     """
     own = partitions(scenario)[client]
     order = _shuffled(len(own), scenario.seed * 100_003 + client + 1)
-    steps, size = scenario.training.local_steps, scenario.training.batch_size
-    first = (server_round - 1) * steps * size
-    places = [[(first + s * size + i) % len(own) for i in range(size)] for s in range(steps)]
-    return [[own[order[p]] for p in batch] for batch in places]
+    count, size = scenario.training.images, scenario.training.batch_size
+    first = (server_round - 1) * count
+    used = [own[order[(first + i) % len(own)]] for i in range(count)]
+    out = []
+    for epoch in range(scenario.training.epochs):
+        if epoch:
+            draw = zlib.crc32(f"{scenario.seed}/{client}/{server_round}/{epoch}".encode())
+            used = [used[i] for i in _shuffled(count, draw)]
+        out += [used[i : i + size] for i in range(0, count, size)]
+    return out
+
+
+def client_images(scenario: Scenario, client: int, server_round: int) -> list[int]:
+    """Return the indices of the images that one client uses in one round."""
+    first_epoch = client_batches(scenario, client, server_round)[: scenario.training.local_steps]
+    return [i for batch in first_epoch for i in batch]
 
 
 def _shuffled(count: int, seed: int) -> list[int]:

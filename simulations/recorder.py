@@ -23,7 +23,7 @@ import numpy as np
 from fedleak.errors import InvalidInputError
 from fedleak.metric import SecurityMetric
 from fedleak.quality import match, score
-from simulations.partition import client_batches, training_data
+from simulations.partition import client_images, training_data
 from simulations.scenario import Scenario
 from strategies import Leak
 
@@ -141,17 +141,22 @@ class Recorder:
         with (self.out / name).open("a", newline="", encoding="utf-8") as file:
             csv.writer(file).writerow(row)
 
+    def labels_of(self, server_round: int, node: int) -> list[int]:
+        """Return a client's labels, for a server whose threat model grants them."""
+        used = client_images(self.scenario, self.partitions[node], server_round)
+        return training_data(self.scenario).batch(used)[1].tolist()
+
     def leak(self, leak: Leak) -> None:
-        """Score one client's leak against the images it used, and write a row for each."""
+        """Score a leak against the images that its clients used, and write a row for each."""
         self._attack_seconds += leak.seconds
-        client = self.partitions.get(leak.node_id, leak.node_id)
+        clients = [self.partitions.get(node, node) for node in leak.nodes]
         try:
-            rows = self._score(leak, client)
+            rows = self._score(leak, clients)
         except Exception as error:  # an image that cannot be read, a client that is not ours
             reason = f"{leak.reason or 'not scored'}: {type(error).__name__}: {error}"
-            rows = [("", "", "", "", "", "", "failed", reason)]
+            rows = [(c, "", "", "", "", "", "", "failed", reason) for c in clients]
         scenario, defence = self.scenario, self.scenario.defence
-        for image, psnr, ssim, mse, true, inferred, status, reason in rows:
+        for client, image, psnr, ssim, mse, true, inferred, status, reason in rows:
             self._append(
                 "leakage.csv",
                 (
@@ -161,26 +166,32 @@ class Recorder:
                 ),
             )  # fmt: skip
 
-    def _score(self, leak: Leak, client: int) -> list[tuple[Any, ...]]:
-        """Return (image, psnr_db, ssim, mse, label_true, label_inferred, status, reason)."""
-        batches = client_batches(self.scenario, client, leak.server_round)
-        used = [i for batch in batches for i in batch]
-        truth, labels = training_data(self.scenario).batch(used)
+    def _score(self, leak: Leak, clients: list[int]) -> list[tuple[Any, ...]]:
+        """Return (client, image, psnr_db, ssim, mse, label_true, label_inferred, status, reason).
+
+        The images of a batch, or of all clients in a sum, come back in any order.
+        """
+        used = [
+            (client, i)
+            for client in clients
+            for i in client_images(self.scenario, client, leak.server_round)
+        ]
+        truth, labels = training_data(self.scenario).batch([i for _, i in used])
         made, pairs = leak.reconstruction, {}
         if made is not None:
             pairs = {true: found for found, true in match(made.images, truth)}
         rows: list[tuple[Any, ...]] = []
-        for place, image in enumerate(used):
+        for place, (client, image) in enumerate(used):
             label = int(labels[place])
             if made is None or place not in pairs:
                 reason = leak.reason or "not reconstructed"
-                rows.append((image, "", "", "", label, "", "failed", reason))
+                rows.append((client, image, "", "", "", label, "", "failed", reason))
                 continue
             found = made.images[pairs[place]]
             quality = score(found, truth[place])
             inferred = int(made.labels[pairs[place]])
             scores = (quality.psnr_db, quality.ssim, quality.mse)
-            rows.append((image, *scores, label, inferred, "ok", ""))
+            rows.append((client, image, *scores, label, inferred, "ok", ""))
             self.psnr.append(quality.psnr_db)
             picture = (truth[place].numpy(), found.float().numpy(), quality.psnr_db)
             self._pictures.append((client, image, *picture))

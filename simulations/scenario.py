@@ -15,6 +15,7 @@ from fedleak.data import check_name
 from fedleak.defences import DefenceSpec, parse_defence
 from fedleak.errors import FedleakError, InvalidInputError, UnknownNameError, nearest
 from fedleak.models import MODELS, load_factory
+from fedleak.threat import LocalTraining, ThreatModel, View
 
 SHIPPED = Path(__file__).parent / "scenarios"
 
@@ -78,12 +79,47 @@ class Training(_Section):
     """What a client does with the model it receives."""
 
     share: Literal["gradient", "weights"] = "gradient"
-    local_steps: int = Field(1, ge=1)
+    local_steps: int = Field(1, ge=1, description="batches of a round")
     batch_size: int = Field(1, ge=1)
+    epochs: int = Field(1, ge=1, description="passes over the round's batches")
     learning_rate: float = Field(0.1, gt=0)
+    momentum: float = Field(0.0, ge=0, lt=1)
+    weight_decay: float = Field(0.0, ge=0)
     threads: int = Field(
         1, ge=1, le=1024, description="CPU threads of one client; fixed for repeatability"
     )
+
+    @property
+    def images(self) -> int:
+        """Images that a client uses in one round."""
+        return self.local_steps * self.batch_size
+
+    @property
+    def local(self) -> LocalTraining | None:
+        """The same, as the library takes it; None where a gradient is shared."""
+        if self.share == "gradient":
+            return None
+        return LocalTraining(
+            self.learning_rate, self.batch_size, self.epochs, self.momentum, self.weight_decay
+        )
+
+
+class Threat(_Section):
+    """What the server knows beside model and update, and what it may do."""
+
+    labels: bool = False
+    batch_size: bool = True
+    learning_rate: bool = True
+    local_steps: bool = True
+    public_images: bool = True
+    buffers: bool = False
+    tamper: bool = False
+    view: View = Field("client", description="client, or sum: only that over all clients")
+
+    @property
+    def model(self) -> ThreatModel:
+        """The same, as the library takes it."""
+        return ThreatModel(**self.model_dump())
 
 
 class Model(_Section):
@@ -171,6 +207,7 @@ class Scenario(_Section):
     training: Training = Training()
     model: Model = Model()
     strategy: Strategy = Strategy()
+    threat: Threat = Threat()
     attack: Attack = Attack()
     defence: Defence = Defence()
     compare: Annotated[
@@ -186,11 +223,14 @@ class Scenario(_Section):
                 f"strategy {self.strategy.name!r} aggregates {needs}, but training.share is "
                 f"{self.training.share!r}; set training.share={needs} or strategy.name={other}"
             )
-        if self.training.share == "gradient" and self.training.local_steps != 1:
-            raise InvalidInputError(
-                f"training.local_steps is {self.training.local_steps}, but a client that shares "
-                "a gradient takes one step; set training.share=weights"
-            )
+        if self.training.share == "gradient":
+            for key, least in (("local_steps", 1), ("epochs", 1), ("momentum", 0),
+                               ("weight_decay", 0)):  # fmt: skip
+                if (value := getattr(self.training, key)) != least:
+                    raise InvalidInputError(
+                        f"training.{key} is {value}, but a client that shares a gradient takes "
+                        "one plain step; set training.share=weights"
+                    )
         labels = [d.spec.label for d in self.arms()]
         if len(set(labels)) != len(labels):
             raise InvalidInputError(f"a defence is listed twice: {', '.join(labels)}")

@@ -58,12 +58,18 @@ def local_gradient(
 def local_training(
     model: nn.Module, scenario: Scenario, client: int, server_round: int, proximal_mu: float = 0.0
 ) -> float:
-    """Take the local steps of plain SGD, in place; return the mean loss.
+    """Take the local steps of SGD, in place; return the mean loss.
 
     ``proximal_mu`` weighs FedProx's term ``mu / 2 * ||w - w_sent||^2``.
     """
     model.train()
-    optimiser = torch.optim.SGD(model.parameters(), lr=scenario.training.learning_rate)
+    training = scenario.training
+    optimiser = torch.optim.SGD(
+        model.parameters(),
+        lr=training.learning_rate,
+        momentum=training.momentum,
+        weight_decay=training.weight_decay,
+    )
     sent = [p.detach().clone() for p in model.parameters()]
     losses = []
     for batch in client_batches(scenario, client, server_round):

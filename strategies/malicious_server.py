@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import copy
 import random
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from logging import ERROR, INFO
-from typing import Literal
 
 import numpy as np
 import torch
@@ -20,19 +19,22 @@ from torch import Tensor, nn
 
 from fedleak.attacks import Attack, Reconstruction, make_attack, run_attack
 from fedleak.errors import FedleakError, InvalidInputError, InvalidUpdateError
-from fedleak.observation import Observation
+from fedleak.observation import Observation, Shared
+from fedleak.threat import HONEST, LocalTraining, ThreatModel
 from strategies.delegate import DelegatingStrategy
 
-Shared = Literal["gradient", "weights"]
+__all__ = ["Leak", "MaliciousServer", "Shared"]
 
 
 @dataclass(frozen=True, eq=False)
 class Leak:
-    """What the server made of one client's update in one round.
+    """What the server made of one client's update, or of their sum, in one round.
 
     Attributes
     ----------
-    server_round, node_id : int
+    server_round : int
+    nodes : tuple of int
+        The client's node; where the server sees a sum, those of all clients in it.
     reconstruction : Reconstruction or None
         None if the attack failed or there was nothing to attack.
     reason : str
@@ -42,7 +44,7 @@ class Leak:
     """
 
     server_round: int
-    node_id: int
+    nodes: tuple[int, ...]
     reconstruction: Reconstruction | None
     reason: str = ""
     seconds: float = 0.0
@@ -54,7 +56,7 @@ class Leak:
 
 
 class MaliciousServer(DelegatingStrategy):
-    """Wrap any strategy and attack every update it receives.
+    """Wrap any strategy and attack every update that it receives.
 
     The training is that of the wrapped strategy, bit for bit: replies are copied before
     the strategy sees them, random states are restored, and whatever the attack does wrong
@@ -71,12 +73,15 @@ class MaliciousServer(DelegatingStrategy):
         Shape (C, H, W) of one image.
     attack : str or Attack
         A registered name, or an attack.
-    shared : {"weights", "gradient"}
-        What clients reply with.
-    learning_rate : float, optional
-        The clients' learning rate; needed where weights are shared.
-    local_steps, batch_size : int
-        The clients' protocol.
+    training : LocalTraining, optional
+        How clients train before they share weights. Without it they share a gradient.
+    images : int
+        Number of images that a client uses in one round.
+    threat : ThreatModel
+        What the server knows and may do. With ``view="sum"`` it sees, as under secure
+        aggregation, only the sum over all clients: simulated, by adding up what was received.
+    labels_of : callable, optional
+        ``(server_round, node_id) -> labels``, where the threat model grants them.
     every : int
         Attack in every n-th round.
     max_clients : int
@@ -101,22 +106,17 @@ class MaliciousServer(DelegatingStrategy):
         model: nn.Module | Callable[[], nn.Module],
         input_shape: tuple[int, int, int],
         attack: str | Attack = "hybrid",
-        shared: Shared = "weights",
-        learning_rate: float | None = None,
-        local_steps: int = 1,
-        batch_size: int = 1,
+        training: LocalTraining | None = None,
+        images: int = 1,
+        threat: ThreatModel = HONEST,
+        labels_of: Callable[[int, int], Sequence[int]] | None = None,
         every: int = 1,
         max_clients: int = 0,
         on_leak: Callable[[Leak], None] | None = None,
     ):
         super().__init__(strategy)
-        if shared not in ("weights", "gradient"):
-            raise InvalidInputError(f"shared must be 'weights' or 'gradient', not {shared!r}")
-        if shared == "weights" and not learning_rate:
-            raise InvalidInputError(
-                "learning_rate is needed where clients share weights: the gradient is "
-                "(sent - received) / learning_rate"
-            )
+        if threat.labels and labels_of is None:
+            raise InvalidInputError("the threat model grants the labels; name them by labels_of")
         if every < 1 or max_clients < 0:
             raise InvalidInputError(
                 f"every ({every}) must be at least 1 and max_clients ({max_clients}) at least 0"
@@ -124,8 +124,8 @@ class MaliciousServer(DelegatingStrategy):
         self.model = model if isinstance(model, nn.Module) else model()
         self.input_shape = input_shape
         self.attack = make_attack(attack) if isinstance(attack, str) else attack
-        self.shared, self.learning_rate = shared, learning_rate or 0.0
-        self.local_steps, self.batch_size = local_steps, batch_size
+        self.training, self.images = training, images
+        self.threat, self.labels_of = threat, labels_of
         self.every, self.max_clients = every, max_clients
         self.on_leak = on_leak or _log_leak
         self.last_leaks: list[Leak] = []
@@ -162,30 +162,41 @@ class MaliciousServer(DelegatingStrategy):
         by_node = {r.metadata.src_node_id: r for r in replies}
         asked = list(self._sent)[: self.max_clients or None]
         self.last_leaks = []
-        observations: dict[int, Observation] = {}
+        observations: dict[tuple[int, ...], Observation] = {}
         models: dict[int, nn.Module] = {}
         for node in asked:
             try:
-                observations[node] = self._observe(node, by_node.get(node), models)
+                seen = self._observe(server_round, node, by_node.get(node), models)
+                observations[(node,)] = seen
             except FedleakError as error:
-                self._report(Leak(server_round, node, None, str(error)))
+                self._report(Leak(server_round, (node,), None, str(error)))
             except Exception as error:  # a client may send anything
                 reason = f"the client's reply cannot be read: {type(error).__name__}: {error}"
-                self._report(Leak(server_round, node, None, reason))
-        groups: dict[int, list[int]] = {}
-        for node, observation in observations.items():
-            groups.setdefault(id(observation.model), []).append(node)
-        for nodes in groups.values():
-            outcomes = run_attack(self.attack, [observations[n] for n in nodes])
-            for node, outcome in zip(nodes, outcomes, strict=True):
-                self._report(
-                    Leak(
-                        server_round, node, outcome.reconstruction, outcome.reason, outcome.seconds
-                    )
-                )
+                self._report(Leak(server_round, (node,), None, reason))
+        if self.threat.view == "sum" and observations:
+            nodes = tuple(node for (node,) in observations)
+            try:
+                observations = {nodes: Observation.sum_of(list(observations.values()))}
+            except FedleakError as error:
+                self._report(Leak(server_round, nodes, None, str(error)))
+                return
+        self._attack_groups(server_round, observations)
+
+    def _attack_groups(
+        self, server_round: int, observations: dict[tuple[int, ...], Observation]
+    ) -> None:
+        """Attack together what is of one model."""
+        groups: dict[int, list[tuple[int, ...]]] = {}
+        for nodes, observation in observations.items():
+            groups.setdefault(id(observation.model), []).append(nodes)
+        for group in groups.values():
+            outcomes = run_attack(self.attack, [observations[n] for n in group])
+            for nodes, outcome in zip(group, outcomes, strict=True):
+                found = outcome.reconstruction
+                self._report(Leak(server_round, nodes, found, outcome.reason, outcome.seconds))
 
     def _observe(
-        self, node: int, reply: Message | None, models: dict[int, nn.Module]
+        self, server_round: int, node: int, reply: Message | None, models: dict[int, nn.Module]
     ) -> Observation:
         if reply is None:
             raise InvalidUpdateError("the client did not reply")
@@ -198,18 +209,16 @@ class MaliciousServer(DelegatingStrategy):
         if id(sent) not in models:
             models[id(sent)] = self._model_with(sent)
         model = models[id(sent)]
-        gradient = self.shared == "gradient"
-        like = dict(model.named_parameters()) if gradient else model.state_dict()
+        like = dict(model.named_parameters()) if self.training is None else model.state_dict()
         received = self._named(_to_tensors(record), like)
-        if gradient:
-            return Observation.from_gradient(model, received, self.input_shape, self.batch_size)
+        labels = None
+        if self.threat.labels and self.labels_of is not None:
+            labels = self.labels_of(server_round, node)
+        shape, threat = self.input_shape, self.threat
+        if self.training is None:
+            return Observation.from_gradient(model, received, shape, self.images, labels, threat)
         return Observation.from_weights(
-            model,
-            received,
-            self.learning_rate,
-            self.input_shape,
-            self.local_steps,
-            self.batch_size,
+            model, received, self.training, shape, self.images, labels, threat
         )
 
     def _model_with(self, sent: dict[str, Tensor]) -> nn.Module:
@@ -244,13 +253,13 @@ def _to_tensors(record: ArrayRecord) -> dict[str, Tensor]:
 
 def _log_leak(leak: Leak) -> None:
     if leak.reconstruction is None:
-        log(INFO, "round %s, node %s: %s", leak.server_round, leak.node_id, leak.reason)
+        log(INFO, "round %s, nodes %s: %s", leak.server_round, leak.nodes, leak.reason)
     else:
         log(
             INFO,
-            "round %s, node %s: reconstructed an image of class %s (gradient matched to %.1e)",
+            "round %s, nodes %s: reconstructed images of classes %s (gradient matched to %.1e)",
             leak.server_round,
-            leak.node_id,
+            leak.nodes,
             leak.reconstruction.labels.tolist(),
             leak.reconstruction.fit,
         )

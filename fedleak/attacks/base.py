@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import inspect
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from torch import Tensor
 
 from fedleak.errors import FedleakError, InvalidInputError
 from fedleak.observation import Observation
 from fedleak.registry import Registry
+from fedleak.threat import ThreatModel
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,20 +32,43 @@ class Reconstruction:
         square over the parameter tensors: what the attacker knows of its own success.
     details : dict
         Plain values that say how it was done (ranks, residuals, noise level).
+    threat : ThreatModel or None
+        What the attacker was allowed to know and do.
     """
 
     images: Tensor = field(repr=False)
     labels: Tensor
     fit: float
     details: dict[str, Any] = field(default_factory=dict)
+    threat: ThreatModel | None = None
 
 
-class Attack(Protocol):
+class Attack(ABC):
     """Turns observations of one round into reconstructions, many at once."""
 
     def __call__(self, observations: Sequence[Observation]) -> list[Reconstruction]:
-        """Attack observations that share one model; one reconstruction for each."""
-        ...
+        """Attack observations that share one model; one reconstruction for each.
+
+        Raises
+        ------
+        ForbiddenError
+            If the attack needs more than the threat model of an observation allows.
+        """
+        name = ATTACKS.name_of(type(self)) or type(self).__name__
+        for observation in observations:
+            observation.threat.demand(self.needs(observation), f"attack {name!r}")
+        results = self.reconstruct(observations)
+        return [replace(r, threat=o.threat) for r, o in zip(results, observations, strict=True)]
+
+    def needs(self, observation: Observation) -> set[str]:
+        """Return what of :class:`ThreatModel` must be allowed to attack this observation."""
+        return {"batch_size"} | (
+            {"learning_rate", "local_steps"} if observation.shared == "weights" else set()
+        )
+
+    @abstractmethod
+    def reconstruct(self, observations: Sequence[Observation]) -> list[Reconstruction]:
+        """Attack observations that share one model, whose threat models allow it."""
 
 
 #: Classes of attacks. Their constructor arguments are the options a user may set.

@@ -14,6 +14,7 @@ from fedleak.errors import InvalidInputError, UnsupportedModelError
 from fedleak.observation import Observation
 from fedleak.replay import Replay
 from fedleak.systems import Chain, Gradients
+from fedleak.threat import LocalTraining
 
 
 @dataclass
@@ -33,6 +34,10 @@ class Evidence:
         The client's step on any torch module, float64.
     granted : bool
         Whether all labels were known beforehand.
+    training : LocalTraining or None
+        How the clients trained, where that is known and they share weights.
+    clients : int
+        Number of clients that each update is the mean of.
     """
 
     model: nn.Module
@@ -41,6 +46,8 @@ class Evidence:
     labels: Tensor
     replay: Replay
     granted: bool = False
+    training: LocalTraining | None = None
+    clients: int = 1
 
     @classmethod
     def gather(
@@ -60,10 +67,11 @@ class Evidence:
         first = observations[0]
         if any(o.model is not first.model for o in observations):
             raise InvalidInputError("the observations of one attack must share one model")
-        sizes = sorted({o.images for o in observations})
-        if len(sizes) > 1:
+        kinds = {(o.images, o.clients, o.training) for o in observations}
+        if len(kinds) > 1:
             raise InvalidInputError(
-                f"the observations of one attack must have one batch size, not {sizes}"
+                "the observations of one attack must have one number of images, of clients and "
+                f"one local training, not {sorted(kinds, key=str)}"
             )
         where = resolve_device(device)
         names = first.gradient
@@ -74,7 +82,16 @@ class Evidence:
         else:
             labels = torch.zeros(len(observations), first.images, dtype=torch.int64, device=where)
         granted = all(o.labels is not None for o in observations)
-        return cls(first.model, first.input_shape, gradient, labels, replay, granted)
+        return cls(
+            first.model,
+            first.input_shape,
+            gradient,
+            labels,
+            replay,
+            granted,
+            first.training,
+            first.clients,
+        )
 
     @cached_property
     def _chain(self) -> Chain | UnsupportedModelError:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedleak.attacks.base import ATTACKS, Reconstruction
+from fedleak.attacks.base import ATTACKS, Attack, Reconstruction
 from fedleak.attacks.evidence import Evidence
 from fedleak.attacks.joint import ChainTarget, Match, ModuleTarget, match
 from fedleak.attacks.linear import (
@@ -41,7 +41,7 @@ _PARAMETERS = {"cpu": 3e7, "cuda": 5e8}
 
 @ATTACKS.register("hybrid")
 @dataclass(frozen=True)
-class HybridAttack:
+class HybridAttack(Attack):
     """Linear systems from the head down, then joint matching under an image prior.
 
     Layers are solved exactly, from the head down, as long as their systems have full rank.
@@ -98,7 +98,11 @@ class HybridAttack:
                 "(--public FOLDER), none of them a client's"
             )
 
-    def __call__(self, observations: Sequence[Observation]) -> list[Reconstruction]:
+    def needs(self, observation: Observation) -> set[str]:
+        learned = self.public is not None
+        return super().needs(observation) | ({"public_images"} if learned else set())
+
+    def reconstruct(self, observations: Sequence[Observation]) -> list[Reconstruction]:
         evidence = Evidence.gather(observations, self.device)
         if not evidence.is_chain:
             return self._match_module(evidence)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from fedleak.attacks.base import ATTACKS, Reconstruction
+from fedleak.attacks.base import ATTACKS, Attack, Reconstruction
 from fedleak.attacks.evidence import Evidence
 from fedleak.attacks.heads import CLEAN, ROUNDING, HeadSolution, solve_head
 from fedleak.metric.rank import layer_ranks
@@ -287,7 +287,7 @@ def solve_layer(
 
 @ATTACKS.register("linear")
 @dataclass(frozen=True)
-class LinearAttack:
+class LinearAttack(Attack):
     """R-GAP's recursion: least squares in every layer, exact where the ranks allow.
 
     Parameters
@@ -298,7 +298,7 @@ class LinearAttack:
 
     device: str = "auto"
 
-    def __call__(self, observations: Sequence[Observation]) -> list[Reconstruction]:
+    def reconstruct(self, observations: Sequence[Observation]) -> list[Reconstruction]:
         evidence = Evidence.gather(observations, self.device)
         solution = solve_recursively(evidence)
         return package(evidence, solution.image, solution, ["linear"] * len(evidence))

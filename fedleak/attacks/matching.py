@@ -11,7 +11,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from fedleak.attacks.base import ATTACKS, Reconstruction
+from fedleak.attacks.base import ATTACKS, Attack, Reconstruction
 from fedleak.attacks.evidence import Evidence
 from fedleak.attacks.objectives import cosine_distance, squared_distance, total_variation
 from fedleak.errors import InvalidInputError
@@ -27,7 +27,7 @@ _HISTORY = 100
 
 @ATTACKS.register("dlg")
 @dataclass(frozen=True)
-class DLGAttack:
+class DLGAttack(Attack):
     """Deep Leakage from Gradients (Zhu, Liu & Han, NeurIPS 2019, algorithm 1).
 
     A dummy image and a dummy soft label, both from a standard normal, are moved by L-BFGS
@@ -61,7 +61,7 @@ class DLGAttack:
         _demand_whole("steps", self.steps, 1)
         _demand_whole("seed", self.seed, 0)
 
-    def __call__(self, observations: Sequence[Observation]) -> list[Reconstruction]:
+    def reconstruct(self, observations: Sequence[Observation]) -> list[Reconstruction]:
         evidence = Evidence.gather(observations, self.device, infer=self._infers)
         replay, shape = evidence.replay, (-1, evidence.images, *evidence.input_shape)
         pixels = evidence.images * math.prod(evidence.input_shape)
@@ -105,7 +105,7 @@ class IDLGAttack(DLGAttack):
 
 @ATTACKS.register("cosine")
 @dataclass(frozen=True)
-class CosineAttack:
+class CosineAttack(Attack):
     """Inverting Gradients (Geiping, Bauermeister, Dröge & Moeller, NeurIPS 2020, equation 4).
 
     Minimise the cosine distance of the whole gradient plus total variation, by Adam on the
@@ -152,7 +152,7 @@ class CosineAttack:
         if self.learning_rate == 0:
             raise InvalidInputError(f"learning_rate must be above 0, not {self.learning_rate!r}")
 
-    def __call__(self, observations: Sequence[Observation]) -> list[Reconstruction]:
+    def reconstruct(self, observations: Sequence[Observation]) -> list[Reconstruction]:
         evidence = Evidence.gather(observations, self.device)
         shape = (evidence.images, *evidence.input_shape)
         start = _draw(evidence.gradient, self.seed, self.restarts * math.prod(shape))

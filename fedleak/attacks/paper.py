@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fedleak.attacks.base import ATTACKS, Reconstruction
+from fedleak.attacks.base import ATTACKS, Attack, Reconstruction
 from fedleak.attacks.evidence import Evidence
 from fedleak.attacks.linear import package, solve_recursively
 from fedleak.attacks.objectives import total_variation
@@ -42,7 +42,7 @@ _LEARNING_RATE = 1e-3
 
 @ATTACKS.register("hybrid-paper")
 @dataclass(frozen=True)
-class PaperHybridAttack:
+class PaperHybridAttack(Attack):
     """Chen & Campbell's hybrid method (BMVC 2022), with their hyperparameters.
 
     From the head down, each layer's linear system ``U_i x_i = v_i`` is solved, and its
@@ -75,7 +75,7 @@ class PaperHybridAttack:
         if not 0 < fraction <= 1:
             raise InvalidInputError(f"steps_fraction must lie in (0, 1], not {fraction!r}")
 
-    def __call__(self, observations: Sequence[Observation]) -> list[Reconstruction]:
+    def reconstruct(self, observations: Sequence[Observation]) -> list[Reconstruction]:
         evidence = Evidence.gather(observations, self.device)
         correction = _Correction(evidence, self.steps_fraction, torch.zeros(len(evidence)))
         solution = solve_recursively(evidence, correct=correction)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ from fedleak.models import build_model
 from fedleak.observation import Observation
 from fedleak.quality import score
 from fedleak.systems import Chain
+from fedleak.threat import ThreatModel
 from tests.conftest import CIFAR10, client_gradient
 
 Observe = Callable[[nn.Module, Tensor, int], Observation]
@@ -175,7 +177,8 @@ def test_a_known_label_is_used(observe: Observe) -> None:
     x, y = train.batch(range(1))
     model = build_model("cnn2-v1", (1, 8, 8), 10, seed=0)
     seen = observe(model, x[0], int(y[0]))
-    told = Observation(model, seen.gradient, seen.input_shape, labels=((int(y[0]) + 1) % 10,))
+    wrong = ((int(y[0]) + 1) % 10,)
+    told = replace(seen, labels=wrong, threat=ThreatModel(labels=True))
     (result,) = LinearAttack()([told])
     assert int(result.labels) == (int(y[0]) + 1) % 10
 

@@ -90,7 +90,7 @@ def test_overrides() -> None:
         (["defence.strength=0.5"], "defence 'none' has no strength"),
         (["compare=['noise:0.1', 'noise:0.1']"], "listed twice"),
         (["training.share=weights"], "set training.share=gradient or strategy.name=FedAvg"),
-        (["training.local_steps=3"], "takes one step"),
+        (["training.local_steps=3"], "takes one plain step"),
         (["name=../../etc"], "name = '../../etc'"),
         (["seed=-1"], "seed = -1"),
         (["rounds"], "write section.key=value"),

@@ -19,6 +19,7 @@ import torch
 from fedleak.errors import FedleakError, InvalidInputError
 from fedleak.models import build_model
 from simulations.engines import simulate
+from simulations.partition import client_batches, client_images
 from simulations.recorder import LEAKAGE, ROUNDS
 from simulations.scenario import load_scenario
 
@@ -141,9 +142,9 @@ def test_the_attack_never_sees_the_truth(tmp_path: Path, monkeypatch: pytest.Mon
     simulate(described, tmp_path / "honest")
     import simulations.recorder as recorder
 
-    real = recorder.client_batches
+    real = recorder.client_images
     monkeypatch.setattr(
-        recorder, "client_batches", lambda s, client, r: real(s, (client + 1) % 4, r + 50)
+        recorder, "client_images", lambda s, client, r: real(s, (client + 1) % 4, r + 50)
     )
     simulate(described, tmp_path / "withheld")
     made, scores = [], []
@@ -313,3 +314,39 @@ def test_an_error_on_ray_keeps_its_reason(tmp_path: Path) -> None:
     with pytest.raises(ZeroDivisionError, match="in round 1"):
         simulate(load_scenario(None, SMALL), tmp_path, engine="ray", on_progress=stop)
     assert _tables(tmp_path)[2]["status"] == "failed"
+
+
+def test_a_server_that_sees_only_the_sum(tmp_path: Path) -> None:
+    """One observation for all clients; every image has its row and its client."""
+    options = [*SMALL, "federation.rounds=1", "threat.view=sum", "attack.options.steps=20"]
+    simulate(load_scenario(None, options), tmp_path)
+    leakage, _, about = _tables(tmp_path)
+    assert (leakage["status"] == "ok").all(), leakage["reason"].unique()
+    assert sorted(leakage["client"]) == [0, 1, 2, 3]
+    assert leakage["image"].nunique() == 4
+    assert about["scenario"]["threat"]["view"] == "sum"
+
+
+def test_labels_are_granted_by_the_threat_model_alone(tmp_path: Path) -> None:
+    options = [*SMALL, "federation.rounds=1", "defence=noise:3", "attack.options.steps=1"]
+    for known in ("false", "true"):
+        simulate(load_scenario(None, [*options, f"threat.labels={known}"]), tmp_path / known)
+    guessed, told = (_tables(tmp_path / known)[0] for known in ("false", "true"))
+    assert (told["label_inferred"] == told["label_true"]).all()
+    assert not (guessed["label_inferred"] == guessed["label_true"]).all()
+
+
+def test_epochs_use_the_images_of_the_round_again(tmp_path: Path) -> None:
+    options = ["training.share=weights", "strategy.name=FedAvg", "training.local_steps=2"]
+    options += ["training.batch_size=3", "training.epochs=3", "attack.options.steps=5"]
+    options += ["training.momentum=0.5", "training.weight_decay=0.001"]
+    described = load_scenario(None, [*SMALL, *options, "federation.rounds=1"])
+    epochs = client_batches(described, 1, 1)
+    assert [len(batch) for batch in epochs] == [3] * 6
+    passes = [[i for batch in epochs[k : k + 2] for i in batch] for k in (0, 2, 4)]
+    assert passes[0] == client_images(described, 1, 1)
+    assert sorted(passes[0]) == sorted(passes[1]) == sorted(passes[2])
+    assert passes[0] != passes[1] != passes[2]
+    simulate(described, tmp_path)
+    leakage, _, _ = _tables(tmp_path)
+    assert len(leakage) == 4 * 6

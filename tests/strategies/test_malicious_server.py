@@ -18,6 +18,7 @@ from fedleak.attacks import LinearAttack, Reconstruction
 from fedleak.errors import InvalidInputError
 from fedleak.observation import Observation
 from fedleak.quality import score
+from fedleak.threat import ThreatModel
 from simulations.client_app import build_client_app
 from simulations.grid import InlineGrid, OrderedGrid
 from simulations.partition import client_batches, training_data
@@ -58,8 +59,7 @@ def train(
 def attacker(described: Scenario, strategy: Strategy, **changes: Any) -> MaliciousServer:
     arguments: dict[str, Any] = {
         "attack": LinearAttack(),
-        "shared": described.training.share,
-        "learning_rate": described.training.learning_rate,
+        "training": described.training.local,
     }
     return MaliciousServer(strategy, make_model(described), SHAPE, **{**arguments, **changes})
 
@@ -147,7 +147,7 @@ def test_it_sees_what_the_client_used(name: str) -> None:
     images = training_data(described)
     for leak in leaks:
         assert leak.reconstruction is not None
-        client = leak.node_id - 2  # the inline grid's numbering
+        client = leak.nodes[0] - 2  # the inline grid's numbering
         truth, label = images.batch(client_batches(described, client, leak.server_round)[0])
         assert score(leak.reconstruction.images[0], truth[0]).psnr_db > 60
         assert leak.reconstruction.labels.tolist() == label.tolist()
@@ -210,7 +210,7 @@ def test_a_broken_client_does_not_end_the_round(name: str, wreck: Wreck, reason:
     assert all(np.isfinite(a.numpy()).all() for a in result.values())
     failed = [leak for leak in leaks if leak.status == "failed"]
     assert failed
-    assert {leak.node_id for leak in failed} == {3}
+    assert {leak.nodes for leak in failed} == {(3,)}
     assert all(reason in leak.reason for leak in failed)
     assert len(leaks) == 9
 
@@ -235,7 +235,7 @@ def test_a_hostile_reply_does_not_end_the_round(name: str, wreck: Wreck) -> None
     leaks, result = _with_one_wrecked(scenario(name), wreck)
     assert all(np.isfinite(a.numpy()).all() for a in result.values())
     assert len(leaks) == 9
-    assert all(leak.status == "ok" for leak in leaks if leak.node_id != 3)
+    assert all(leak.status == "ok" for leak in leaks if leak.nodes != (3,))
 
 
 def _with_one_wrecked(described: Scenario, wreck: Wreck) -> tuple[list[Leak], ArrayRecord]:
@@ -274,7 +274,7 @@ def test_a_client_that_never_replies() -> None:
     app = build_client_app(lambda context: described)
     grid = OrderedGrid(Deaf(app, CLIENTS), CLIENTS, seed=7)
     strategy.start(grid, ArrayRecord(make_model(described).state_dict()), num_rounds=3)
-    assert {(x.node_id, x.reason) for x in leaks if x.reason} == {(3, "the client did not reply")}
+    assert {(x.nodes, x.reason) for x in leaks if x.reason} == {((3,), "the client did not reply")}
 
 
 def test_plain_lists_of_arrays_are_named_after_the_model() -> None:
@@ -339,8 +339,7 @@ def test_a_listener_that_raises_is_survived() -> None:
 def test_bad_settings() -> None:
     described = scenario()
     for changes, words in (
-        ({"learning_rate": None}, "learning_rate is needed"),
-        ({"shared": "secrets"}, "'secrets'"),
+        ({"threat": ThreatModel(labels=True)}, "name them by labels_of"),
         ({"every": 0}, "every"),
     ):
         with pytest.raises(InvalidInputError, match=words):
