@@ -82,28 +82,34 @@ class ChainTarget(Target):
         names = {layer.name for layer in evidence.chain.layers[:depth]}
         self.names = [n for n in evidence.gradient if n.rpartition(".")[0] in names]
         gradients = [evidence.gradient[n] for n in self.names]
-        noise = solution.noise
+        noise = solution.noise_below(depth)
 
         def error(g: Tensor) -> Tensor:
             size = g.flatten(1).square().mean(1).sqrt() * noise
             return size.reshape(-1, *[1] * (g.dim() - 1))
 
         self._known(
-            [solution.values[depth], *gradients],
-            [solution.deviations[depth], *(error(g) for g in gradients)],
+            [self._together(solution.values[depth]), *gradients],
+            [self._together(solution.deviations[depth]), *(error(g) for g in gradients)],
         )
+
+    def _together(self, each: Tensor) -> Tensor:
+        """Return values of (N * B, ...) as (N, B, ...)."""
+        return each.unflatten(0, (-1, self.evidence.images))
 
     def made(self, images: Tensor) -> Tensor:
         chain = self.evidence.chain
-        inputs = chain.features(images[:, 0], self.depth)
+        inputs = chain.features(images.flatten(0, 1), self.depth)
         if self.exact:
             above = self.solution.cotangents[self.depth]
         else:
             logits = chain.head.forward(inputs[-1])
-            labels = torch.nn.functional.one_hot(self.evidence.labels[:, 0], logits.shape[1])
-            above = chain.head.backward(inputs[-1], logits, logits.softmax(1) - labels)
+            labels = torch.nn.functional.one_hot(self.evidence.labels.flatten(), logits.shape[1])
+            e = (logits.softmax(1) - labels) / self.evidence.images
+            above = chain.head.backward(inputs[-1], logits, e)
         gradients = chain.backward(inputs, above).gradients
-        return self._joined([inputs[-1], *(gradients[n] for n in self.names)])
+        shared = [self._together(gradients[n]).sum(1) for n in self.names]
+        return self._joined([self._together(inputs[-1]), *shared])
 
     def subset(self, index: Tensor) -> ChainTarget:
         part = self.evidence.subset(index), self.solution.subset(index)
@@ -227,18 +233,19 @@ def _least_squares(target: Target, prior: Prior, start: Tensor, precision: float
     at_mean = target.made(mean)
 
     def apply(u: Tensor) -> tuple[Tensor, ...]:
-        made = target.made(mean + prior.root(u).reshape(start.shape))
+        made = target.made(mean + prior.root(u.flatten(0, 1)).reshape(start.shape))
         return (made - at_mean) / errors, u
 
     def adjoint(rows: tuple[Tensor, ...]) -> Tensor:
         x = mean.clone().requires_grad_()
         (back,) = torch.autograd.grad(target.made(x), x, rows[0] / errors)
-        return prior.root_adjoint(back.flatten(0, 1)) + rows[1]
+        return prior.root_adjoint(back.flatten(0, 1)).reshape(u.shape) + rows[1]
 
-    u = start.new_zeros(len(start), *prior.latent_shape)
+    u = start.new_zeros(*start.shape[:2], *prior.latent_shape)
     rhs = ((target.values - at_mean) / errors, u)
     u, _ = cgls(apply, adjoint, rhs, u, tolerance=1e-6, max_iterations=1500)
-    return Match(prior.image(u).reshape(start.shape), "least squares", [str(prior)] * len(start))
+    images = prior.image(u.flatten(0, 1)).reshape(start.shape)
+    return Match(images, "least squares", [str(prior)] * len(start))
 
 
 def _gauss_newton(target: Target, prior: Prior, start: Tensor, precision: float) -> Match:
