@@ -223,5 +223,5 @@ def _snap(evidence: Evidence, images: Tensor, levels: int = 255) -> Tensor:
     if not bool(near.any()):
         return images
     rounded = torch.where(near.reshape(*near.shape, 1, 1, 1), rounded, images)
-    agrees = evidence.fit(rounded) <= (_SLACK * evidence.fit(images)).clamp_min(2 * _ROUNDED)
+    agrees = evidence.fit(rounded) <= (2 * evidence.fit(images)).clamp_min(2 * _ROUNDED)
     return torch.where(agrees.reshape(-1, 1, 1, 1, 1), rounded, images)
