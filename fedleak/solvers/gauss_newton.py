@@ -95,12 +95,14 @@ class GaussNewton:
         priors : sequence of Gaussian
         deviation : Tensor, shape (N, m)
         focus : Tensor, shape (n,), optional
-            Where there are many rows, evidence is weighed on those that depend most on the
-            unknowns of the greatest focus. Rows that overlap tell smoothness; as many rows
-            drawn at random lie apart, and do not.
+            Where there are many rows, but no more than unknowns, evidence is weighed on those
+            that depend most on the unknowns of the greatest focus. Rows that overlap tell
+            smoothness; as many rows drawn at random lie apart, and do not. Where there are
+            more rows than unknowns, only all of them tell the finest detail.
         """
         target = self._target()
-        if focus is None or target.shape[1] <= EVIDENCE_ROWS:
+        m, n = self._rows.jacobian.shape[1:]
+        if focus is None or not EVIDENCE_ROWS < m <= n:
             rows = self._rows
         else:
             if self._focused is None:
