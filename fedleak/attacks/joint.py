@@ -258,13 +258,13 @@ def _gauss_newton(target: Target, prior: Prior, start: Tensor, precision: float)
     if not target.linear:
         begin = _quasi_newton(target, prior, start, WARM_UP, max(precision, WARM_LEVEL)).images
     solver = GaussNewton(residual, begin.flatten(1))
-    for _ in range(0 if target.linear else MOST_JACOBIANS):
-        solver.descend(prior.dense(), errors)
-        if bool(((residual(solver.x) / errors).square().mean(1) < _MATCHED).all()):
+    chosen = _follow_evidence(solver, [prior] * len(start), target.errors.clamp_min(QUASI_LEVEL))
+    for n in range(MOST_JACOBIANS + 1):
+        measured = solver.descend(Gaussian.stack([p.dense() for p in chosen]), errors)
+        matched = ((residual(solver.x) / errors).square().mean(1) < _MATCHED).all()
+        if target.linear or n == MOST_JACOBIANS or bool(matched):
             break
         solver.linearise()
-    chosen = _follow_evidence(solver, [prior] * len(start), target.errors.clamp_min(QUASI_LEVEL))
-    measured = solver.descend(Gaussian.stack([p.dense() for p in chosen]), errors)
     if type(prior).local is not Prior.local:
         covariances = measured.covariance()
         near = [p.local(x, v) for p, x, v in zip(chosen, solver.x, covariances, strict=True)]
@@ -275,12 +275,16 @@ def _gauss_newton(target: Target, prior: Prior, start: Tensor, precision: float)
 
 def _follow_evidence(solver: GaussNewton, priors: list[Prior], errors: Tensor) -> list[Prior]:
     """Return, for each update, the prior of the family that its evidence prefers."""
+    # The middle of the image: it stands for the rest.
+    _, *size = priors[0].shape
+    y, x = (torch.linspace(-1, 1, k).to(errors) for k in size)
+    focus = (2 - y.square()[:, None] - x.square()).expand(priors[0].shape).flatten()
     for stage in range(2):
         chosen = list(priors)
         for prior in {id(p): p for p in priors}.values():
             family = prior.family(stage)
             if len(family) > 1:
-                best = solver.choose([p.dense() for p in family], errors).tolist()
+                best = solver.choose([p.dense() for p in family], errors, focus).tolist()
                 for i, k in enumerate(best):
                     chosen[i] = family[k] if priors[i] is prior else chosen[i]
         priors = chosen
