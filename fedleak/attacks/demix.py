@@ -20,12 +20,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fedleak.attacks.labels import label_candidates
+from fedleak.solvers.gaussian import cholesky
 
 #: Relative rounding of a client's softmax, and of an entry of its weight gradient, in float32:
 #: measured on the paper's networks, batches of 2 to 32.
 _SOFTMAX, _ENTRY = 4e-7, 1e-7
 #: Mean square residual, in units of the rounding expected, of a solution: 0.1 to 2 measured.
 _SOLVED = 5.0
+#: Relative noise above which an update was defended.
+_NOISY = 1e-5
 #: Singular value ratio below which float32 holds fewer images than there are.
 _DISTINCT = 1e-7
 #: Rounds of random starts, how many at once, and how far their logits are from the mean.
@@ -129,17 +132,24 @@ class _Problem:
     def weigh(self, m: Tensor) -> None:
         """Set the weights by the rounding of the client's softmax and sums, given ``M``."""
         p = (m @ self.logits + self.offset).softmax(1)
-        of_e = _SOFTMAX * p.square().mean(0).sqrt() / self.batch
-        level, even = of_e.mean(), self.of_g.mean()
-        covariance = level.square() * m.mT @ m + even.square() * torch.eye(len(m)).to(m)
-        self.mix = torch.linalg.inv(torch.linalg.cholesky(covariance)).mT
-        # Where rounding of the softmax is not what limits, neither is its share in each row.
-        of_row = torch.hypot(of_e * _rms(m).mean(), self.of_g)
+        of_basis = self.of_basis((p - self.own) / self.batch)
+        # Of each image's p, relative: rounding, and what a defence's noise in its input does to
+        # its logits. (Rounding does so too, but less than its size lets expect.)
+        spread = (self.weight - self.weight.mean(0)).square().sum(1).mean().sqrt()
+        spread = spread * (self.noise > _NOISY)
+        of_p = (_SOFTMAX**2 + (of_basis * spread).square()).sqrt()
+        of_e = of_p.unsqueeze(1) * p / self.batch
+        level = of_e.mean(1, keepdim=True)
+        even = torch.eye(len(m)).to(m) * self.of_g.mean().square()
+        covariance = (m * level).mT @ (m * level) + even
+        self.mix = torch.linalg.inv(cholesky(covariance)).mT
+        # Where errors of the softmax are not what limits, neither is their share in each row.
+        of_row = torch.hypot(of_e.square().mean(0).sqrt() * _rms(m).mean(), self.of_g)
         self.rows = of_row.mean() / of_row
-        self.sums = 1 / torch.hypot(level * math.sqrt(self.batch) / self.rows, self.of_bias)
+        self.sums = 1 / torch.hypot(of_e.square().sum(0).sqrt(), self.of_bias)
         if self.constraint is not None:
             x = m @ self.basis
-            of_x = torch.hypot(self.of_basis((p - self.own) / self.batch), _ENTRY * _rms(x))
+            of_x = torch.hypot(of_basis, _ENTRY * _rms(x))
             change = self.constraint(x)[1].norm(dim=2)
             self.demands = 1 / (change * of_x.unsqueeze(1)).clamp_min(1e-300)
 
