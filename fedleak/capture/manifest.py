@@ -247,7 +247,8 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def _what_instead(folder: Path) -> str:
-    below = sorted(p.parent for p in folder.glob("**/" + MANIFEST)) if folder.is_dir() else []
+    patterns = (f"*/{MANIFEST}", f"*/*/{MANIFEST}")  # a run, and a run with several arms
+    below = [p.parent for pattern in patterns for p in sorted(folder.glob(pattern))]
     if below:
         listed = ", ".join(str(p) for p in below[:4])
         return f"it has no {MANIFEST}; these below it do: {listed}"
