@@ -269,7 +269,9 @@ def _closing_table(scenario: Scenario, arms: list[Arm]) -> None:
 def main() -> None:
     """Run the command line; bad input ends with one message and exit code 2."""
     try:
-        app(standalone_mode=False)
+        code = app(standalone_mode=False)
+        if isinstance(code, int):  # a command that was stopped
+            sys.exit(code)
     except (click.ClickException, click.exceptions.Exit) as error:
         if isinstance(error, click.ClickException):
             error.show()

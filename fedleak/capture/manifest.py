@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from fedleak.capture.update import Update
 from fedleak.errors import InvalidInputError, InvalidUpdateError
-from fedleak.models import MODELS
+from fedleak.models import MODELS, call_factory
 from fedleak.observation import Shared
 from fedleak.threat import LocalTraining, ThreatModel
 
@@ -179,10 +179,13 @@ def _classes(model: nn.Module, shape: tuple[int, int, int]) -> int | None:
             module.training = mode
 
 
-def spec_of(model: nn.Module | Callable[[], nn.Module]) -> str | None:
+def spec_of(
+    model: nn.Module | Callable[[], nn.Module], input_shape: tuple[int, int, int]
+) -> str | None:
     """Return the name by which a factory can be found again; None where it has none.
 
-    A factory of the script that runs is named by its file, any other by its module.
+    A factory of the script that runs is named by its file, any other by its module. A module
+    is named by its class, if that makes the same architecture again.
     """
     factory: Any = type(model) if isinstance(model, nn.Module) else model
     registered = MODELS.name_of(factory)
@@ -192,6 +195,8 @@ def spec_of(model: nn.Module | Callable[[], nn.Module]) -> str | None:
     found = getattr(sys.modules.get(module or ""), name, None)
     if module is None or found is not factory or not _takes_what_is_offered(factory):
         return None
+    if isinstance(model, nn.Module) and not _makes_again(factory, model, input_shape):
+        return None
     if module != "__main__":
         return f"{module}:{name}"
     file = getattr(sys.modules["__main__"], "__file__", None)
@@ -200,6 +205,17 @@ def spec_of(model: nn.Module | Callable[[], nn.Module]) -> str | None:
     path = Path(file).resolve()
     near = path.is_relative_to(Path.cwd())
     return f"{path.relative_to(Path.cwd()) if near else path}:{name}"
+
+
+def _makes_again(factory: Any, model: nn.Module, shape: tuple[int, int, int]) -> bool:
+    try:
+        with torch.random.fork_rng(devices=[]):
+            again = call_factory(factory, shape, _classes(model, shape) or 10)
+        assert isinstance(again, nn.Module)
+    except Exception:  # a stranger's constructor may raise anything
+        return False
+    found, wanted = again.state_dict(), model.state_dict()
+    return {n: t.shape for n, t in found.items()} == {n: t.shape for n, t in wanted.items()}
 
 
 def _takes_what_is_offered(factory: Any) -> bool:

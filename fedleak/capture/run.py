@@ -230,11 +230,13 @@ def _settings(capture: Capture, work: Work, together: int) -> dict[str, Any]:
 
 def _digest_images(path: Path) -> str:
     """Return a checksum of the images in a folder."""
+    below = sorted(path.rglob("*")) if path.is_dir() else [path]
+    files = [f for f in below if f.suffix.lower() in SUFFIXES and f.is_file()]
+    if not files:
+        raise InvalidInputError(f"--public {str(path)!r} has no images; known: {sorted(SUFFIXES)}")
     digest = hashlib.sha256()
-    files = sorted(path.rglob("*")) if path.is_dir() else [path]
     for file in files:
-        if file.suffix.lower() in SUFFIXES and file.is_file():
-            digest.update(hashlib.sha256(file.read_bytes()).digest())
+        digest.update(hashlib.sha256(file.read_bytes()).digest())
     return digest.hexdigest()
 
 

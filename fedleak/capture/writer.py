@@ -72,10 +72,10 @@ class CaptureWriter:
     ):
         self.folder = Path(folder).absolute()
         made = model if isinstance(model, nn.Module) else model()
-        name = spec or spec_of(model)
+        channels, height, width = input_shape
+        name = spec or spec_of(model, (channels, height, width))
         if name is None:
             _log.warning("the captured model has no name to make it by; attack with --model")
-        channels, height, width = input_shape
         card = describe_model(made, (channels, height, width), name, classes)
         manifest = Manifest(
             created=now(), simulated=simulated, model=card, versions=package_versions()
