@@ -81,7 +81,9 @@ class Capture:
         self.manifest = read_manifest(self.folder)
         self.digest = sha256((self.folder / MANIFEST).read_bytes())
         self.spec = self._spec(model)
-        self._models: dict[tuple[int, str], nn.Module] = {}
+        # What was sent in the round that is being read, and the models that hold it.
+        self._sent: dict[tuple[int, str, str], dict[str, Tensor]] = {}
+        self._models: dict[tuple[int, str, str], nn.Module] = {}
         self._check_model()
 
     def names(self) -> list[str]:
@@ -106,7 +108,7 @@ class Capture:
             nodes, images = (record.nodes, record.images) if record else ((), 1)
             return Captured(name, number, nodes, images, None, str(error), damaged=True)
         try:
-            seen = update.observe(self._model(number, record, update.sent))
+            seen = update.observe(self._model(record, update.sent))
         except FedleakError as error:
             return Captured(name, number, record.nodes, record.images, None, str(error))
         except Exception as error:  # a client may have sent anything
@@ -138,23 +140,25 @@ class Capture:
         return self._update(name, self.record(name))
 
     def fresh_models(self) -> None:
-        """Make the models anew from now on: an attack may have changed them."""
-        self._models = {}
+        """Read and make the models anew from now on: an attack may have changed them."""
+        self._models, self._sent = {}, {}
 
     def _update(self, name: str, record: Record) -> Update:
         if record.reason or record.tensors is None or record.sent is None:
             raise InvalidUpdateError(record.reason or f"{name}.json names no tensors")
         folder = self.folder / Path(name).parent
-        sent = _read_tensors(folder / record.sent, record.sent_sha256)
+        key = _key(record)
+        if key not in self._sent:
+            if any(known[0] != record.round for known in self._sent):
+                self.fresh_models()
+            self._sent[key] = _read_tensors(folder / record.sent, record.sent_sha256)
         received = _read_tensors(folder / record.tensors, record.tensors_sha256)
-        return record.update(sent, received, self.manifest.model.input_shape)
+        return record.update(self._sent[key], received, self.manifest.model.input_shape)
 
-    def _model(self, number: int, record: Record, sent: dict[str, Tensor]) -> nn.Module:
+    def _model(self, record: Record, sent: dict[str, Tensor]) -> nn.Module:
         # One object for one set of weights: what is attacked together shares it.
-        key = (number, record.sent_sha256 or "")
+        key = _key(record)
         if key not in self._models:
-            if any(known != number for known, _ in self._models):
-                self._models = {}
             self._models[key] = load_sent(self._build(), sent)
         return self._models[key]
 
@@ -232,6 +236,10 @@ def read_captures(folder: Path | str, model: str | None = None) -> Iterator[Capt
 def round_of(name: str) -> int:
     """Return the round of ``"round-0001/client-000000"``."""
     return int(name.partition("/")[0][6:])
+
+
+def _key(record: Record) -> tuple[int, str, str]:
+    return record.round, record.sent or "", record.sent_sha256 or ""
 
 
 def _read_tensors(path: Path, digest: str | None) -> dict[str, Tensor]:

@@ -198,3 +198,22 @@ def test_a_client_cannot_own_fewer_images_than_a_round_uses() -> None:
         partitions(load_scenario(None, [*options, "training.local_steps=10"]))
     assert "local_steps = 10 of training.batch_size = 16 needs 1600 images" in str(caught.value)
     assert "use fewer clients" in str(caught.value)
+
+
+def _idx(path: Path, values: bytes, *shape: int) -> None:
+    """Write the format of MNIST: magic number, sizes, bytes."""
+    head = bytes([0, 0, 8, len(shape)]) + b"".join(n.to_bytes(4, "big") for n in shape)
+    path.write_bytes(head + values)
+
+
+def test_femnist_on_the_images_that_it_is_made_of(tmp_path: Path) -> None:
+    raw = tmp_path / "EMNIST" / "raw"
+    raw.mkdir(parents=True)
+    for part, count in (("train", 1240), ("test", 62)):
+        name = f"emnist-byclass-{part}"
+        _idx(raw / f"{name}-images-idx3-ubyte", bytes(28 * 28 * count), count, 28, 28)
+        _idx(raw / f"{name}-labels-idx1-ubyte", bytes(n % 62 for n in range(count)), count)
+    described = load_scenario("femnist", ["data.name=EMNIST", f"data.root={tmp_path}"])
+    images = training_data(described)
+    assert (len(images), images.classes, images.shape) == (1240, 62, (1, 28, 28))
+    assert min(map(len, partitions(described))) >= 16
