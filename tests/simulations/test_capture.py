@@ -114,10 +114,11 @@ def test_the_documented_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_what_a_simulation_captures_gives_its_table_again(tmp_path: Path) -> None:
-    described = load_scenario("fedavg", SMALL)
+    described = load_scenario("fedavg", [*SMALL, "attack.name=linear"])
     simulate(described, tmp_path / "run", capture=True)
     live = pd.read_csv(tmp_path / "run" / "leakage.csv")
-    found = attack_capture(tmp_path / "run" / "captures", threads=torch.get_num_threads()).table
+    threads = torch.get_num_threads()
+    found = attack_capture(tmp_path / "run" / "captures", "linear", threads=threads).table
     for column in COMPARED:
         assert found[column].tolist() == live[column].tolist()
 
@@ -154,7 +155,9 @@ def test_capture_only_and_each_arm_its_own(tmp_path: Path) -> None:
     with pytest.raises(InvalidInputError, match="nothing would be attacked or kept"):
         simulate(described, tmp_path / "other")
     assert not (tmp_path / "other").exists()
-    simulate(described, tmp_path, overwrite=True, capture=True)  # replaces the captures too
+    one = tmp_path / "one"
+    for _ in range(2):  # an earlier run is replaced with its captures
+        simulate(described.arm(described.defence), one, overwrite=True, capture=True)
 
 
 def test_training_is_the_same_with_and_without(tmp_path: Path) -> None:
@@ -214,6 +217,19 @@ def test_a_server_with_nothing_to_do_is_refused(tmp_path: Path) -> None:
     (tmp_path / "mine.txt").write_text("")
     with pytest.raises(InvalidInputError, match="is not empty; name a new one"):
         MaliciousServer(FedAvg(), model, (1, 8, 8), capture=tmp_path)
+
+
+@pytest.mark.slow
+def test_ray_captures_the_same(tmp_path: Path) -> None:
+    described = load_scenario("fedavg", [*SMALL, "attack.name=none"])
+    for engine in ("inline", "ray"):
+        simulate(described, tmp_path / engine, engine, capture=True)  # type: ignore[arg-type]
+    pairs = zip(*(read_captures(tmp_path / e / "captures") for e in ("inline", "ray")), strict=True)
+    for a, b in pairs:
+        assert a.observation is not None
+        assert b.observation is not None
+        for name, value in a.observation.gradient.items():
+            assert torch.allclose(value, b.observation.gradient[name], rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.slow
