@@ -238,7 +238,6 @@ def test_killed_in_the_middle_and_resumed(
     assert json.loads(output)["images"] == 16
     assert run([*line, "--out", str(tmp_path / "whole")], monkeypatch, capsys)[0] == 0
     assert table_of(tmp_path / "killed") == table_of(tmp_path / "whole")
-    assert not list((tmp_path / "killed").rglob(".*.part")) or done % 2  # a kill may leave one
 
 
 def test_ctrl_c_says_what_is_kept(
