@@ -206,12 +206,13 @@ def test_an_attack_cannot_reach_the_truth() -> None:
                 assert not name.startswith(("fedleak.quality", "fedleak.data", "simulations"))
 
 
-def test_several_images_are_refused(observe: Observe) -> None:
+def test_images_that_cannot_be_told_apart_are_refused(observe: Observe) -> None:
     model = build_model("cnn2-v1", (1, 8, 8), 10, seed=0)
     seen = observe(model, torch.rand(1, 8, 8), 1)
-    batch = Observation(model, seen.gradient, seen.input_shape, images=4)
-    with pytest.raises(UnsupportedModelError, match="mixes 4 images"):
-        LinearAttack()([batch])
+    for images, words in ((10, "mixes 10 images; .* at most 9 apart"), (4, "4 images of a batch")):
+        batch = Observation(model, seen.gradient, seen.input_shape, images=images)
+        with pytest.raises(UnsupportedModelError, match=words):
+            LinearAttack()([batch])
 
 
 def test_layers_that_are_not_what_they_seem() -> None:
@@ -251,7 +252,7 @@ def test_one_bad_update_costs_only_itself(observe: Observe) -> None:
     assert first.reconstruction is not None
     assert third.reconstruction is not None
     assert second.reconstruction is None
-    assert "mixes 2 images" in second.reason
+    assert "2 images of a batch could not be told apart" in second.reason
 
 
 def test_an_attack_that_raises_is_reported(observe: Observe) -> None:

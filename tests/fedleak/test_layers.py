@@ -24,6 +24,7 @@ from fedleak.systems import Chain, Layer, Rows
 from fedleak.systems.conv import Conv
 from fedleak.systems.pooling import AvgPool, MaxPool
 from fedleak.systems.reading import MODULES
+from fedleak.threat import ThreatModel
 from tests.conftest import client_gradient, photo_patches
 from tests.fedleak.test_systems import convolutions
 
@@ -342,7 +343,7 @@ def test_the_worst_update_decides(observe: Observe) -> None:
     assert together.undetermined(evidence.chain.layers) == 2
     first = together.subset(torch.tensor([True, False]))
     assert first.undetermined(evidence.chain.layers) == 0
-    assert score(together.image[0], bright).psnr_db > 100
+    assert score(together.image[0, 0], bright).psnr_db > 100
 
 
 def test_a_dead_channel_is_unknown_and_nothing_is_nan(observe: Observe) -> None:
@@ -379,7 +380,9 @@ def test_a_granted_label_is_kept_with_two_classes(observe: Observe) -> None:
     torch.manual_seed(3)
     model = nn.Sequential(*EXACT["two classes"]())
     seen = observe(model, _small(), 0)
-    told = Observation(model, seen.gradient, seen.input_shape, labels=(1,))
+    told = Observation(
+        model, seen.gradient, seen.input_shape, labels=(1,), threat=ThreatModel(labels=True)
+    )
     assert int(LinearAttack()([told])[0].labels) == 1
 
 

@@ -171,7 +171,7 @@ def test_what_the_attack_cannot_do_is_in_the_table(tmp_path: Path) -> None:
     leakage, rounds, about = _tables(tmp_path)
     assert len(leakage) == 4 * 3 * 4
     assert (leakage["status"] == "failed").all()
-    assert leakage["reason"].str.contains("mixes 4 images").all()
+    assert leakage["reason"].str.contains("the sum of 2 local steps").all()
     assert leakage["psnr_db"].isna().all()
     assert rounds["accuracy"].notna().all()
     assert about["status"] == "finished"
