@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
 from torch import Tensor, nn
 
 from fedleak.attacks.labels import infer_labels
+from fedleak.attacks.statistics import received_statistics
 from fedleak.errors import InvalidInputError, UnsupportedModelError
+from fedleak.local_training import LocalReplay, typical_on_the_way
 from fedleak.observation import Observation
 from fedleak.replay import Replay
 from fedleak.systems import Chain, Gradients
@@ -38,6 +40,14 @@ class Evidence:
         How the clients trained, where that is known and they share weights.
     clients : int
         Number of clients that each update is the mean of.
+    simulated : LocalReplay or None
+        All steps of the clients, where they take several and the attack simulates them;
+        else one step is taken for the whole.
+    plan : Tensor or None
+        Shares of the images in the simulated steps, see :class:`LocalReplay`.
+    statistics : dict
+        Statistics of batch normalisation over the batch, shape (N, channels), where they
+        are known: see :func:`fedleak.attacks.statistics.received_statistics`.
     """
 
     model: nn.Module
@@ -48,14 +58,22 @@ class Evidence:
     granted: bool = False
     training: LocalTraining | None = None
     clients: int = 1
+    simulated: LocalReplay | None = None
+    plan: Tensor | None = None
+    statistics: Gradients = field(default_factory=dict)
 
     @classmethod
     def gather(
-        cls, observations: Sequence[Observation], device: str, infer: bool = True
+        cls,
+        observations: Sequence[Observation],
+        device: str,
+        infer: bool = True,
+        simulate: bool = False,
     ) -> Evidence:
         """Stack observations and infer the labels that are not known.
 
         Without ``infer`` the attack finds the labels itself: all are set to 0 until then.
+        With ``simulate`` several local steps are simulated as such.
 
         Raises
         ------
@@ -82,6 +100,11 @@ class Evidence:
         else:
             labels = torch.zeros(len(observations), first.images, dtype=torch.int64, device=where)
         granted = all(o.labels is not None for o in observations)
+        training, own = first.training, first.images // first.clients
+        simulated = None
+        if simulate and training is not None and training.steps(own) > 1:
+            # Without recomputation torch.func can transform it; one image needs no memory.
+            simulated = LocalReplay(replay, training, first.clients, first.images > 1)
         return cls(
             first.model,
             first.input_shape,
@@ -89,12 +112,18 @@ class Evidence:
             labels,
             replay,
             granted,
-            first.training,
+            training,
             first.clients,
+            simulated,
+            statistics=received_statistics(observations, replay),
         )
 
     @cached_property
     def _chain(self) -> Chain | UnsupportedModelError:
+        if self.simulated is not None:
+            return UnsupportedModelError(
+                "the update mixes several local steps; the linear systems cover one step"
+            )
         if self.images > 1:
             return UnsupportedModelError(
                 f"the update mixes {self.images} images (batch size times local steps); the "
@@ -139,7 +168,11 @@ class Evidence:
     def subset(self, mask: Tensor) -> Evidence:
         """Return the observations where ``mask`` is true."""
         part = replace(
-            self, gradient={k: g[mask] for k, g in self.gradient.items()}, labels=self.labels[mask]
+            self,
+            gradient={k: g[mask] for k, g in self.gradient.items()},
+            labels=self.labels[mask],
+            plan=None if self.plan is None else self.plan[mask],
+            statistics={k: v[mask] for k, v in self.statistics.items()},
         )
         part.__dict__["_chain"] = self._chain  # read once
         return part
@@ -162,6 +195,8 @@ class Evidence:
         with torch.no_grad():
             if self.is_chain:
                 made = self.chain.trace(images[:, 0], self.labels[:, 0]).gradients
+            elif self.simulated is not None:
+                made = self.simulated(images, self.labels, self.plan).gradients
             else:
                 made = self.replay(images, self.labels).gradients
         terms = [relative(made[k], g).square().sum(1) for k, g in self.gradient.items()]
@@ -187,7 +222,7 @@ def _labels(observations: Sequence[Observation], gradient: Gradients, replay: Re
         prefix = f"{replay.head}." if replay.head else ""
         bias = gradient.get(f"{prefix}bias") if replay.head is not None else None
         weight = gradient.get(f"{prefix}weight") if replay.head is not None else None
-        inferred = infer_labels(bias, weight, images, _typical(replay))
+        inferred = infer_labels(bias, weight, images, _typical(replay, gradient, observations[0]))
     rows = [
         torch.tensor(y, device=inferred.device) if y is not None else inferred[n]
         for n, y in enumerate(known)
@@ -195,10 +230,13 @@ def _labels(observations: Sequence[Observation], gradient: Gradients, replay: Re
     return torch.stack(rows).to(replay.device)
 
 
-def _typical(replay: Replay) -> Tensor:
+def _typical(replay: Replay, gradient: Gradients, first: Observation) -> Tensor:
     """Return the mean class probabilities on grey images of every brightness."""
     grey = torch.linspace(0, 1, 9, dtype=replay.dtype, device=replay.device)
     images = grey.reshape(-1, 1, 1, 1).expand(-1, *replay.input_shape)
+    if first.training is not None:
+        own = first.images // first.clients
+        return typical_on_the_way(replay, gradient, first.training, own, images)
     with torch.no_grad():
         return replay.model(images).softmax(1).mean(0)
 

@@ -27,7 +27,7 @@ def infer_labels(
         ``p - y`` sums to zero and so is largest, in size, at the label.
     images : int
         Batch size B.
-    typical : Tensor, shape (classes,)
+    typical : Tensor, shape (classes,) or (N, classes)
         The model's mean class probabilities on images of the server's own.
 
     Returns
@@ -42,7 +42,7 @@ def infer_labels(
     if bias is not None:
         if images == 1:
             return bias.argmin(1, keepdim=True)
-        return torch.stack([_counted(images * (typical - g), images) for g in bias])
+        return torch.stack([_counted(images * g, images) for g in typical - bias])
     if weight is not None and images == 1:
         return weight.norm(dim=2).argmax(1, keepdim=True)
     raise UnsupportedModelError(
