@@ -15,7 +15,7 @@ from fedleak.replay import Gradients, Replay, Replayed
 from fedleak.threat import LocalTraining
 
 #: One step of G clients: ``(images, labels, shares, *weights, *velocities) -> (*weights,
-#: *velocities)``, each with a first dimension of length G.
+#: *velocities)``, each with a first dimension of length G; velocities only with momentum.
 _Step = Callable[..., tuple[Tensor, ...]]
 
 
@@ -81,7 +81,9 @@ class LocalReplay:
     def _train(self, sent: Gradients, x: Tensor, y: Tensor, plan: Tensor | None) -> Gradients:
         """Return the weights of G clients after their steps, shape (G, *parameter)."""
         names = list(sent)
-        state = [*sent.values(), *(torch.zeros_like(w) for w in sent.values())]
+        state = list(sent.values())
+        if self.training.momentum:
+            state += [torch.zeros_like(w) for w in sent.values()]
         whole = torch.arange(x.shape[1], device=x.device)
         parts = whole.split(self.training.batch_size) * self.training.epochs
         step = self._step(names)
@@ -113,11 +115,11 @@ class LocalReplay:
         def step(x: Tensor, y: Tensor, shares: Tensor, *state: Tensor) -> tuple[Tensor, ...]:
             old, velocity = state[: len(names)], state[len(names) :]
             made = gradients(dict(zip(names, old, strict=True)), x, y, shares)
-            velocity = tuple(
-                m * v + made[n] + decay * w for n, v, w in zip(names, velocity, old, strict=True)
-            )
-            new = tuple(w - rate * v for w, v in zip(old, velocity, strict=True))
-            return (*new, *velocity)
+            moves = [made[n] + decay * w for n, w in zip(names, old, strict=True)]
+            if velocity:
+                moves = [m * v + g for v, g in zip(velocity, moves, strict=True)]
+            new = tuple(w - rate * g for w, g in zip(old, moves, strict=True))
+            return (*new, *moves) if velocity else new
 
         return step
 

@@ -162,6 +162,13 @@ class Evidence:
         """Number of images B behind each update."""
         return self.labels.shape[1]
 
+    @property
+    def steps(self) -> int:
+        """Number of local steps that are simulated."""
+        if self.simulated is None:
+            return 1
+        return self.simulated.training.steps(self.images // self.clients)
+
     def __len__(self) -> int:
         return len(self.labels)
 
@@ -223,6 +230,8 @@ def _labels(observations: Sequence[Observation], gradient: Gradients, replay: Re
         bias = gradient.get(f"{prefix}bias") if replay.head is not None else None
         weight = gradient.get(f"{prefix}weight") if replay.head is not None else None
         inferred = infer_labels(bias, weight, images, _typical(replay, gradient, observations[0]))
+        # Which client of a sum had which label is not known: spread them.
+        inferred = inferred.reshape(len(known), -1, observations[0].clients).mT.flatten(1)
     rows = [
         torch.tensor(y, device=inferred.device) if y is not None else inferred[n]
         for n, y in enumerate(known)

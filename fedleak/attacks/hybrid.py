@@ -174,7 +174,9 @@ class HybridAttack(Attack):
     def _match_module(self, evidence: Evidence) -> list[Reconstruction]:
         """Match a model that is no chain, or batches, on the module itself."""
         prior, count, batch = self._prior(evidence), len(evidence), evidence.images
-        parameters = sum(p.numel() for p in evidence.replay.parameters.values())
+        # The reverse pass keeps the weights of every client and step.
+        kept = evidence.steps * (evidence.clients if evidence.simulated else 1)
+        parameters = kept * sum(p.numel() for p in evidence.replay.parameters.values())
         together = int(_PARAMETERS[evidence.replay.device.type] / max(parameters, 1))
         parts = torch.arange(count, device=evidence.replay.device).split(max(1, together))
         out = []
