@@ -124,19 +124,32 @@ class Evidence:
             return UnsupportedModelError(
                 "the update mixes several local steps; the linear systems cover one step"
             )
-        if self.images > 1:
-            return UnsupportedModelError(
-                f"the update mixes {self.images} images (batch size times local steps); the "
-                "linear systems cover one image for each update"
-            )
         try:
-            return Chain.read(self.model, self.input_shape).to(self.replay.device)
+            chain = Chain.read(self.model, self.input_shape).to(self.replay.device)
         except UnsupportedModelError as error:
             return error
+        reason = self._why_not_demixed(chain) if self.images > 1 else ""
+        return UnsupportedModelError(reason) if reason else chain
+
+    def _why_not_demixed(self, chain: Chain) -> str:
+        """Return why the images of a batch cannot be told apart at the head."""
+        count, head = self.images, chain.head
+        steps = 1 if self.training is None else self.training.steps(count // self.clients)
+        features, classes = head.in_shape[0], head.out_shape[0]
+        if steps > 1:
+            return f"the update is the sum of {steps} local steps; the linear systems cover one"
+        if count > min(classes - 1, features):
+            return (
+                f"the update mixes {count} images; the head's gradient, with {classes} classes and "
+                f"{features} features, tells at most {min(classes - 1, features)} apart"
+            )
+        if head.bias is None:
+            return f"the update mixes {count} images, and the head has no bias to tell them apart"
+        return ""
 
     @property
     def is_chain(self) -> bool:
-        """Whether the linear systems cover this model and batch size."""
+        """Whether the linear systems cover this model, batch size and local training."""
         return isinstance(self._chain, Chain)
 
     @property
@@ -151,7 +164,7 @@ class Evidence:
         Raises
         ------
         UnsupportedModelError
-            If the model is no such chain, or an update mixes several images.
+            If the model is no such chain, or an update mixes more than it tells apart.
         """
         if isinstance(self._chain, UnsupportedModelError):
             raise self._chain
@@ -200,7 +213,7 @@ class Evidence:
         if images.dim() == 4:
             images = images.unsqueeze(1)
         with torch.no_grad():
-            if self.is_chain:
+            if self.is_chain and self.images == 1:
                 made = self.chain.trace(images[:, 0], self.labels[:, 0]).gradients
             elif self.simulated is not None:
                 made = self.simulated(images, self.labels, self.plan).gradients
@@ -229,9 +242,14 @@ def _labels(observations: Sequence[Observation], gradient: Gradients, replay: Re
         prefix = f"{replay.head}." if replay.head else ""
         bias = gradient.get(f"{prefix}bias") if replay.head is not None else None
         weight = gradient.get(f"{prefix}weight") if replay.head is not None else None
-        inferred = infer_labels(bias, weight, images, _typical(replay, gradient, observations[0]))
+        typical = typical_probabilities(replay)
+        first = observations[0]
+        if first.training is not None:
+            own = first.images // first.clients
+            typical = typical_on_the_way(replay, gradient, first.training, own, grey(replay))
+        inferred = infer_labels(bias, weight, images, typical)
         # Which client of a sum had which label is not known: spread them.
-        inferred = inferred.reshape(len(known), -1, observations[0].clients).mT.flatten(1)
+        inferred = inferred.reshape(len(known), -1, first.clients).mT.flatten(1)
     rows = [
         torch.tensor(y, device=inferred.device) if y is not None else inferred[n]
         for n, y in enumerate(known)
@@ -239,15 +257,16 @@ def _labels(observations: Sequence[Observation], gradient: Gradients, replay: Re
     return torch.stack(rows).to(replay.device)
 
 
-def _typical(replay: Replay, gradient: Gradients, first: Observation) -> Tensor:
+def typical_probabilities(replay: Replay) -> Tensor:
     """Return the mean class probabilities on grey images of every brightness."""
-    grey = torch.linspace(0, 1, 9, dtype=replay.dtype, device=replay.device)
-    images = grey.reshape(-1, 1, 1, 1).expand(-1, *replay.input_shape)
-    if first.training is not None:
-        own = first.images // first.clients
-        return typical_on_the_way(replay, gradient, first.training, own, images)
     with torch.no_grad():
-        return replay.model(images).softmax(1).mean(0)
+        return replay.model(grey(replay)).softmax(1).mean(0)
+
+
+def grey(replay: Replay) -> Tensor:
+    """Return grey images of every brightness, shape (9, C, H, W)."""
+    levels = torch.linspace(0, 1, 9, dtype=replay.dtype, device=replay.device)
+    return levels.reshape(-1, 1, 1, 1).expand(-1, *replay.input_shape)
 
 
 def relative(value: Tensor, target: Tensor) -> Tensor:

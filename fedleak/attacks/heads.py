@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cache, partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fedleak.attacks.evidence import Evidence
+from fedleak.attacks.demix import Constraint, Demixed, demix
+from fedleak.attacks.evidence import Evidence, typical_probabilities
+from fedleak.errors import UnsupportedModelError
+from fedleak.solvers import cgls
+from fedleak.systems import Affine, Chain, Pointwise
 
 #: Relative rounding error of a float32 forward pass, measured on the paper's networks; that
 #: of a weight gradient, a sum over many positions, was about three times as large.
@@ -17,6 +24,8 @@ ROUNDING = 1.1e-7
 CLEAN = 1e-5
 # Scales tried for a head without bias: logarithms of ||dL/dlogits||, and how many.
 _LEAST, _GRID = -28.0, 1000
+#: Normals of the space of outputs that demixed inputs must respect.
+_NORMALS = 32
 
 
 @dataclass
@@ -25,14 +34,16 @@ class HeadSolution:
 
     Attributes
     ----------
-    g : Tensor, shape (N, classes)
+    g : Tensor, shape (N * B, classes)
         ``dL/dlogits``.
-    value, deviation : Tensor, shape (N, features)
+    value, deviation : Tensor, shape (N * B, features)
         The head's input and its estimated standard deviation.
     noise : Tensor, shape (N,)
         Noise of the update's entries relative to their root mean square, estimated from
         how far the head's gradient is from rank one.
-    labels : Tensor, int64, shape (N, 1)
+    labels : Tensor, int64, shape (N, B)
+    demixed : list of Demixed
+        How each batch was told apart; empty for one image.
     """
 
     g: Tensor
@@ -40,17 +51,25 @@ class HeadSolution:
     deviation: Tensor
     noise: Tensor
     labels: Tensor
+    demixed: list[Demixed] = field(default_factory=list)
 
 
 def solve_head(evidence: Evidence) -> list[HeadSolution]:
-    """Solve ``G = g x^T`` for ``x`` and ``g``.
+    """Solve ``G = g x^T`` for ``x`` and ``g``, or demix the head's gradient of a batch.
 
     Returns
     -------
     list of HeadSolution
         One; of a head with two classes and no bias several, which explain its gradient
         equally well.
+
+    Raises
+    ------
+    UnsupportedModelError
+        If the images of a batch cannot be told apart.
     """
+    if evidence.images > 1:
+        return [of_batches(demix_heads(evidence), evidence)]
     chain, labels = evidence.chain, evidence.labels
     head = evidence.gradient[chain.head.weight_name]
     if chain.head.bias is not None:
@@ -68,6 +87,112 @@ def solve_head(evidence: Evidence) -> list[HeadSolution]:
         g, noise = _self_consistent(logits, g, y[:, 0], noise)
         out.append(HeadSolution(g, value, deviation, noise, y))
     return out
+
+
+def demix_heads(evidence: Evidence) -> list[Demixed]:
+    """Demix the head's gradient of every batch.
+
+    Raises
+    ------
+    UnsupportedModelError
+        If the model is no chain, or a batch is larger than its head tells apart.
+    """
+    head = evidence.chain.head
+    assert head.bias is not None  # or it were no chain for batches
+    weights, biases = (evidence.gradient[n] for n in (head.weight_name, head.bias_name))
+    typical = typical_probabilities(evidence.replay)
+    demands = forward_constraint(evidence.chain)
+    return [
+        demix(
+            gradient,
+            bias,
+            head.weight[0],
+            head.bias,
+            evidence.images,
+            typical,
+            evidence.labels[n] if evidence.granted else None,
+            demands,
+        )
+        for n, (gradient, bias) in enumerate(zip(weights, biases, strict=True))
+    ]
+
+
+def forward_constraint(chain: Chain) -> Constraint | None:
+    """Return what the topmost layer with weights demands of the head's inputs, if anything.
+
+    Where it has more outputs than inputs, its outputs ``A x + c`` fill a subspace only: along
+    some random normals of it, what the activations above make of them is known to be zero.
+    """
+    above: list[Pointwise] = []
+    for layer in reversed(chain.layers):
+        if isinstance(layer, Pointwise):
+            above.insert(0, layer)
+            continue
+        if not isinstance(layer, Affine) or math.prod(layer.out_shape) <= layer.unknowns:
+            return None
+        return partial(_demanded, layer, above, cache(partial(_normals, layer)))
+    return None
+
+
+def _normals(layer: Affine, count: int = _NORMALS) -> Tensor:
+    """Return random unit vectors normal to all outputs ``A x``, shape (count, *out_shape)."""
+    generator = torch.Generator().manual_seed(0)
+    y = torch.randn(count, *layer.out_shape, generator=generator, dtype=torch.float64)
+    y = y.to(layer.weight)
+    zero = y.new_zeros(count, *layer.in_shape)
+
+    def apply(x: Tensor) -> tuple[Tensor, ...]:
+        return (layer.target(layer.forward(x), x).weight,)
+
+    def adjoint(rows: tuple[Tensor, ...]) -> Tensor:
+        return layer.backward(zero, rows[0], rows[0])
+
+    x, _ = cgls(apply, adjoint, (y,), zero, 1e-13, 3000)
+    rest = y - apply(x)[0]
+    return rest / rest.flatten(1).norm(dim=1).reshape(-1, *[1] * len(layer.out_shape))
+
+
+def _demanded(
+    layer: Affine, above: list[Pointwise], normals_of: Callable[[], Tensor], value: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return the residuals, (B, q), and their derivatives by the head's inputs, (B, q, F)."""
+    normals = normals_of()
+    x, change = value, torch.ones_like(value)
+    for pointwise in reversed(above):
+        z, x = x, pointwise.inverse(x)
+        lost = pointwise.lost(z)
+        slope = pointwise.backward(x, z, torch.ones_like(z))
+        change = change.reshape(x.shape) / slope.abs().clamp_min(1e-12)
+        if lost is not None and bool(lost.any()):  # nothing is demanded of what is not known
+            empty = value.new_zeros(len(value), len(normals))
+            return empty, empty.unsqueeze(2).expand(-1, -1, value.shape[1])
+    target = layer.target(x, x).weight
+    flat = normals.flatten(1)
+    return target.flatten(1) @ flat.mT, flat * change.flatten(1).unsqueeze(1)
+
+
+def of_batches(found: list[Demixed], evidence: Evidence) -> HeadSolution:
+    """Return demixed heads as one solution.
+
+    Raises
+    ------
+    UnsupportedModelError
+        If one of them could not be demixed.
+    """
+    for batch in found:
+        if not batch.solved:
+            raise UnsupportedModelError(
+                f"the {evidence.images} images of a batch could not be told apart at the head: "
+                f"what is found misses its gradient by {math.sqrt(batch.misfit):.1g} roundings "
+                f"of float32 (singular values fall to {batch.ratio:.1e} of the largest)"
+            )
+    value = torch.cat([b.inputs for b in found])
+    deviation = torch.cat([b.deviation for b in found]).unsqueeze(1).expand_as(value)
+    noise = torch.full((len(found),), 3 * ROUNDING).to(value)
+    labels = torch.stack([b.labels for b in found])
+    return HeadSolution(
+        torch.cat([b.errors for b in found]), value, deviation, noise, labels, found
+    )
 
 
 def _head_input(g: Tensor, head: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fedleak.attacks.base import ATTACKS, Attack, Reconstruction
 from fedleak.attacks.evidence import Evidence
+from fedleak.attacks.heads import HeadSolution, demix_heads, of_batches
 from fedleak.attacks.joint import ChainTarget, Match, match
 from fedleak.attacks.linear import (
     CLEAN,
@@ -34,7 +35,8 @@ _ROUNDED = 1e-6
 #: Least squares fits the noise too: under noise the prior may cost this much of the fit, and
 #: any fit within twice the noise is a good one (the discrepancy principle).
 _SLACK = 1.1
-#: How near to the 8-bit grid, in steps of it, every pixel must come to be rounded.
+#: How near to the 8-bit grid, in steps of it, an image must come to be rounded, root mean
+#: square: any image that is not on it is at 0.29.
 _ON_GRID = 0.1
 #: Parameters times updates that a module is matched on at once, by device.
 _PARAMETERS = {"cpu": 3e7, "cuda": 5e8}
@@ -114,8 +116,23 @@ class HybridAttack(Attack):
     def reconstruct(self, observations: Sequence[Observation]) -> list[Reconstruction]:
         evidence = Evidence.gather(observations, self.device, simulate=self.local_training)
         if not evidence.is_chain:
-            return self._match_module(evidence)
-        solution = solve_recursively(evidence)
+            return self._match_module(evidence, evidence.why_not_chain)
+        if evidence.images == 1:
+            return self._solve_chain(evidence, None)
+        results: dict[int, Reconstruction] = {}
+        for n, batch in enumerate(demix_heads(evidence)):
+            part = evidence.subset(torch.tensor([n], device=evidence.replay.device))
+            try:
+                (results[n],) = self._solve_chain(part, [of_batches([batch], part)])
+            except UnsupportedModelError as error:
+                (results[n],) = self._match_module(part, str(error))
+        return [results[n] for n in range(len(evidence))]
+
+    def _solve_chain(
+        self, evidence: Evidence, heads: list[HeadSolution] | None
+    ) -> list[Reconstruction]:
+        """Solve what is determined, layer by layer, and match what is not."""
+        solution = solve_recursively(evidence, heads=heads)
         images, by = solution.image.clone(), [{"by": "linear"}] * len(evidence)
         clean = solution.noise < CLEAN
         for mask, known in ((clean, True), (~clean, False)):
@@ -126,13 +143,12 @@ class HybridAttack(Attack):
             if known and depth == 0:
                 continue
             found = self._match_chain(part, below, depth, known)
-            matched = found.images[:, 0]
             bound = part.fit(images[mask]).clamp_min(_ROUNDED)
             if not known:
                 bound = torch.maximum(_SLACK * bound, 2 * solution.noise[mask])
-            better = part.fit(matched) <= bound
-            chosen = better.reshape(-1, 1, 1, 1)
-            images[mask] = torch.where(chosen, matched, images[mask])
+            better = part.fit(found.images) <= bound
+            chosen = better.reshape(-1, 1, 1, 1, 1)
+            images[mask] = torch.where(chosen, found.images, images[mask])
             for i, n in enumerate(mask.nonzero().flatten().tolist()):
                 if better[i]:
                     by[n] = _by(found, i)
@@ -159,19 +175,21 @@ class HybridAttack(Attack):
         """Match the first ``depth`` layers to what is known above; all of them under noise."""
         layers = evidence.chain.layers
         target = ChainTarget(evidence, solution, depth if clean else len(layers), clean)
-        start = solution.image.clamp(0, 1).unsqueeze(1)
-        found = match(target, self._prior(evidence), start, 1, self.steps, self.precision)
+        start, batch = solution.image.clamp(0, 1), evidence.images
+        found = match(target, self._prior(evidence), start, batch, self.steps, self.precision)
         first = layers[0]
         if clean and depth == 1 and isinstance(first, Affine):
             # One linear system: fit what it determines to the last digit.
             z, e = solution.values[1], solution.cotangents[1]
             gradient = evidence.gradient[first.weight_name]
-            deviations = row_deviations(z, solution.deviations[1], gradient, solution.noise)
-            exact = solve_layer(first, z, e, gradient, deviations, found.images[:, 0])[0]
-            found.images = exact.unsqueeze(1)
+            noise = solution.noise_below(1)
+            deviations = row_deviations(z, solution.deviations[1], gradient, noise)
+            images = found.images.flatten(0, 1)
+            images, _ = solve_layer(first, z, e, gradient, deviations, images)
+            found.images = images.unflatten(0, (-1, batch))
         return found
 
-    def _match_module(self, evidence: Evidence) -> list[Reconstruction]:
+    def _match_module(self, evidence: Evidence, why: str) -> list[Reconstruction]:
         """Match a model that is no chain, or batches, on the module itself."""
         prior, count, batch = self._prior(evidence), len(evidence), evidence.images
         # The reverse pass keeps the weights of every client and step.
@@ -200,7 +218,7 @@ class HybridAttack(Attack):
             )
             fit = part.fit(images)
             for n in range(len(index)):
-                details = {**_by(found, n), "layers": [], "why_not_linear": evidence.why_not_chain}
+                details = {**_by(found, n), "layers": [], "why_not_linear": why}
                 out.append(
                     Reconstruction(images[n].cpu(), part.labels[n].cpu(), float(fit[n]), details)
                 )
@@ -214,8 +232,9 @@ def _by(found: Match, n: int) -> dict[str, str]:
 def _snap(evidence: Evidence, images: Tensor, levels: int = 255) -> Tensor:
     """Round images that lie on the grid of 8-bit pixels, where the gradient agrees."""
     rounded = (images * levels).round() / levels
-    near = (images - rounded).flatten(1).abs().amax(1) < _ON_GRID / levels
+    near = (images - rounded).flatten(2).square().mean(2).sqrt() < _ON_GRID / levels
     if not bool(near.any()):
         return images
-    agrees = evidence.fit(rounded) <= evidence.fit(images).clamp_min(_ROUNDED)
-    return torch.where((near & agrees).reshape(-1, 1, 1, 1), rounded, images)
+    rounded = torch.where(near.reshape(*near.shape, 1, 1, 1), rounded, images)
+    agrees = evidence.fit(rounded) <= (2 * evidence.fit(images)).clamp_min(2 * _ROUNDED)
+    return torch.where(agrees.reshape(-1, 1, 1, 1, 1), rounded, images)

@@ -86,28 +86,34 @@ class ChainTarget(Target):
         names = {layer.name for layer in evidence.chain.layers[:depth]}
         self.names = [n for n in evidence.gradient if n.rpartition(".")[0] in names]
         gradients = [evidence.gradient[n] for n in self.names]
-        noise = solution.noise
+        noise = solution.noise_below(depth)
 
         def error(g: Tensor) -> Tensor:
             size = g.flatten(1).square().mean(1).sqrt() * noise
             return size.reshape(-1, *[1] * (g.dim() - 1))
 
         self._known(
-            [solution.values[depth], *gradients],
-            [solution.deviations[depth], *(error(g) for g in gradients)],
+            [self._together(solution.values[depth]), *gradients],
+            [self._together(solution.deviations[depth]), *(error(g) for g in gradients)],
         )
+
+    def _together(self, each: Tensor) -> Tensor:
+        """Return values of (N * B, ...) as (N, B, ...)."""
+        return each.unflatten(0, (-1, self.evidence.images))
 
     def made(self, images: Tensor, hidden: Tensor | None = None) -> Tensor:
         chain = self.evidence.chain
-        inputs = chain.features(images[:, 0], self.depth)
+        inputs = chain.features(images.flatten(0, 1), self.depth)
         if self.exact:
             above = self.solution.cotangents[self.depth]
         else:
             logits = chain.head.forward(inputs[-1])
-            labels = F.one_hot(self.evidence.labels[:, 0], logits.shape[1])
-            above = chain.head.backward(inputs[-1], logits, logits.softmax(1) - labels)
+            labels = F.one_hot(self.evidence.labels.flatten(), logits.shape[1])
+            e = (logits.softmax(1) - labels) / self.evidence.images
+            above = chain.head.backward(inputs[-1], logits, e)
         gradients = chain.backward(inputs, above).gradients
-        return self._joined([inputs[-1], *(gradients[n] for n in self.names)])
+        shared = [self._together(gradients[n]).sum(1) for n in self.names]
+        return self._joined([self._together(inputs[-1]), *shared])
 
     def subset(self, index: Tensor) -> ChainTarget:
         part = self.evidence.subset(index), self.solution.subset(index)
@@ -241,18 +247,19 @@ def _least_squares(target: Target, prior: Prior, start: Tensor, precision: float
     at_mean = target.made(mean)
 
     def apply(u: Tensor) -> tuple[Tensor, ...]:
-        made = target.made(mean + prior.root(u).reshape(start.shape))
+        made = target.made(mean + prior.root(u.flatten(0, 1)).reshape(start.shape))
         return (made - at_mean) / errors, u
 
     def adjoint(rows: tuple[Tensor, ...]) -> Tensor:
         x = mean.clone().requires_grad_()
         (back,) = torch.autograd.grad(target.made(x), x, rows[0] / errors)
-        return prior.root_adjoint(back.flatten(0, 1)) + rows[1]
+        return prior.root_adjoint(back.flatten(0, 1)).reshape(u.shape) + rows[1]
 
-    u = start.new_zeros(len(start), *prior.latent_shape)
+    u = start.new_zeros(*start.shape[:2], *prior.latent_shape)
     rhs = ((target.values - at_mean) / errors, u)
     u, _ = cgls(apply, adjoint, rhs, u, tolerance=1e-6, max_iterations=1500)
-    return Match(prior.image(u).reshape(start.shape), "least squares", [str(prior)] * len(start))
+    images = prior.image(u.flatten(0, 1)).reshape(start.shape)
+    return Match(images, "least squares", [str(prior)] * len(start))
 
 
 def _gauss_newton(target: Target, prior: Prior, start: Tensor, precision: float) -> Match:
@@ -265,13 +272,13 @@ def _gauss_newton(target: Target, prior: Prior, start: Tensor, precision: float)
     if not target.linear:
         begin = _quasi_newton(target, prior, start, WARM_UP, max(precision, WARM_LEVEL)).images
     solver = GaussNewton(residual, begin.flatten(1))
-    for _ in range(0 if target.linear else MOST_JACOBIANS):
-        solver.descend(prior.dense(), errors)
-        if bool(((residual(solver.x) / errors).square().mean(1) < _MATCHED).all()):
+    chosen = _follow_evidence(solver, [prior] * len(start), target.errors.clamp_min(QUASI_LEVEL))
+    for n in range(MOST_JACOBIANS + 1):
+        measured = solver.descend(Gaussian.stack([p.dense() for p in chosen]), errors)
+        matched = ((residual(solver.x) / errors).square().mean(1) < _MATCHED).all()
+        if target.linear or n == MOST_JACOBIANS or bool(matched):
             break
         solver.linearise()
-    chosen = _follow_evidence(solver, [prior] * len(start), target.errors.clamp_min(QUASI_LEVEL))
-    measured = solver.descend(Gaussian.stack([p.dense() for p in chosen]), errors)
     if type(prior).local is not Prior.local:
         covariances = measured.covariance()
         near = [p.local(x, v) for p, x, v in zip(chosen, solver.x, covariances, strict=True)]
@@ -282,12 +289,16 @@ def _gauss_newton(target: Target, prior: Prior, start: Tensor, precision: float)
 
 def _follow_evidence(solver: GaussNewton, priors: list[Prior], errors: Tensor) -> list[Prior]:
     """Return, for each update, the prior of the family that its evidence prefers."""
+    # The middle of the image: it stands for the rest.
+    _, *size = priors[0].shape
+    y, x = (torch.linspace(-1, 1, k).to(errors) for k in size)
+    focus = (2 - y.square()[:, None] - x.square()).expand(priors[0].shape).flatten()
     for stage in range(2):
         chosen = list(priors)
         for prior in {id(p): p for p in priors}.values():
             family = prior.family(stage)
             if len(family) > 1:
-                best = solver.choose([p.dense() for p in family], errors).tolist()
+                best = solver.choose([p.dense() for p in family], errors, focus).tolist()
                 for i, k in enumerate(best):
                     chosen[i] = family[k] if priors[i] is prior else chosen[i]
         priors = chosen

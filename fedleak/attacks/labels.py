@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import heapq
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -16,7 +19,8 @@ def infer_labels(
     With softmax cross-entropy the bias gradient of class ``c`` is ``mean_b p_bc - n_c / B``.
     For one image the true class is the only negative entry (iDLG, Zhao et al. 2020), and
     under noise the smallest. For more, the counts ``n_c`` follow from the mean probability,
-    which the server estimates with images of its own.
+    which the server estimates with images of its own; of the candidates, the likeliest is
+    returned.
 
     Parameters
     ----------
@@ -42,7 +46,8 @@ def infer_labels(
     if bias is not None:
         if images == 1:
             return bias.argmin(1, keepdim=True)
-        return torch.stack([_counted(images * g, images) for g in typical - bias])
+        each = zip(bias, typical.expand(len(bias), -1), strict=True)
+        return torch.stack([next(label_candidates(g, images, p)) for g, p in each])
     if weight is not None and images == 1:
         return weight.norm(dim=2).argmax(1, keepdim=True)
     raise UnsupportedModelError(
@@ -51,9 +56,59 @@ def infer_labels(
     )
 
 
-def _counted(expected: Tensor, images: int) -> Tensor:
-    """Return ``images`` labels whose counts are nearest to the expected ones."""
-    counts = torch.zeros_like(expected, dtype=torch.int64)
-    for _ in range(images):
-        counts[int((expected - counts).argmax())] += 1
-    return torch.arange(len(counts), device=counts.device).repeat_interleave(counts)
+def label_candidates(bias: Tensor, images: int, typical: Tensor) -> Iterator[Tensor]:
+    """Yield the sets of labels that one bias gradient allows, the likeliest first.
+
+    ``g_c = p_c - n_c / B`` with a mean probability ``0 < p_c < 1`` leaves the counts
+    ``-B g_c < n_c < B (1 - g_c)``; how far ``p_c`` is from the typical probability, in units
+    of its square root, orders what is left.
+
+    Parameters
+    ----------
+    bias : Tensor, shape (classes,)
+    images : int
+        Batch size B.
+    typical : Tensor, shape (classes,)
+
+    Yields
+    ------
+    Tensor, int64, shape (B,)
+        In ascending order.
+    """
+    expected = images * (typical - bias)
+    tolerance = 1e-4 * images
+    least = (-images * bias - tolerance).ceil().clamp(0, images).long()
+    if int(least.sum()) > images:  # noise: no counts are certain
+        least = torch.zeros_like(least)
+    scale = 1 / (images * typical).clamp_min(1e-3)
+    # Each label more of a class costs more than the one before, so that taking the cheapest
+    # gives the likeliest counts, and exchanging few of the taken the next.
+    extra = images - int(least.sum())
+    places = torch.arange(1, images + 1, device=bias.device)
+    above = ((least.unsqueeze(1) + places - expected.unsqueeze(1)).square()) * scale.unsqueeze(1)
+    below = (least - expected).square() * scale
+    price = torch.diff(torch.cat([below.unsqueeze(1), above], 1), dim=1)[:, :extra].tolist()
+
+    def cost(counts: tuple[int, ...]) -> float:
+        return sum(sum(line[:n]) for line, n in zip(price, counts, strict=True))
+
+    taken = [0] * len(price)
+    for _ in range(extra):
+        free = [c for c, n in enumerate(taken) if n < extra]
+        taken[min(free, key=lambda c: price[c][taken[c]])] += 1
+    heap, seen = [(cost(tuple(taken)), tuple(taken))], {tuple(taken)}
+    classes = torch.arange(len(price), device=bias.device)
+    while heap:
+        _, counts = heapq.heappop(heap)
+        total = least + torch.tensor(counts, dtype=torch.int64, device=bias.device)
+        yield classes.repeat_interleave(total)
+        for i, n in enumerate(counts):
+            for j in range(len(counts)) if n else ():
+                if j == i or counts[j] == extra:
+                    continue
+                other = list(counts)
+                other[i], other[j] = n - 1, counts[j] + 1
+                key = tuple(other)
+                if key not in seen:
+                    seen.add(key)
+                    heapq.heappush(heap, (cost(key), key))

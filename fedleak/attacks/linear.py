@@ -62,7 +62,8 @@ class LinearSolution:
     Attributes
     ----------
     values, cotangents : list of Tensor
-        Entry ``i`` is the output of layer ``i - 1``, or the image for 0, and ``dL/d`` of it.
+        Entry ``i`` is the output of layer ``i - 1``, or the image for 0, and ``dL/d`` of it,
+        shape (N * B, *shape): the images of one update after each other.
     deviations : list of Tensor
         Estimated standard deviation of each value.
     noise : Tensor, shape (N,)
@@ -77,10 +78,27 @@ class LinearSolution:
     deviations: list[Tensor]
     noise: Tensor
     layers: list[LayerSolution] = field(default_factory=list)
+    batch: int = 1
 
     @property
     def image(self) -> Tensor:
-        return self.values[0]
+        """The images, shape (N, B, C, H, W)."""
+        return self.values[0].unflatten(0, (-1, self.batch))
+
+    def relative(self, i: int) -> Tensor:
+        """Return the typical deviation of each image's value ``i``, relative to it, (N * B,)."""
+        deviation = self.deviations[i].flatten(1)
+        known = torch.where(deviation.isinf(), torch.nan, deviation).nanmedian(1).values
+        return known.nan_to_num(0.0) / _rms(self.values[i]).flatten()
+
+    def noise_below(self, i: int) -> Tensor:
+        """Return the noise of the gradient rows below value ``i``, as far as it is trusted, (N,).
+
+        In a batch, those rows mix all images: they are as uncertain as the worst.
+        """
+        if self.batch == 1:
+            return self.noise
+        return self.noise.maximum(self.relative(i).reshape(-1, self.batch).amax(1))
 
     def undetermined(self, layers: Sequence[Layer]) -> int:
         """Return how many of the first layers are left undetermined, in the worst update.
@@ -102,13 +120,18 @@ class LinearSolution:
         return depth
 
     def subset(self, mask: Tensor) -> LinearSolution:
-        """Return the updates where ``mask`` is true."""
+        """Return the updates of a mask or of indices."""
+
+        def part(values: list[Tensor]) -> list[Tensor]:
+            return [v.unflatten(0, (-1, self.batch))[mask].flatten(0, 1) for v in values]
+
         return LinearSolution(
-            [v[mask] for v in self.values],
-            [c[mask] for c in self.cotangents],
-            [d[mask] for d in self.deviations],
+            part(self.values),
+            part(self.cotangents),
+            part(self.deviations),
             self.noise[mask],
             [replace(s, rank=s.rank[mask.cpu()], residual=s.residual[mask]) for s in self.layers],
+            self.batch,
         )
 
     @staticmethod
@@ -139,7 +162,10 @@ Correction = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 
 
 def solve_recursively(
-    evidence: Evidence, mid_grey: float = 0.5, correct: Correction | None = None
+    evidence: Evidence,
+    mid_grey: float = 0.5,
+    correct: Correction | None = None,
+    heads: list[HeadSolution] | None = None,
 ) -> LinearSolution:
     """Solve every layer's linear system, from the head to the image.
 
@@ -156,14 +182,22 @@ def solve_recursively(
         layers above, the one nearest to what a grey image gives there.
     correct : callable, optional
         Is given each layer's solution, and returns what the layers below build on.
+    heads : list of HeadSolution, optional
+        What the head says, where that is known already.
+
+    Raises
+    ------
+    UnsupportedModelError
+        If the images of a batch cannot be told apart.
     """
-    heads = solve_head(evidence)
+    heads = heads or solve_head(evidence)
     found = [_descend(evidence, head, mid_grey, correct) for head in heads]
     if len(found) == 1:
+        evidence.labels = heads[0].labels
         return found[0]
     misfit = []
     for head, solution in zip(heads, found, strict=True):
-        outside = (solution.image - solution.image.clamp(0, 1)).flatten(1)
+        outside = (solution.image - solution.image.clamp(0, 1)).flatten(1)  # one image each
         fit = evidence.with_labels(head.labels).fit(solution.image)
         # A network without any bias is odd: only the range of pixels tells x from -x.
         misfit.append(fit + 1e-3 * outside.square().mean(1).sqrt())
@@ -179,7 +213,7 @@ def _descend(
     layers = evidence.chain.layers
     value, deviation = head.value, head.deviation
     cotangent = evidence.chain.head.backward(value, value, head.g)
-    out = LinearSolution([value], [cotangent], [deviation], head.noise)
+    out = LinearSolution([value], [cotangent], [deviation], head.noise, batch=evidence.images)
     grey = evidence.chain.features(torch.full((1, *evidence.chain.input_shape), mid_grey).to(value))
     for i in reversed(range(len(layers))):
         layer = layers[i]
@@ -190,8 +224,13 @@ def _descend(
             if isinstance(layer, MaxPool):
                 x, below = layer.estimate(value, cotangent)
                 rank = torch.full((len(x),), layer.rank)
+                rank = rank[: len(evidence)] * evidence.images
                 step = LayerSolution(
-                    layer.name, layer.unknowns, rank, False, torch.zeros_like(head.noise)
+                    layer.name,
+                    layer.unknowns * evidence.images,
+                    rank,
+                    False,
+                    torch.zeros_like(head.noise),
                 )
             else:
                 assert isinstance(layer, System)
@@ -201,7 +240,7 @@ def _descend(
                     x = correct(i, x, value, cotangent)
                 below = layer.backward(x, value, cotangent)
             out.layers.insert(0, step)
-            cotangent, deviation = below, (_spread(head.noise, x) * _rms(x)).expand_as(x)
+            cotangent, deviation = below, _below(out, x)
         value = x
         out.values.insert(0, value)
         out.cotangents.insert(0, cotangent)
@@ -214,17 +253,27 @@ def _solve_step(
 ) -> tuple[Tensor, LayerSolution]:
     """Solve one layer's system, given everything above it."""
     z, e, deviation = above.values[0], above.cotangents[0], above.deviations[0]
+    batch = evidence.images
     if isinstance(layer, Affine):
         gradient = evidence.gradient[layer.weight_name]
-        rank, exact = layer_ranks(layer, e, deviation.isfinite())
+        rank, exact = layer_ranks(layer, e, deviation.isfinite(), batch)
     else:
         assert isinstance(layer, AvgPool)
-        gradient = z.new_zeros(len(z), 0)
+        gradient = z.new_zeros(len(evidence), 0)
         known = deviation.isfinite().flatten(1).sum(1).cpu()
-        rank, exact = known.clamp(max=layer.rank), bool((known == z[0].numel()).all())
-    deviations = row_deviations(z, deviation, gradient, above.noise)
+        exact = bool((known == z[0].numel()).all())
+        rank = known.clamp(max=layer.rank).reshape(-1, batch).sum(1)
+    deviations = row_deviations(z, deviation, gradient, above.noise_below(0))
     x, residual = solve_layer(layer, z, e, gradient, deviations, start)
-    return x, LayerSolution(layer.name, layer.unknowns, rank, exact, residual)
+    return x, LayerSolution(layer.name, layer.unknowns * batch, rank, exact, residual)
+
+
+def _below(above: LinearSolution, x: Tensor) -> Tensor:
+    """Return the standard deviation of a layer's input, as large a part of it as above."""
+    part = above.noise
+    if above.batch > 1:  # images of one batch are known very differently well
+        part = above.relative(0).maximum(part.repeat_interleave(above.batch))
+    return (_spread(part, x) * _rms(x)).expand_as(x)
 
 
 def _pick(parts: Sequence[Tensor], best: Tensor) -> Tensor:
@@ -246,10 +295,11 @@ def row_deviations(
 
     Parameters
     ----------
-    z, deviation : Tensor, shape (N, *out_shape)
+    z, deviation : Tensor, shape (N * B, *out_shape)
         The layer's output and the standard deviation carried over from above, infinite
         where nothing is known; the rounding of the client's own forward pass is added.
     gradient : Tensor, shape (N, *weight_shape), or (N, 0) of a layer without parameters
+        Shared by the B images of an update.
     noise : Tensor, shape (N,)
     """
     rounding = ROUNDING * torch.hypot(0.5 * _rms(z), z)
@@ -266,23 +316,51 @@ def solve_layer(
     deviations: tuple[Tensor, Tensor],
     start: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """Solve one layer's system; return the solution nearest ``start`` and its residual."""
+    """Solve one layer's system; return the solution nearest ``start`` and its residual.
+
+    The B images of an update have weight rows of their own, and share the gradient rows:
+    ``sum_b K(e_b) x_b = G``.
+
+    Parameters
+    ----------
+    layer : System
+    z, e : Tensor, shape (N * B, *out_shape)
+    gradient : Tensor, shape (N, *weight_shape)
+    deviations : tuple of Tensor
+        From :func:`row_deviations`.
+    start : Tensor, shape (N * B, *in_shape)
+
+    Returns
+    -------
+    x : Tensor, shape (N * B, *in_shape)
+    residual : Tensor, shape (N,)
+    """
     of_z, of_gradient = deviations
+    shape = (len(gradient), len(z) // len(gradient))
     # Rows are weighted by the inverse of their deviation, the most exact weight row by 1;
     # a row of infinite deviation drops out.
-    least = of_z.flatten(1).amin(1)
-    least = torch.where(least.isinf(), 1.0, least)
-    a, k = _spread(least, of_z) / of_z, _spread(least, of_gradient) / of_gradient
+    own = of_z.flatten(1).amin(1)
+    own = torch.where(own.isinf(), 1.0, own)
+    least = own.reshape(shape).amin(1)
+    each = least.repeat_interleave(shape[1])
+    a, k = _spread(each, of_z) / of_z, _spread(least, of_gradient) / of_gradient
     target = layer.target(z, gradient)
+    # What is known less well of an image than of the others has small rows; its unknowns are
+    # counted in larger units, so that the system stays as well conditioned as one image's.
+    unit = (own / each).reshape(-1, *[1] * len(layer.in_shape))
 
-    def apply(x: Tensor) -> tuple[Tensor, Tensor]:
-        rows = layer.apply(x, e)
-        return rows.weight * a, rows.gradient * k
+    def apply(y: Tensor) -> tuple[Tensor, Tensor]:
+        rows = layer.apply(y.flatten(0, 1) * unit, e)
+        return (rows.weight * a).unflatten(0, shape), rows.gradient.unflatten(0, shape).sum(1) * k
 
     def adjoint(rows: tuple[Tensor, ...]) -> Tensor:
-        return layer.adjoint(Rows(rows[0] * a, rows[1] * k), e)
+        each = (rows[1] * k).repeat_interleave(shape[1], 0)
+        back = layer.adjoint(Rows((rows[0].flatten(0, 1)) * a, each), e)
+        return (back * unit).unflatten(0, shape)
 
-    return cgls(apply, adjoint, (target.weight * a, target.gradient * k), start)
+    rhs = ((target.weight * a).unflatten(0, shape), target.gradient * k)
+    y, residual = cgls(apply, adjoint, rhs, (start / unit).unflatten(0, shape))
+    return y.flatten(0, 1) * unit, residual
 
 
 @ATTACKS.register("linear")
@@ -309,9 +387,10 @@ def package(
 ) -> list[Reconstruction]:
     """Return one :class:`Reconstruction` for each update, made ``by`` that method."""
     fit = evidence.fit(images)
+    each = (-1, evidence.images)
     # Inputs of activations that their outputs do not tell: saturated or inactive units.
     lost = [
-        (layer, deviation.isinf().flatten(1))
+        (layer, deviation.isinf().unflatten(0, each).flatten(1))
         for layer, deviation in zip(evidence.chain.layers, solution.deviations, strict=False)
         if isinstance(layer, Pointwise)
     ]
@@ -334,8 +413,6 @@ def package(
             if bool(unknown[n].any())
         }
         out.append(
-            Reconstruction(
-                images[n : n + 1].cpu(), evidence.labels[n].cpu(), float(fit[n]), details
-            )
+            Reconstruction(images[n].cpu(), evidence.labels[n].cpu(), float(fit[n]), details)
         )
     return out

@@ -15,7 +15,7 @@ from fedleak.attacks.base import ATTACKS, Attack, Reconstruction
 from fedleak.attacks.evidence import Evidence
 from fedleak.attacks.linear import package, solve_recursively
 from fedleak.attacks.objectives import total_variation
-from fedleak.errors import InvalidInputError
+from fedleak.errors import InvalidInputError, UnsupportedModelError
 from fedleak.observation import Observation
 from fedleak.systems import Affine, Chain, Layer
 
@@ -77,6 +77,10 @@ class PaperHybridAttack(Attack):
 
     def reconstruct(self, observations: Sequence[Observation]) -> list[Reconstruction]:
         evidence = Evidence.gather(observations, self.device)
+        if evidence.images > 1:
+            raise UnsupportedModelError(
+                f"the update mixes {evidence.images} images; the published hybrid is for one"
+            )
         correction = _Correction(evidence, self.steps_fraction, torch.zeros(len(evidence)))
         solution = solve_recursively(evidence, correct=correction)
         results = package(evidence, solution.image, solution, ["hybrid-paper"] * len(evidence))

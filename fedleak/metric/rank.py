@@ -57,12 +57,17 @@ def structural_rank(layer: Affine, e: Tensor | None = None, known: Tensor | None
     return rank
 
 
-def _blocks(layer: Conv, filters: int) -> tuple[int, int]:
-    """Return the pixels one channel's kernels cover, and the rank of its block of K."""
+def _blocks(layer: Conv, filters: int, batch: int = 1) -> tuple[int, int]:
+    """Return the pixels one channel's kernels cover, and the rank of its block of K.
+
+    The block is that of ``batch`` images beside each other.
+    """
     rows, columns = (_axis(layer, axis) for axis in (0, 1))
     covered = sum(p for _, p in rows.values()) * sum(p for _, p in columns.values())
     block = sum(
-        min(filters * oi * oj, pi * pj) for oi, pi in rows.values() for oj, pj in columns.values()
+        min(filters * oi * oj, batch * pi * pj)
+        for oi, pi in rows.values()
+        for oj, pj in columns.values()
     )
     return covered, block
 
@@ -84,7 +89,41 @@ def _axis(layer: Conv, axis: int) -> dict[int, tuple[int, int]]:
     return {cls: (offsets[cls], len(pixels[cls])) for cls in offsets}
 
 
-def layer_ranks(layer: Affine, e: Tensor, known: Tensor) -> tuple[Tensor, bool]:
+def batch_rank(layer: Affine, e: Tensor, known: Tensor) -> int:
+    """Return the rank that a batch's system has for generic weights, in closed form.
+
+    As :func:`structural_rank`, with weight rows of each image's own and the gradient rows
+    shared: ``sum_b K(e_b) x_b = dL/dW``.
+
+    Parameters
+    ----------
+    layer : Affine
+    e : Tensor, shape (B, *out_shape)
+    known : Tensor of bool, shape (B, *out_shape)
+        Outputs that have a weight row.
+    """
+    batch, (groups, filters, _) = len(e), layer.weight.shape
+    shape = (batch, groups, filters, -1)
+    used, known = (e != 0).reshape(shape), known.reshape(shape)
+    unknowns = layer.unknowns // groups
+    if not isinstance(layer, Conv):  # the gradient rows E^T X tell min(B, outputs) images apart
+        told = min(batch, int(used.any(0).sum()), int(torch.linalg.matrix_rank(e.flatten(1))))
+        rows = known.flatten(1).sum(1).clamp(max=unknowns).sort(descending=True).values
+        return told * unknowns + int(rows[: batch - told].sum())
+    channels = layer.in_shape[0] // groups
+    rank = 0
+    for g in range(groups):
+        live = used[:, g].any(2).any(0)
+        covered, block = _blocks(layer, int(live.sum()), batch)
+        missed = torch.einsum("bfp,bgp->fg", used[:, g].double(), (~known[:, g]).double())
+        relations = int((missed[live] == 0).sum())
+        weight = int(known[:, g].flatten(1).sum(1).clamp(max=channels * covered).sum())
+        joint = min(batch * channels * covered, weight + channels * block - relations)
+        rank += max(channels * block, weight, joint)
+    return rank
+
+
+def layer_ranks(layer: Affine, e: Tensor, known: Tensor, batch: int = 1) -> tuple[Tensor, bool]:
     """Return the rank of a layer's system for each update, and whether it is exact.
 
     Small layers are ranked exactly. Of large ones the constraints are counted; where
@@ -94,15 +133,20 @@ def layer_ranks(layer: Affine, e: Tensor, known: Tensor) -> tuple[Tensor, bool]:
     Parameters
     ----------
     layer : Affine
-    e : Tensor, shape (N, *out_shape)
-    known : Tensor of bool, shape (N, *out_shape)
+    e : Tensor, shape (N * batch, *out_shape)
+    known : Tensor of bool, shape (N * batch, *out_shape)
         Outputs that have a weight row.
+    batch : int
+        Images of each update, which share their gradient rows; more than one are counted.
 
     Returns
     -------
     ranks : Tensor, int64, shape (N,)
     exact : bool
     """
+    if batch > 1:
+        parts = zip(e.split(batch), known.split(batch), strict=True)
+        return torch.tensor([batch_rank(layer, *part) for part in parts]), False
     exact = layer.unknowns <= AUTO_UNKNOWNS
     rank = exact_rank if exact else structural_rank
     generic = (known & (e != 0)).flatten(1).all(1)

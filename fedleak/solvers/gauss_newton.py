@@ -12,6 +12,8 @@ from fedleak.solvers.gaussian import Gaussian, Measurements, Rows
 
 #: Rows or columns of the Jacobian that are computed together.
 _TOGETHER = 32
+#: Rows that evidence is weighed on, at most: weighing all of them costs more than the rest.
+EVIDENCE_ROWS = 800
 
 Residual = Callable[[Tensor], Tensor]
 
@@ -77,15 +79,41 @@ class GaussNewton:
     def linearise(self) -> None:
         """Take the Jacobian where we are."""
         self._rows = Rows(jacobian(self.residual, self.x))
+        self._focused: tuple[Tensor, Rows] | None = None
 
     def _target(self) -> Tensor:
         """Return what the linearised rows should give."""
         return (self._rows.jacobian @ self.x.unsqueeze(2))[:, :, 0] - self.residual(self.x)
 
-    def choose(self, priors: Sequence[Gaussian], deviation: Tensor) -> Tensor:
-        """Return the index of the prior with the greatest evidence, for each update."""
+    def choose(
+        self, priors: Sequence[Gaussian], deviation: Tensor, focus: Tensor | None = None
+    ) -> Tensor:
+        """Return the index of the prior with the greatest evidence, for each update.
+
+        Parameters
+        ----------
+        priors : sequence of Gaussian
+        deviation : Tensor, shape (N, m)
+        focus : Tensor, shape (n,), optional
+            Where there are many rows, but no more than unknowns, evidence is weighed on those
+            that depend most on the unknowns of the greatest focus. Rows that overlap tell
+            smoothness; as many rows drawn at random lie apart, and do not. Where there are
+            more rows than unknowns, only all of them tell the finest detail.
+        """
         target = self._target()
-        found = [Measurements(self._rows, deviation, p).log_evidence(target) for p in priors]
+        m, n = self._rows.jacobian.shape[1:]
+        if focus is None or not EVIDENCE_ROWS < m <= n:
+            rows = self._rows
+        else:
+            if self._focused is None:
+                squares = self._rows.jacobian.square()
+                share = (squares @ focus) / squares.sum(2).clamp_min(1e-300)
+                index = share.topk(EVIDENCE_ROWS, 1).indices
+                part = self._rows.jacobian.take_along_dim(index.unsqueeze(2), 1)
+                self._focused = index, Rows(part)
+            index, rows = self._focused
+            target, deviation = target.gather(1, index), deviation.gather(1, index)
+        found = [Measurements(rows, deviation, p).log_evidence(target) for p in priors]
         return torch.stack(found).nan_to_num(-torch.inf).argmax(0)
 
     def descend(self, prior: Gaussian, deviation: Tensor, steps: int = 6) -> Measurements:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from functools import cached_property
 
 import torch
 from torch import Tensor
+
+#: Share of entries below which rows count as sparse: one convolution sees few pixels.
+_SPARSE = 0.1
 
 
 def cholesky(matrix: Tensor) -> Tensor:
@@ -22,6 +26,30 @@ def cholesky(matrix: Tensor) -> Tensor:
         matrix = matrix + torch.diag_embed(needed.expand_as(diagonal))
         lift = 100 * lift
     return factor
+
+
+def _symmetric(a: Tensor, b: Tensor) -> Tensor:
+    """Return ``a @ b.mT``, shape (N, m, m), which is symmetric: half of it is mirrored."""
+    m = a.shape[1]
+    if m <= 256:
+        return a @ b.mT
+    upper, lower = slice(0, m // 2), slice(m // 2, m)
+    out = a.new_empty(len(a), m, m)
+    out[:, upper, upper] = _symmetric(a[:, upper], b[:, upper])
+    out[:, lower, lower] = _symmetric(a[:, lower], b[:, lower])
+    out[:, lower, upper] = a[:, lower] @ b[:, upper].mT
+    out[:, upper, lower] = out[:, lower, upper].mT
+    return out
+
+
+def _product(rows: Tensor, matrix: Tensor) -> Tensor:
+    """Return ``rows @ matrix`` for rows of shape (..., n), skipping zeros where most are."""
+    flat = rows.reshape(-1, rows.shape[-1])
+    if int(flat.count_nonzero()) < _SPARSE * flat.numel():
+        with warnings.catch_warnings():  # torch calls its sparse tensors a beta
+            warnings.simplefilter("ignore")
+            return (flat.to_sparse_csr() @ matrix).reshape(*rows.shape[:-1], -1)
+    return rows @ matrix
 
 
 class Gaussian:
@@ -138,7 +166,9 @@ class Rows:
         if isinstance(prior, KroneckerGaussian):
             return self._by_colour(prior)
         if id(prior) not in self._grams:  # the prior is kept: its id stays its own
-            self._grams = {id(prior): (prior, prior.times(self.jacobian) @ self.jacobian.mT)}
+            self._grams = {
+                id(prior): (prior, _symmetric(prior.times(self.jacobian), self.jacobian))
+            }
         return self._grams[id(prior)][1]
 
     def _by_colour(self, prior: KroneckerGaussian) -> Tensor:
@@ -151,12 +181,12 @@ class Rows:
             axes = torch.linalg.eigh(colour)[1]
             rows = self.jacobian.reshape(*self.jacobian.shape[:2], len(colour), -1)
             parts = torch.einsum("nmcs,ca->anms", rows, axes)
-            grams = torch.stack([(p @ space.covariance) @ p.mT for p in parts])
+            grams = torch.stack([_symmetric(_product(p, space.covariance), p) for p in parts])
             self._colours[id(space)] = (space, axes, grams)
         _, axes, grams = self._colours[id(space)]
         share = axes.mT @ colour @ axes
         if float((share - share.diagonal().diag()).abs().max()) > 1e-9 * float(share.max()):
-            return prior.times(self.jacobian) @ self.jacobian.mT
+            return _symmetric(prior.times(self.jacobian), self.jacobian)
         return torch.einsum("anij,a->nij", grams, share.diagonal())
 
     def normal(self, weights: Tensor) -> Tensor:
@@ -164,9 +194,9 @@ class Rows:
         level = weights[:, :1]
         if bool((weights == level).all()):
             if self._normal is None:
-                self._normal = self.jacobian.mT @ self.jacobian
+                self._normal = _symmetric(self.jacobian.mT, self.jacobian.mT)
             return self._normal * level.unsqueeze(2)
-        return (self.jacobian * weights.unsqueeze(2)).mT @ self.jacobian
+        return _symmetric((self.jacobian * weights.unsqueeze(2)).mT, self.jacobian.mT)
 
 
 class Measurements:

@@ -335,3 +335,37 @@ def test_a_kronecker_gaussian_is_the_dense_one() -> None:
     torch.testing.assert_close(product.log_det, dense.log_det)
     torch.testing.assert_close(product.factor @ product.factor.T, dense.covariance)
     torch.testing.assert_close(product.times(x.unsqueeze(0)), dense.times(x.unsqueeze(0)))
+
+
+def test_evidence_is_weighed_on_the_rows_in_focus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The choice is that of a solver which has these rows alone, for each update its own."""
+    monkeypatch.setattr("fedleak.solvers.gauss_newton.EVIDENCE_ROWS", 5)
+    rows, start = _random(2, 12, 20), torch.zeros(2, 20, dtype=torch.float64)
+    focus = torch.linspace(0, 1, 20, dtype=torch.float64)
+    in_focus = torch.stack([torch.randperm(12)[:5] for _ in range(2)])
+    rows[:, :, 10:] *= 1e-3
+    for i in range(2):
+        rows[i, in_focus[i]] = rows[i, in_focus[i]].flip(1)
+    target, deviation = _random(2, 12, seed=1), _deviation(2, 12)
+    priors = [_gaussian(20, seed) for seed in range(6)]
+
+    def solver(a: Tensor, b: Tensor) -> GaussNewton:
+        return GaussNewton(lambda x: (a @ x.unsqueeze(2))[:, :, 0] - b, start)
+
+    found = solver(rows, target).choose(priors, deviation, focus)
+    part = rows.take_along_dim(in_focus.unsqueeze(2), 1), target.gather(1, in_focus)
+    expected = solver(*part).choose(priors, deviation.gather(1, in_focus))
+    assert found.tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize("m", [300, 601])
+def test_products_of_many_rows(m: int) -> None:
+    """By halves, and with mostly zero rows, the products are the plain ones."""
+    rows = _random(2, m, 12) * (_random(2, m, 12, seed=1) > 1.8)
+    prior = _kronecker(_covariance(3, 8), _gaussian(4, 1))
+    dense = rows @ prior.covariance @ rows.mT
+    torch.testing.assert_close(Rows(rows).gram(prior), dense, atol=1e-9, rtol=1e-9)
+    plain = Gaussian(prior.mean, prior.covariance)
+    torch.testing.assert_close(Rows(rows).gram(plain), dense, atol=1e-9, rtol=1e-9)
+    weights = torch.ones(2, 12, dtype=torch.float64)
+    torch.testing.assert_close(Rows(rows.mT).normal(weights), rows @ rows.mT)

@@ -1,0 +1,320 @@
+"""Batches: the head's gradient is a mixture of its inputs, and softmax tells how to demix it.
+
+For ``B`` images the head's gradient is ``G = E^T X``, with its inputs ``X`` and
+``E = (softmax(X W^T + b) - Y) / B``. The row space of ``G`` gives ``X = M R`` but for a
+``B x B`` matrix ``M``, and ``M`` must reproduce ``G`` and the bias gradient ``g`` through the
+softmax: ``E(M)^T M = G R^T`` and ``sum_b E(M) = g`` are ``(C - 1) (B + 1)`` equations for ``B^2``
+unknowns. Damped Gauss-Newton from many starts at once finds it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fedleak.attacks.labels import label_candidates
+
+#: Relative rounding of a client's softmax, and of an entry of its weight gradient, in float32:
+#: measured on the paper's networks, batches of 2 to 32.
+_SOFTMAX, _ENTRY = 4e-7, 1e-7
+#: Mean square residual, in units of the rounding expected, of a solution: 0.2 to 1 measured.
+_SOLVED = 20.0
+#: Rounds of random starts, how many at once, and how far their logits are from the mean.
+_EFFORTS, _STARTS, _SPREADS = 12, 8, (0.3, 0.1, 0.1, 0.3, 1.0, 1.0, 3.0, 3.0)
+#: Sets of labels tried, and Gauss-Newton steps from each start.
+_CANDIDATES, _STEPS = 24, 200
+#: Relative deviation of an input from which the layer below is asked.
+_VAGUE = 3e-6
+#: Entries of the normal equations of all starts at once.
+_ENTRIES = 2e6
+
+#: ``X -> (r, dr)``: what the layers below demand to be zero, (B, q), each of one image alone,
+#: and its derivatives by that image's ``X``, (B, q, F).
+Constraint = Callable[[Tensor], tuple[Tensor, Tensor]]
+
+
+@dataclass
+class Demixed:
+    """The batch behind one head gradient.
+
+    Attributes
+    ----------
+    inputs : Tensor, shape (B, features)
+        The head's inputs.
+    errors : Tensor, shape (B, classes)
+        ``dL/dlogits`` of the batch's mean loss.
+    labels : Tensor, int64, shape (B,)
+    deviation : Tensor, shape (B,)
+        Estimated standard deviation of the entries of each input.
+    misfit : float
+        Mean square residual, in units of the rounding expected: about 1 at the truth.
+    ratio : float
+        Smallest over largest singular value of ``G``, of the first ``B``: the conditioning.
+    """
+
+    inputs: Tensor
+    errors: Tensor
+    labels: Tensor
+    deviation: Tensor
+    misfit: float
+    ratio: float
+
+    @property
+    def solved(self) -> bool:
+        """Whether the misfit is one of rounding."""
+        return self.misfit < _SOLVED
+
+
+@dataclass
+class _Problem:
+    """``E(M)^T M = H``, ``sum E(M) = g``, rows and columns weighted by their rounding."""
+
+    gradient: Tensor  # G (C, F)
+    bias: Tensor  # g (C,)
+    weight: Tensor  # W (C, F)
+    offset: Tensor  # b (C,)
+    basis: Tensor  # R (B, F)
+    labels: Tensor  # (B,)
+
+    def __post_init__(self) -> None:
+        self.logits = self.basis @ self.weight.mT  # of each basis vector, (B, C)
+        self.target = self.gradient @ self.basis.mT  # H (C, B)
+        self.own = F.one_hot(self.labels, len(self.bias)).to(self.bias)  # Y (B, C)
+        self.constraint: Constraint | None = None
+        self.demands = self.bias.new_zeros(())
+        self.unweigh()
+
+    @property
+    def batch(self) -> int:
+        return len(self.labels)
+
+    def unweigh(self) -> None:
+        """Weigh all equations alike."""
+        self.mix = torch.eye(self.batch).to(self.own)  # whitens the columns of E^T M - H
+        self.rows = self.sums = torch.ones_like(self.bias)
+
+    def weigh(self, m: Tensor) -> None:
+        """Set the weights by the rounding of the client's softmax and sums, given ``M``."""
+        p = (m @ self.logits + self.offset).softmax(1)
+        of_e = _SOFTMAX * p.square().mean(0).sqrt() / self.batch
+        of_g = _ENTRY * self.gradient.square().mean(1).sqrt()
+        level, even = of_e.mean(), of_g.mean()
+        covariance = level.square() * m.mT @ m + even.square() * torch.eye(len(m)).to(m)
+        self.mix = torch.linalg.inv(torch.linalg.cholesky(covariance)).mT
+        self.rows = level / of_e.clamp_min(level * 1e-3)
+        self.sums = self.rows / (level * math.sqrt(self.batch))
+        if self.constraint is not None:
+            x = m @ self.basis
+            of_x = torch.hypot(self.of_basis((p - self.own) / self.batch), _ENTRY * _rms(x))
+            change = self.constraint(x)[1].norm(dim=2)
+            self.demands = 1 / (change * of_x.unsqueeze(1)).clamp_min(1e-300)
+
+    def of_basis(self, e: Tensor) -> Tensor:
+        """Return the standard deviation of each input's entries that no ``M`` can mend, (B,)."""
+        of_g = _ENTRY * self.gradient.square().mean(1).sqrt()
+        return (torch.linalg.pinv(e.mT) * of_g).square().sum(1).sqrt()
+
+    def evaluate(self, m: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Return ``P``, ``E``, both residuals and their sum of squares for (K, B, B)."""
+        p = (m @ self.logits + self.offset).softmax(2)
+        e = (p - self.own) / self.batch
+        r1 = ((e.mT @ m - self.target) @ self.mix) * self.rows.unsqueeze(1)
+        r2 = (e.sum(1) - self.bias) * self.sums
+        value = r1.square().sum((1, 2)) + r2.square().sum(1)
+        if self.constraint is not None:
+            demanded, _ = self.constraint(m[0] @ self.basis)
+            value = value + (demanded * self.demands).square().sum()
+        return p, e, r1, r2, value
+
+    def normal(
+        self, m: Tensor, p: Tensor, e: Tensor, r1: Tensor, r2: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Return ``J^T J``, (K, B^2, B^2), and ``J^T r``, (K, B^2), without building ``J``."""
+        count = len(m)
+        # de_b / dm_b, shape (K, B, C, B).
+        mean = (p @ self.logits.mT).unsqueeze(2)
+        change = p.unsqueeze(3) * (self.logits.mT - mean) / self.batch
+        a, s = change * self.rows.unsqueeze(1), change * self.sums.unsqueeze(1)
+        mixed, ew = m @ self.mix, e * self.rows
+        flat = a.transpose(1, 2).flatten(2)
+        gram = (flat.mT @ flat).unflatten(2, (self.batch, -1)).unflatten(1, (self.batch, -1))
+        jtj = gram * (mixed @ mixed.mT)[:, :, None, :, None]
+        cross = torch.einsum("xbck,xdc,xbl->xbkdl", a, ew, mixed @ self.mix.mT)
+        jtj = jtj + cross + cross.permute(0, 3, 4, 1, 2)
+        jtj = jtj + torch.einsum("xbd,kl->xbkdl", ew @ ew.mT, self.mix @ self.mix.mT)
+        flat = s.transpose(1, 2).flatten(2)
+        jtj = jtj.flatten(3).flatten(1, 2) + flat.mT @ flat
+        slope = torch.einsum("xbck,xbj,xcj->xbk", a, mixed, r1)
+        slope = slope + torch.einsum("xbc,xcj,kj->xbk", ew, r1, self.mix)
+        slope = slope + torch.einsum("xbck,xc->xbk", s, r2)
+        if self.constraint is not None:
+            r, dr = self.constraint(m[0] @ self.basis)
+            by_m = (dr @ self.basis.mT) * self.demands.unsqueeze(2)  # (B, q, B)
+            slope = slope + torch.einsum("bqk,bq->bk", by_m, r * self.demands)
+            jtj = jtj + torch.block_diag(*(by_m.mT @ by_m))
+        return jtj, slope.reshape(count, -1)
+
+    def solve(self, m: Tensor, steps: int) -> tuple[Tensor, Tensor]:
+        """Levenberg-Marquardt from every ``M`` of (K, B, B); return those and the values."""
+        damping = torch.full((len(m),), 1e-2).to(m)
+        idle = torch.zeros(len(m), dtype=torch.int64, device=m.device)
+        p, e, r1, r2, value = self.evaluate(m)
+        for _ in range(steps):
+            jtj, slope = self.normal(m, p, e, r1, r2)
+            step = _damped(jtj, slope, damping)
+            trial = m - step.reshape(m.shape)
+            p_, e_, r1_, r2_, value_ = self.evaluate(trial)
+            down = value_ < value
+            gained = down & (value_ < value * (1 - 1e-4))
+            idle = torch.where(gained, 0, idle + 1)
+            m, p, e, r1, r2, value = (
+                torch.where(down.reshape(-1, *[1] * (new.dim() - 1)), new, old)
+                for new, old in zip(
+                    (trial, p_, e_, r1_, r2_, value_), (m, p, e, r1, r2, value), strict=True
+                )
+            )
+            damping = torch.where(down, damping * 0.3, damping * 4).clamp(1e-15, 1e8)
+            # The best has settled; the others would only come to the same, or to worse.
+            if int(idle[value.argmin()]) >= 8:
+                break
+        return m, value
+
+    def covariance(self, m: Tensor) -> Tensor:
+        """Return that of ``M``'s entries at the solution, (B^2, B^2)."""
+        state = self.evaluate(m.unsqueeze(0))
+        jtj, _ = self.normal(m.unsqueeze(0), *state[:4])
+        size = jtj[0].diagonal().clamp_min(1e-300).sqrt()
+        scaled = jtj[0] / size / size.unsqueeze(1)
+        scaled.diagonal().add_(1e-14)
+        return torch.linalg.inv(scaled) / size / size.unsqueeze(1)
+
+
+def _rms(x: Tensor) -> Tensor:
+    return x.square().mean(1).sqrt()
+
+
+def _damped(jtj: Tensor, slope: Tensor, damping: Tensor) -> Tensor:
+    """Return the Marquardt step; zero where the matrix is not positive."""
+    size = jtj.diagonal(dim1=1, dim2=2)
+    size = size.clamp_min(1e-14 * size.amax(1, keepdim=True).clamp_min(1e-300)).sqrt()
+    scaled = jtj / size.unsqueeze(1) / size.unsqueeze(2)
+    scaled.diagonal(dim1=1, dim2=2).add_(damping.unsqueeze(1))
+    factor, info = torch.linalg.cholesky_ex(scaled)
+    step = torch.cholesky_solve((slope / size).unsqueeze(2), factor)[:, :, 0] / size
+    return torch.where((info == 0).unsqueeze(1), step, 0.0).nan_to_num()
+
+
+def demix(
+    gradient: Tensor,
+    bias: Tensor,
+    weight: Tensor,
+    offset: Tensor,
+    images: int,
+    typical: Tensor,
+    labels: Tensor | None = None,
+    constraint: Constraint | None = None,
+) -> Demixed:
+    """Find the inputs of a fully connected head, and the labels, of one batch.
+
+    Parameters
+    ----------
+    gradient : Tensor, float64, shape (classes, features)
+        Gradient of the head's weight, for the mean loss of the batch.
+    bias : Tensor, shape (classes,)
+        Gradient of its bias.
+    weight, offset : Tensor, shapes (classes, features) and (classes,)
+        The head.
+    images : int
+        Batch size B; at most ``classes - 1`` and ``features``.
+    typical : Tensor, shape (classes,)
+        Mean class probabilities on images of the server's own, to guess label counts.
+    labels : Tensor, int64, shape (B,), optional
+        Where they are known.
+    constraint : callable, optional
+        What the layer below demands of inputs; sharpens the result.
+
+    Returns
+    -------
+    Demixed
+        The best of all sets of labels tried; not ``solved`` if none fits within rounding.
+    """
+    values, right = torch.linalg.svd(gradient, full_matrices=False)[1:]
+    ratio = float(values[images - 1] / values[0])
+    sets = iter([labels]) if labels is not None else label_candidates(bias, images, typical)
+    tried: list[tuple[float, _Problem, Tensor]] = []
+    for effort in range(_EFFORTS):
+        # At first every set of labels, later the better half of them again, and so on.
+        if effort == 0:
+            problems: Iterator[_Problem] = (
+                _Problem(gradient, bias, weight, offset, right[:images], y)
+                for y in itertools.islice(sets, _CANDIDATES)
+            )
+        else:
+            tried = sorted(tried, key=lambda t: t[0])[: (len(tried) + 1) // 2]
+            problems = iter([problem for _, problem, _ in tried])
+        for problem in problems:
+            m, misfit = _sharpen(problem, _search(problem, effort))
+            if misfit < _SOLVED:
+                found = _finished(problem, m, misfit, ratio)
+                vague = bool((found.deviation > _VAGUE * _rms(found.inputs)).any())
+                if constraint is None or not vague:
+                    return found
+                problem.constraint = constraint
+                return _finished(problem, _sharpen(problem, m)[0], misfit, ratio)
+            tried.append((misfit, problem, m))
+    misfit, problem, m = min(tried, key=lambda t: t[0])
+    return _finished(problem, m, misfit, ratio)
+
+
+def _search(problem: _Problem, effort: int) -> Tensor:
+    """Return the best ``M`` of some random starts; each ``effort`` draws others.
+
+    Weighted and unweighted equations have different false minima, so they take turns.
+    """
+    count, classes = problem.own.shape
+    generator = torch.Generator().manual_seed(effort)
+    starts = max(1, min(_STARTS, int(_ENTRIES / count**4)))
+    noise = torch.randn(starts, count, classes, generator=generator, dtype=torch.float64)
+    spread = _SPREADS[effort % len(_SPREADS)]
+    mean = (problem.bias + problem.own.sum(0) / count).clamp_min(1e-9)
+    p = (mean.log() + spread * noise.to(mean)).softmax(2)
+    target = problem.target.expand(starts, -1, -1)
+    start = torch.linalg.lstsq(((p - problem.own) / count).mT, target).solution
+    problem.unweigh()
+    if effort % 2:
+        problem.weigh(start[0])
+    m, value = problem.solve(start, _STEPS)
+    return m[int(value.nan_to_num(torch.inf).argmin())]
+
+
+def _sharpen(problem: _Problem, m: Tensor, rounds: int = 3) -> tuple[Tensor, float]:
+    """Go on from a solution with every equation weighted by its own rounding.
+
+    Returns ``M`` and the mean square of what is left, in units of that rounding.
+    """
+    freedom = problem.target.numel() + len(problem.bias) - problem.batch**2
+    misfit = math.inf
+    for _ in range(rounds):
+        problem.weigh(m)
+        found, values = problem.solve(m.unsqueeze(0), _STEPS)
+        before, misfit = misfit, float(values[0]) / max(freedom, 1)
+        m = found[0]
+        if misfit > 0.5 * before:
+            break
+    problem.weigh(m)
+    return m, misfit
+
+
+def _finished(problem: _Problem, m: Tensor, misfit: float, ratio: float) -> Demixed:
+    """Return the inputs, and how well they are known: ``M``'s error, and that of ``R``."""
+    count = problem.batch
+    e = problem.evaluate(m.unsqueeze(0))[1][0]
+    variance = problem.covariance(m).diagonal().reshape(count, count).sum(1)
+    deviation = torch.hypot((variance / problem.basis.shape[1]).sqrt(), problem.of_basis(e))
+    return Demixed(m @ problem.basis, e, problem.labels, deviation, misfit, ratio)
