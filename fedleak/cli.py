@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import ast
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -17,6 +16,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from fedleak.capture.command import attack as attack_command
+from fedleak.console import near, number, read_options
 from fedleak.errors import FedleakError, InvalidInputError
 from fedleak.paper import paper
 
@@ -53,6 +54,7 @@ def _root(
 
 
 app.command()(paper)
+app.command("attack")(attack_command)
 
 
 @app.command()
@@ -75,6 +77,9 @@ def simulate(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace an earlier run in the output folder")
     ] = False,
+    capture: Annotated[
+        bool, typer.Option("--capture", help="Keep the updates, for fedleak attack")
+    ] = False,
     verbose: Annotated[bool, typer.Option("--verbose", help="Show Flower's own log")] = False,
 ) -> None:
     """Run a federation with an attacking server, and record what leaks in every round."""
@@ -85,7 +90,7 @@ def simulate(
     loaded = load_scenario(scenario, set_ or (), seed)
     quiet_flower(verbose)
     with _display() as on_progress:
-        arms = run(loaded, out, engine, overwrite, on_progress)  # type: ignore[arg-type]
+        arms = run(loaded, out, engine, overwrite, on_progress, capture=capture)  # type: ignore[arg-type]
     _closing_table(loaded, arms)
 
 
@@ -133,9 +138,7 @@ def reconstruct(
     labels = laboratory.labels_of(files, classes, seed)
     channel, height, width = pixels.shape[1:]
     network = build_model(model, (channel, height, width), classes, seed, weights).eval()
-    options = _options(option or ()) | {
-        k: v for k, v in (("prior", prior), ("public", public)) if v is not None
-    }
+    options = read_options(option or (), prior, public)
     run = make_attack(attack, device=device, **options)
     trials = laboratory.reconstruct(
         network, pixels, labels, run, defence, label == "known", seed, batch_size
@@ -156,12 +159,12 @@ def reconstruct(
     for file, trial in zip(files, trials.trials, strict=True):
         quality, inferred = trial.quality, trial.label_inferred
         table.add_row(
-            f"{file.parent.name}/{file.name}", _number(quality.psnr_db), f"{quality.ssim:.3f}",
+            f"{file.parent.name}/{file.name}", number(quality.psnr_db), f"{quality.ssim:.3f}",
             f"{trial.reconstruction.fit:.1e}", str(trial.label), str(inferred),
         )  # fmt: skip
     _console.print(table)
     mean = sum(trials.psnr_db) / len(trials.psnr_db)
-    _console.print(f"mean {_number(mean)} dB in {trials.seconds:.1f} s", highlight=False)
+    _console.print(f"mean {number(mean)} dB in {trials.seconds:.1f} s", highlight=False)
     for note in _notes(trials.trials[0].reconstruction):
         _console.print(note, highlight=False, soft_wrap=True)
 
@@ -177,20 +180,6 @@ def _notes(result: Reconstruction) -> Iterator[str]:
             f"fit {result.fit:.2g}: the reconstruction explains little of the update. More "
             "--option steps=, another --prior, or the protocol may not be as declared."
         )
-
-
-def _options(pairs: Sequence[str]) -> dict[str, Any]:
-    """Read KEY=VALUE; values are Python literals where they can be."""
-    out: dict[str, Any] = {}
-    for pair in pairs:
-        key, equals, value = pair.partition("=")
-        if not equals or not key.isidentifier():
-            raise InvalidInputError(f"--option {pair!r} is not KEY=VALUE, as steps=300")
-        try:
-            out[key] = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
-            out[key] = value
-    return out
 
 
 @contextmanager
@@ -243,9 +232,9 @@ def _closing_table(scenario: Scenario, arms: list[Arm]) -> None:
             arm.defence.spec.label,
             str(len(ok)),
             str(len(leakage) - len(ok)),
-            _number(median[1]) if 1 in median.index else "-",
-            _number(median[rounds_last]) if rounds_last in median.index else "-",
-            _number(ok["psnr_db"].max()) if len(ok) else "-",
+            number(median[1]) if 1 in median.index else "-",
+            number(median[rounds_last]) if rounds_last in median.index else "-",
+            number(ok["psnr_db"].max()) if len(ok) else "-",
             f"{right:.0%}" if len(ok) else "-",
             f"{last['accuracy']:.2f}",
             "-" if pd.isna(last["c_metric"]) else f"{last['c_metric']:.0f}",
@@ -255,7 +244,7 @@ def _closing_table(scenario: Scenario, arms: list[Arm]) -> None:
             table.caption = f"most frequent reason for a failure: {reasons.index[0]}"
     _console.print(table)
     folder = arms[0].out if len(arms) == 1 else arms[0].out.parent
-    shown = folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
+    shown = near(folder)
     _console.print(
         "Rounds: median over clients. best: the best image. labels: inferred rightly.\n"
         f"accuracy: at the end. Look next at, in {shown}:",
@@ -268,17 +257,21 @@ def _closing_table(scenario: Scenario, arms: list[Arm]) -> None:
         ("leakage.csv, rounds.csv", "every number"),
         ("run.json" if len(arms) == 1 else "*/run.json", "scenario, seed and versions"),
     ):
-        _console.print(f"  {name:<26}{what}", highlight=False)
-
-
-def _number(value: float) -> str:
-    return "exact" if value == float("inf") else f"{value:.1f}"
+        if "," in name or any(folder.glob(name)):
+            _console.print(f"  {name:<26}{what}", highlight=False)
+    if (captures := arms[0].out / "captures").is_dir():
+        _console.print(
+            f"Captured. Attack it, here or elsewhere: fedleak attack {near(captures)}",
+            highlight=False, soft_wrap=True,
+        )  # fmt: skip
 
 
 def main() -> None:
     """Run the command line; bad input ends with one message and exit code 2."""
     try:
-        app(standalone_mode=False)
+        code = app(standalone_mode=False)
+        if isinstance(code, int):  # a command that was stopped
+            sys.exit(code)
     except (click.ClickException, click.exceptions.Exit) as error:
         if isinstance(error, click.ClickException):
             error.show()

@@ -56,6 +56,10 @@ Split = tuple[LabelledImages, LabelledImages]
 #: ``loader(root, download, size) -> (training images, test images)``
 DATASETS: Registry[Callable[[str, bool, int], Split]] = Registry("data set", "fedleak.datasets")
 
+#: Arguments that a data set of torchvision cannot do without. EMNIST by class is what FEMNIST
+#: is made of.
+_NEEDED: dict[str, dict[str, Any]] = {"EMNIST": {"split": "byclass"}}
+
 #: Share of images held out for testing where a data set brings no split of its own.
 _TEST_SHARE = 0.2
 
@@ -185,8 +189,9 @@ def _load_torchvision(name: str, root: str, download: bool, size: int) -> Split:
     common: dict[str, Any] = {"root": root} if "root" in parameters else {}
     if download and "download" in parameters:
         common["download"] = True
+    common |= _NEEDED.get(name, {})
     try:
-        if "train" in parameters:
+        if "train" in parameters or name in _NEEDED:
             pair = [kind(**common, train=True), kind(**common, train=False)]
         elif "split" in parameters:
             pair = [kind(**common, split="train"), kind(**common, split="test")]

@@ -17,7 +17,7 @@ from fedleak.defences import DefenceSpec, defend, parse_defence
 from fedleak.errors import InvalidInputError
 from fedleak.images import read_images
 from fedleak.observation import Observation
-from fedleak.quality import Quality, match, score
+from fedleak.quality import Quality, score_batch
 
 __all__ = ["Trial", "Trials", "labels_of", "read_images", "reconstruct", "summary"]
 
@@ -139,17 +139,14 @@ def reconstruct(
 
 def _score(result: Reconstruction, images: Tensor, labels: Tensor) -> list[Trial]:
     """Score a batch, in the order of its true images."""
-    pairs = {truth: made for made, truth in match(result.images, images)}
-    return [
-        Trial(
-            result,
-            result.images[pairs[n]],
-            score(result.images[pairs[n]], images[n]),
-            int(labels[n]),
-            int(result.labels[pairs[n]]),
-        )
-        for n in range(len(images))
-    ]
+    trials = []
+    for one in score_batch(result.images, result.labels, images, labels):
+        if one.image is None or one.quality is None or one.label_inferred is None:
+            raise InvalidInputError(
+                f"the attack returned {len(result.images)} images for a batch of {len(images)}"
+            )
+        trials.append(Trial(result, one.image, one.quality, one.label, one.label_inferred))
+    return trials
 
 
 def labels_of(files: Sequence[Path], classes: int, seed: int) -> list[int]:

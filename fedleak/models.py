@@ -128,7 +128,7 @@ def build_model(
         if seed is not None:
             torch.manual_seed(seed)
         try:
-            model = _call(factory, tuple(input_shape), classes)
+            model = call_factory(factory, tuple(input_shape), classes)
         except FedleakError:
             raise
         except Exception as error:  # a stranger's factory may raise anything
@@ -144,7 +144,7 @@ def build_model(
     return model
 
 
-def _call(factory: ModelFactory, input_shape: tuple[int, ...], classes: int) -> object:
+def call_factory(factory: ModelFactory, input_shape: tuple[int, ...], classes: int) -> object:
     """Call a factory with those keywords that it takes."""
     offered = {"input_shape": input_shape, "classes": classes, "num_classes": classes}
     parameters = inspect.signature(factory).parameters.values()

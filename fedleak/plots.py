@@ -138,24 +138,27 @@ def image_grid(
     Parameters
     ----------
     truth : sequence of ndarray, each (C, H, W)
-        The first eight are drawn.
+        The first eight are drawn; none where the truth is not known.
     rows : sequence of (label, images, PSNR in dB)
         None in the place of an image leaves a hole.
     path : Path
         The PNG to write.
     title : str
     """
-    columns = min(_COLUMNS, len(truth))
+    columns = min(_COLUMNS, max([len(truth), *(len(made) for _, made, _ in rows)]))
+    lines = len(rows) + bool(truth)
     figure, axes = plt.subplots(
-        len(rows) + 1,
+        lines,
         columns,
-        figsize=(1.25 * columns + 1, 1.5 * (len(rows) + 1) + 0.4),
+        figsize=(1.25 * columns + 1, 1.5 * lines + 0.4),
         squeeze=False,
         layout="constrained",
     )
-    _draw(axes[0], truth[:columns], "true image", [""] * columns)
-    for line, (label, made, psnr) in zip(axes[1:], rows, strict=True):
-        _draw(line, made[:columns], label, [_caption(p) for p in psnr[:columns]])
+    if truth:
+        _draw(axes[0], truth[:columns], "true image", [""] * columns)
+    for line, (label, made, psnr) in zip(axes[lines - len(rows) :], rows, strict=True):
+        captions = [_caption(p) if truth else "" for p in psnr[:columns]]
+        _draw(line, made[:columns], label, captions)
     figure.suptitle(title, fontsize=11)
     figure.savefig(path, dpi=150)
     plt.close(figure)

@@ -67,6 +67,55 @@ def score(reconstruction: Tensor, truth: Tensor, data_range: float = 1.0) -> Qua
     return Quality(psnr, ssim, mse)
 
 
+@dataclass(frozen=True, eq=False)
+class Scored:
+    """A true image of a batch, and what an attack made of it.
+
+    Attributes
+    ----------
+    image : Tensor, shape (C, H, W), or None
+        The reconstruction that was matched with it; None where there is none.
+    quality : Quality or None
+    label, label_inferred : int or None
+    """
+
+    image: Tensor | None
+    quality: Quality | None
+    label: int
+    label_inferred: int | None
+
+
+def score_batch(
+    images: Tensor | None, labels: Tensor | None, truth: Tensor, truth_labels: Tensor
+) -> list[Scored]:
+    """Match reconstructions, which come back in any order, with the truth; score each.
+
+    Parameters
+    ----------
+    images : Tensor, shape (R, C, H, W), or None
+        None where the attack failed.
+    labels : Tensor, shape (R,), or None
+    truth : Tensor, shape (T, C, H, W)
+    truth_labels : Tensor, shape (T,)
+
+    Returns
+    -------
+    list of Scored
+        One for each true image, in order.
+    """
+    pairs: dict[int, int] = {}
+    if images is not None:
+        pairs = {true: made for made, true in match(images, truth)}
+    out = []
+    for place, (true, label) in enumerate(zip(truth, truth_labels.tolist(), strict=True)):
+        if images is None or labels is None or place not in pairs:
+            out.append(Scored(None, None, int(label), None))
+            continue
+        made = images[pairs[place]]
+        out.append(Scored(made, score(made, true), int(label), int(labels[pairs[place]])))
+    return out
+
+
 def match(reconstructions: Tensor, truth: Tensor) -> list[tuple[int, int]]:
     """Pair reconstructions with true images so that the total squared error is least.
 

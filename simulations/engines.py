@@ -52,6 +52,7 @@ def simulate(
     overwrite: bool = False,
     on_progress: OnArmProgress | None = None,
     client_app: Any = None,
+    capture: bool = False,
 ) -> list[Arm]:
     """Run a scenario, and each defence it compares, and write the results.
 
@@ -69,6 +70,9 @@ def simulate(
         ``(arm, Progress)`` after every round.
     client_app : ClientApp, optional
         Clients of your own in place of :mod:`simulations.client_app`.
+    capture : bool
+        Keep every update that is attacked in ``captures`` of each arm's folder, and the
+        true images beside, for :func:`fedleak.capture.run.attack_capture`.
 
     Returns
     -------
@@ -87,18 +91,19 @@ def simulate(
 
     folder = Path(out) if out is not None else Path("results/runs") / scenario.name
     folder = folder.absolute()
-    check(scenario)
+    check(scenario, capture)
     prepare_folder(folder, overwrite)
     defences = scenario.arms()
     arms = [Arm(d, folder if len(defences) == 1 else folder / d.spec.label) for d in defences]
     if len(arms) == 1:
-        _run_arm(arms[0], scenario, engine, on_progress, client_app)
+        _run_arm(arms[0], scenario, engine, on_progress, client_app, capture)
         return arms
     about = about_run(scenario, engine)
     write_about(folder, about)
     for count, arm in enumerate(arms, 1):
         try:
-            _run_arm(arm, scenario.arm(arm.defence), engine, on_progress, client_app)
+            own = scenario.arm(arm.defence)
+            _run_arm(arm, own, engine, on_progress, client_app, capture)
         except BaseException as error:
             write_about(folder, {**about, **ended(error)})
             raise
@@ -114,6 +119,7 @@ def _run_arm(
     engine: Engine,
     on_progress: OnArmProgress | None,
     client_app: Any,
+    capture: bool,
 ) -> None:
     from simulations.client_app import build_client_app
     from simulations.recorder import Recorder
@@ -121,7 +127,7 @@ def _run_arm(
 
     recorder = Recorder(arm.out, scenario, engine)
     report = None if on_progress is None else (lambda progress: on_progress(arm, progress))
-    server = build_server_app(scenario, recorder, report)
+    server = build_server_app(scenario, recorder, report, capture)
     client = client_app or build_client_app(lambda context: scenario)
     run = _run_inline if engine == "inline" else _run_ray
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import zlib
 from functools import lru_cache
 
@@ -26,18 +27,23 @@ def _training_data(data: Data, seed: int) -> LabelledImages:
 def partitions(scenario: Scenario) -> list[list[int]]:
     """Return each client's indices into :func:`training_data`.
 
+    Every client owns at least the images of one round, so that no round repeats one.
+
     Raises
     ------
     InvalidInputError
-        If there are more clients than images, or the labels do not allow the split.
+        If there are too few images for that.
     """
-    return _partitions(
-        scenario.data,
-        scenario.partition,
-        scenario.federation.clients,
-        scenario.training.batch_size,
-        scenario.seed,
-    )
+    clients, training = scenario.federation.clients, scenario.training
+    images = training_data(scenario)
+    if clients * training.images > len(images):
+        raise InvalidInputError(
+            f"federation.clients = {clients} with training.local_steps = {training.local_steps} "
+            f"of training.batch_size = {training.batch_size} needs {clients * training.images} "
+            f"images, but {scenario.data.name!r} has {len(images)} for training; use fewer "
+            "clients, or smaller or fewer batches"
+        )
+    return _partitions(scenario.data, scenario.partition, clients, training.images, scenario.seed)
 
 
 @lru_cache(maxsize=4)
@@ -45,11 +51,6 @@ def _partitions(
     data: Data, partition: Partition, clients: int, least: int, seed: int
 ) -> list[list[int]]:
     images = _training_data(data, seed)
-    if clients * least > len(images):
-        raise InvalidInputError(
-            f"federation.clients = {clients} with training.batch_size = {least} needs "
-            f"{clients * least} images, but {data.name!r} has {len(images)} for training"
-        )
     order = _shuffled(len(images), seed)
     if partition.kind == "iid":
         return [order[i::clients] for i in range(clients)]
@@ -61,18 +62,33 @@ def _partitions(
         num_partitions=clients,
         partition_by="label",
         alpha=partition.alpha,
-        min_partition_size=least,
+        min_partition_size=0,
         self_balancing=False,
         seed=seed,
     )
     partitioner.dataset = table
     try:
-        return [list(partitioner.load_partition(i)["index"]) for i in range(clients)]
+        parts = [list(partitioner.load_partition(i)["index"]) for i in range(clients)]
     except ValueError as error:
         raise InvalidInputError(
-            f"partition.alpha = {partition.alpha} gives some of {clients} clients fewer than "
-            f"{least} images ({error}); raise alpha or use fewer clients"
+            f"partition.alpha = {partition.alpha} cannot split {len(images)} images over "
+            f"{clients} clients ({error}); raise alpha or use fewer clients"
         ) from error
+    return _topped_up(parts, least, seed)
+
+
+def _topped_up(parts: list[list[int]], least: int, seed: int) -> list[list[int]]:
+    """Give clients that own fewer than ``least`` images some of the largest client's.
+
+    Drawing again, as the partitioner does, finds no split of many clients at a small alpha
+    in which all of them own enough.
+    """
+    draw = random.Random(seed)
+    for part in parts:
+        while len(part) < least:
+            largest = max(parts, key=len)
+            part.append(largest.pop(draw.randrange(len(largest))))
+    return parts
 
 
 def client_batches(scenario: Scenario, client: int, server_round: int) -> list[list[int]]:

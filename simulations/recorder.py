@@ -12,17 +12,20 @@ import math
 import platform
 import shutil
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import Tensor, nn
 
+from fedleak.capture import CaptureWriter, Update
+from fedleak.capture.truth import write_truth
 from fedleak.errors import InvalidInputError
 from fedleak.metric import SecurityMetric
-from fedleak.quality import match, score
+from fedleak.quality import score_batch
 from simulations.partition import client_images, training_data
 from simulations.scenario import Scenario
 from strategies import Leak
@@ -37,10 +40,12 @@ ROUNDS = (
 )  # fmt: skip
 METRIC = ("round", "name", "kind", "unknowns", "rank", "deficiency", "weight", "exact")
 _PACKAGES = ("fedleak", "flwr", "ray", "torch", "torchvision", "numpy", "pandas")
+#: Folder of the captured updates, in that of the run.
+CAPTURES = "captures"
 #: What a run writes; ``overwrite`` removes these and nothing else.
 OUTPUTS = (
     "leakage.csv", "rounds.csv", "metric.csv", "run.json", "leakage_vs_rounds.png",
-    "reconstructions.png", "reconstructions",
+    "reconstructions.png", "reconstructions", CAPTURES,
 )  # fmt: skip
 
 
@@ -171,31 +176,34 @@ class Recorder:
 
         The images of a batch, or of all clients in a sum, come back in any order.
         """
+        used, truth, labels = self.truth(clients, leak.server_round)
+        made = leak.reconstruction
+        images, found = (None, None) if made is None else (made.images, made.labels)
+        rows: list[tuple[Any, ...]] = []
+        scored = score_batch(images, found, truth, labels)
+        for (client, image), true, one in zip(used, truth, scored, strict=True):
+            if one.image is None or one.quality is None:
+                reason = leak.reason or "not reconstructed"
+                rows.append((client, image, "", "", "", one.label, "", "failed", reason))
+                continue
+            scores = (one.quality.psnr_db, one.quality.ssim, one.quality.mse)
+            rows.append((client, image, *scores, one.label, one.label_inferred, "ok", ""))
+            self.psnr.append(one.quality.psnr_db)
+            picture = (true.numpy(), one.image.float().numpy(), one.quality.psnr_db)
+            self._pictures.append((client, image, *picture))
+        return rows
+
+    def truth(
+        self, clients: Sequence[int], server_round: int
+    ) -> tuple[list[tuple[int, int]], Tensor, Tensor]:
+        """Return (client, image) of all that clients used in a round, the images, the labels."""
         used = [
             (client, i)
             for client in clients
-            for i in client_images(self.scenario, client, leak.server_round)
+            for i in client_images(self.scenario, client, server_round)
         ]
-        truth, labels = training_data(self.scenario).batch([i for _, i in used])
-        made, pairs = leak.reconstruction, {}
-        if made is not None:
-            pairs = {true: found for found, true in match(made.images, truth)}
-        rows: list[tuple[Any, ...]] = []
-        for place, (client, image) in enumerate(used):
-            label = int(labels[place])
-            if made is None or place not in pairs:
-                reason = leak.reason or "not reconstructed"
-                rows.append((client, image, "", "", "", label, "", "failed", reason))
-                continue
-            found = made.images[pairs[place]]
-            quality = score(found, truth[place])
-            inferred = int(made.labels[pairs[place]])
-            scores = (quality.psnr_db, quality.ssim, quality.mse)
-            rows.append((client, image, *scores, label, inferred, "ok", ""))
-            self.psnr.append(quality.psnr_db)
-            picture = (truth[place].numpy(), found.float().numpy(), quality.psnr_db)
-            self._pictures.append((client, image, *picture))
-        return rows
+        images, labels = training_data(self.scenario).batch([i for _, i in used])
+        return used, images, labels
 
     def round(
         self, number: int, row: Mapping[str, Any], metric: SecurityMetric | None = None
@@ -224,6 +232,41 @@ class Recorder:
         """Note that the run finished, or which error ended it."""
         self._about |= ended(error)
         write_about(self.out, self._about)
+
+
+class TruthfulCapture(CaptureWriter):
+    """A capture that keeps the true images beside it, which only scoring reads.
+
+    Parameters
+    ----------
+    recorder : Recorder
+        Knows the truth, and where the run is.
+    model : nn.Module
+        The scenario's, with any weights.
+    """
+
+    def __init__(self, recorder: Recorder, model: nn.Module):
+        self._recorder, scenario = recorder, recorder.scenario
+        images = training_data(scenario)
+        super().__init__(
+            recorder.out / CAPTURES, model, images.shape, scenario.model.name, images.classes,
+            simulated=True,
+        )  # fmt: skip
+
+    def add(self, update: Update) -> str:
+        name = super().add(update)
+        self._keep_truth(name, update.server_round, update.nodes)
+        return name
+
+    def add_failure(self, server_round: int, nodes: tuple[int, ...], reason: str) -> str:
+        name = super().add_failure(server_round, nodes, reason)
+        self._keep_truth(name, server_round, nodes)
+        return name
+
+    def _keep_truth(self, name: str, server_round: int, nodes: tuple[int, ...]) -> None:
+        clients = [self._recorder.partitions[node] for node in nodes]
+        used, images, labels = self._recorder.truth(clients, server_round)
+        write_truth(self.folder, name, used, images, labels)
 
 
 def ended(error: BaseException | None = None) -> dict[str, Any]:

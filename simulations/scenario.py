@@ -155,7 +155,7 @@ class Strategy(_Section):
 class Attack(_Section):
     """What the server does with what it receives."""
 
-    name: str = "hybrid"
+    name: str = Field("hybrid", description="an attack; none: updates are captured only")
     every: int = Field(1, ge=1, description="attack in every n-th round (and the first)")
     clients: int = Field(0, ge=0, description="clients attacked each round; 0: all that answer")
     device: str = Field("auto", description="auto, cpu or cuda")
@@ -163,12 +163,19 @@ class Attack(_Section):
 
     @model_validator(mode="after")
     def _known(self) -> Attack:
+        if self.none:
+            return self
         if self.name not in ATTACKS:
-            raise UnknownNameError("attack", self.name, ATTACKS)
+            raise UnknownNameError("attack", self.name, ("none", *ATTACKS))
         if "device" in self.options:
             raise InvalidInputError("set attack.device, not attack.options.device")
         make_attack(self.name, **self.options)
         return self
+
+    @property
+    def none(self) -> bool:
+        """Whether nothing is attacked while the clients train."""
+        return self.name == "none"
 
 
 class Defence(_Section):
@@ -327,7 +334,7 @@ def from_run_config(config: Mapping[str, Any]) -> Scenario:
     """Build a scenario from a Flower run config, with its dotted keys."""
     table: dict[str, Any] = {}
     for key, value in config.items():
-        if key not in ("out", "overwrite"):  # about the output, not the scenario
+        if key not in ("out", "overwrite", "capture"):  # about the output, not the scenario
             _put(table, key, value)
     return make_scenario(table)
 

@@ -22,7 +22,7 @@ from fedleak.errors import FedleakError, InvalidInputError
 from fedleak.metric import SecurityMetric, security_metric
 from simulations.grid import OrderedGrid
 from simulations.partition import partitions, training_data
-from simulations.recorder import Recorder, prepare_folder
+from simulations.recorder import Recorder, TruthfulCapture, prepare_folder
 from simulations.scenario import Scenario, from_run_config
 from simulations.task import evaluate, make_model, test_data
 from strategies import DelegatingStrategy, FedSGD, MaliciousServer, RejectInvalid
@@ -108,8 +108,9 @@ def serve(
     scenario: Scenario,
     recorder: Recorder,
     on_progress: OnProgress | None = None,
+    capture: bool = False,
 ) -> None:
-    """Run all rounds of a scenario on a grid, and record what leaks."""
+    """Run all rounds of a scenario on a grid, and record what leaks, or capture it."""
     model = make_model(scenario)
     ordered = OrderedGrid(grid, scenario.federation.clients, scenario.seed)
     names = [n for n, p in model.named_parameters() if p.requires_grad]
@@ -120,7 +121,7 @@ def serve(
         checked,
         model,
         training_data(scenario).shape,
-        make_attack(scenario.attack.name, **options),
+        None if scenario.attack.none else make_attack(scenario.attack.name, **options),
         training=scenario.training.local,
         images=scenario.training.images,
         threat=scenario.threat.model,
@@ -128,6 +129,7 @@ def serve(
         every=scenario.attack.every,
         max_clients=scenario.attack.clients,
         on_leak=recorder.leak,
+        capture=TruthfulCapture(recorder, model) if capture else None,
     )
     clock = _RoundClock(malicious)
     images = test_data(scenario)
@@ -174,19 +176,22 @@ def _metric(model: nn.Module, shape: tuple[int, int, int], seed: int) -> Securit
 
 
 def build_server_app(
-    scenario: Scenario, recorder: Recorder, on_progress: OnProgress | None = None
+    scenario: Scenario,
+    recorder: Recorder,
+    on_progress: OnProgress | None = None,
+    capture: bool = False,
 ) -> ServerApp:
     """Return a server that runs one scenario into one recorder."""
     app = ServerApp()
 
     @app.main()
     def main(grid: Grid, context: Context) -> None:
-        serve(grid, scenario, recorder, on_progress)
+        serve(grid, scenario, recorder, on_progress, capture)
 
     return app
 
 
-def check(scenario: Scenario) -> None:
+def check(scenario: Scenario, capture: bool = False) -> None:
     """Find what validation alone cannot: missing data, misfits, too few images.
 
     Raises
@@ -194,6 +199,11 @@ def check(scenario: Scenario) -> None:
     FedleakError
         With what to change.
     """
+    if scenario.attack.none and not capture:
+        raise InvalidInputError(
+            "attack.name is 'none', so nothing would be attacked or kept; capture the updates "
+            "(--capture), or name an attack"
+        )
     resolve_device(scenario.attack.device)
     partitions(scenario)
     make_strategy(scenario)
@@ -222,13 +232,13 @@ def main(grid: Grid, context: Context) -> None:
     from fedleak.plots import plot_run
 
     config = dict(context.run_config)
-    scenario = from_run_config(config)
-    check(scenario)
+    scenario, capture = from_run_config(config), bool(config.get("capture", False))
+    check(scenario, capture)
     out = Path(str(config.get("out") or Path("results/runs") / scenario.name)).absolute()
     prepare_folder(out, overwrite=bool(config.get("overwrite", False)))
     recorder = Recorder(out, scenario, "flwr run")
     try:
-        serve(grid, scenario, recorder)
+        serve(grid, scenario, recorder, capture=capture)
     except BaseException as error:
         recorder.finish(error)
         raise

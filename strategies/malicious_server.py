@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from logging import ERROR, INFO
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -18,6 +19,8 @@ from flwr.serverapp.strategy import Strategy
 from torch import Tensor, nn
 
 from fedleak.attacks import Attack, Reconstruction, make_attack, run_attack
+from fedleak.capture import CaptureWriter, Update
+from fedleak.capture.update import load_sent
 from fedleak.errors import FedleakError, InvalidInputError, InvalidUpdateError
 from fedleak.observation import Observation, Shared
 from fedleak.threat import HONEST, LocalTraining, ThreatModel
@@ -71,8 +74,8 @@ class MaliciousServer(DelegatingStrategy):
         The architecture (its weights do not matter), or a function that makes it.
     input_shape : tuple of int
         Shape (C, H, W) of one image.
-    attack : str or Attack
-        A registered name, or an attack.
+    attack : str, Attack or None
+        A registered name, or an attack. None only captures.
     training : LocalTraining, optional
         How clients train before they share weights. Without it they share a gradient.
     images : int
@@ -88,6 +91,10 @@ class MaliciousServer(DelegatingStrategy):
         Attack at most this many clients a round, in the order they were asked; 0 for all.
     on_leak : callable, optional
         Called with each :class:`Leak`. By default they are logged.
+    capture : path or CaptureWriter, optional
+        Write every update that would be attacked into this new folder, for
+        ``fedleak attack``. A model that has no importable name needs a
+        :class:`CaptureWriter` of your own that says its ``spec``.
 
     Attributes
     ----------
@@ -105,7 +112,7 @@ class MaliciousServer(DelegatingStrategy):
         strategy: Strategy,
         model: nn.Module | Callable[[], nn.Module],
         input_shape: tuple[int, int, int],
-        attack: str | Attack = "hybrid",
+        attack: str | Attack | None = "hybrid",
         training: LocalTraining | None = None,
         images: int = 1,
         threat: ThreatModel = HONEST,
@@ -113,6 +120,7 @@ class MaliciousServer(DelegatingStrategy):
         every: int = 1,
         max_clients: int = 0,
         on_leak: Callable[[Leak], None] | None = None,
+        capture: CaptureWriter | Path | str | None = None,
     ):
         super().__init__(strategy)
         if threat.labels and labels_of is None:
@@ -121,6 +129,8 @@ class MaliciousServer(DelegatingStrategy):
             raise InvalidInputError(
                 f"every ({every}) must be at least 1 and max_clients ({max_clients}) at least 0"
             )
+        if attack is None and capture is None:
+            raise InvalidInputError("nothing to do: name an attack, or a folder to capture into")
         self.model = model if isinstance(model, nn.Module) else model()
         self.input_shape = input_shape
         self.attack = make_attack(attack) if isinstance(attack, str) else attack
@@ -128,6 +138,9 @@ class MaliciousServer(DelegatingStrategy):
         self.threat, self.labels_of = threat, labels_of
         self.every, self.max_clients = every, max_clients
         self.on_leak = on_leak or _log_leak
+        if isinstance(capture, (str, Path)):
+            capture = CaptureWriter(capture, model, input_shape)
+        self.capture = capture
         self.last_leaks: list[Leak] = []
         self._sent: dict[int, dict[str, Tensor]] = {}
 
@@ -141,7 +154,7 @@ class MaliciousServer(DelegatingStrategy):
             record = next(iter(message.content.array_records.values()), None)
             if record is not None:
                 if id(record) not in copies:
-                    copies[id(record)] = _to_tensors(record)
+                    copies[id(record)] = self._named(_to_tensors(record), self.model.state_dict())
                 self._sent[message.metadata.dst_node_id] = copies[id(record)]
         return messages
 
@@ -158,34 +171,66 @@ class MaliciousServer(DelegatingStrategy):
         return super().aggregate_train(server_round, replies)
 
     def _attack(self, server_round: int, replies: list[Message]) -> None:
-        """Observe every client that was asked, attack, and report each leak."""
+        """Observe every client that was asked, capture, attack, and report each leak."""
         by_node = {r.metadata.src_node_id: r for r in replies}
         asked = list(self._sent)[: self.max_clients or None]
         self.last_leaks = []
         observations: dict[tuple[int, ...], Observation] = {}
         models: dict[int, nn.Module] = {}
         for node in asked:
+            kept = False
             try:
-                seen = self._observe(server_round, node, by_node.get(node), models)
-                observations[(node,)] = seen
-            except FedleakError as error:
-                self._report(Leak(server_round, (node,), None, str(error)))
+                update = self._update(server_round, node, by_node.get(node), models)
+                kept = self.threat.view == "client" and self._keep(update)
+                observations[(node,)] = update.observe(models[id(self._sent[node])])
             except Exception as error:  # a client may send anything
-                reason = f"the client's reply cannot be read: {type(error).__name__}: {error}"
-                self._report(Leak(server_round, (node,), None, reason))
+                self._lose(server_round, node, error, note=not kept)
         if self.threat.view == "sum" and observations:
             nodes = tuple(node for (node,) in observations)
             try:
                 observations = {nodes: Observation.sum_of(list(observations.values()))}
             except FedleakError as error:
-                self._report(Leak(server_round, nodes, None, str(error)))
+                if self.attack is not None:
+                    self._report(Leak(server_round, nodes, None, str(error)))
                 return
+            sent = self._sent[nodes[0]]
+            self._keep(Update.of_sum(server_round, nodes, sent, observations[nodes]))
         self._attack_groups(server_round, observations)
+
+    def _keep(self, update: Update) -> bool:
+        """Capture an update; a full disk costs the capture, not the attack or the training."""
+        if self.capture is None:
+            return False
+        try:
+            self.capture.add(update)
+        except Exception as error:  # also a tensor of a type that cannot be stored
+            log(ERROR, "round %s: not captured: %r", update.server_round, error)
+            self._note(update.server_round, update.nodes, f"not captured: {error}")
+        return True
+
+    def _note(self, server_round: int, nodes: tuple[int, ...], reason: str) -> None:
+        if self.capture is not None:
+            try:
+                self.capture.add_failure(server_round, nodes, reason)
+            except Exception as error:
+                log(ERROR, "round %s: not captured: %r", server_round, error)
+
+    def _lose(self, server_round: int, node: int, error: Exception, note: bool) -> None:
+        """Report that a client's update cannot be attacked, and note it in the capture."""
+        reason = str(error)
+        if not isinstance(error, FedleakError):
+            reason = f"the client's reply cannot be read: {type(error).__name__}: {error}"
+        if note:
+            self._note(server_round, (node,), reason)
+        if self.attack is not None:
+            self._report(Leak(server_round, (node,), None, reason))
 
     def _attack_groups(
         self, server_round: int, observations: dict[tuple[int, ...], Observation]
     ) -> None:
         """Attack together what is of one model."""
+        if self.attack is None:
+            return
         groups: dict[int, list[tuple[int, ...]]] = {}
         for nodes, observation in observations.items():
             groups.setdefault(id(observation.model), []).append(nodes)
@@ -195,9 +240,9 @@ class MaliciousServer(DelegatingStrategy):
                 found = outcome.reconstruction
                 self._report(Leak(server_round, nodes, found, outcome.reason, outcome.seconds))
 
-    def _observe(
+    def _update(
         self, server_round: int, node: int, reply: Message | None, models: dict[int, nn.Module]
-    ) -> Observation:
+    ) -> Update:
         if reply is None:
             raise InvalidUpdateError("the client did not reply")
         if reply.has_error():
@@ -207,29 +252,17 @@ class MaliciousServer(DelegatingStrategy):
             raise InvalidUpdateError("the client's reply holds no arrays")
         sent = self._sent[node]
         if id(sent) not in models:
-            models[id(sent)] = self._model_with(sent)
+            models[id(sent)] = load_sent(copy.deepcopy(self.model), sent)
         model = models[id(sent)]
         like = dict(model.named_parameters()) if self.training is None else model.state_dict()
-        received = self._named(_to_tensors(record), like)
         labels = None
         if self.threat.labels and self.labels_of is not None:
-            labels = self.labels_of(server_round, node)
-        shape, threat = self.input_shape, self.threat
-        if self.training is None:
-            return Observation.from_gradient(model, received, shape, self.images, labels, threat)
-        return Observation.from_weights(
-            model, received, self.training, shape, self.images, labels, threat
-        )
-
-    def _model_with(self, sent: dict[str, Tensor]) -> nn.Module:
-        model = copy.deepcopy(self.model)
-        try:
-            model.load_state_dict(self._named(sent, model.state_dict()))
-        except RuntimeError as error:
-            raise InvalidUpdateError(
-                f"what the server sends does not fit the attacker's model: {error}"
-            ) from error
-        return model
+            labels = tuple(int(y) for y in self.labels_of(server_round, node))
+        return Update(
+            server_round, (node,), sent, self._named(_to_tensors(record), like), self.input_shape,
+            self.images, labels, self.threat, self.training,
+            shared="gradient" if self.training is None else "weights",
+        )  # fmt: skip
 
     @staticmethod
     def _named(arrays: dict[str, Tensor], like: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -13,22 +13,30 @@ import itertools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fedleak.attacks.labels import label_candidates
+from fedleak.solvers.gaussian import cholesky
 
 #: Relative rounding of a client's softmax, and of an entry of its weight gradient, in float32:
 #: measured on the paper's networks, batches of 2 to 32.
 _SOFTMAX, _ENTRY = 4e-7, 1e-7
-#: Mean square residual, in units of the rounding expected, of a solution: 0.2 to 1 measured.
-_SOLVED = 20.0
+#: Mean square residual, in units of the rounding expected, of a solution: 0.1 to 2 measured.
+_SOLVED = 5.0
+#: Relative noise above which an update was defended.
+_NOISY = 1e-5
+#: Singular value ratio below which float32 holds fewer images than there are.
+_DISTINCT = 1e-7
 #: Rounds of random starts, how many at once, and how far their logits are from the mean.
 _EFFORTS, _STARTS, _SPREADS = 12, 8, (0.3, 0.1, 0.1, 0.3, 1.0, 1.0, 3.0, 3.0)
 #: Sets of labels tried, and Gauss-Newton steps from each start.
-_CANDIDATES, _STEPS = 24, 200
+_CANDIDATES, _STEPS = 100, 200
+#: Relative error of an input up to which its image is worth trusting.
+TRUSTED = 1e-2
 #: Relative deviation of an input from which the layer below is asked.
 _VAGUE = 3e-6
 #: Entries of the normal equations of all starts at once.
@@ -56,6 +64,9 @@ class Demixed:
         Mean square residual, in units of the rounding expected: about 1 at the truth.
     ratio : float
         Smallest over largest singular value of ``G``, of the first ``B``: the conditioning.
+    noise : float
+        Of the entries of ``G``, relative to their root mean square: what ``B`` images do not
+        explain.
     """
 
     inputs: Tensor
@@ -64,11 +75,26 @@ class Demixed:
     deviation: Tensor
     misfit: float
     ratio: float
+    noise: float
 
     @property
     def solved(self) -> bool:
-        """Whether the misfit is one of rounding."""
-        return self.misfit < _SOLVED
+        """Whether the misfit is one of rounding, and the images can be told apart at all."""
+        return self.misfit < _SOLVED and self.ratio > max(_DISTINCT, 2 * self.noise)
+
+    @property
+    def relative_error(self) -> Tensor:
+        """Estimated error of each input, relative to it, shape (B,)."""
+        return self.deviation / _rms(self.inputs)
+
+    def report(self) -> dict[str, Any]:
+        """Return the conditioning and which images to trust, as plain values."""
+        return {
+            "singular_value_ratio": self.ratio,
+            "misfit": self.misfit,
+            "relative_error": self.relative_error.tolist(),
+            "trusted": (self.relative_error < TRUSTED).tolist(),
+        }
 
 
 @dataclass
@@ -80,12 +106,16 @@ class _Problem:
     weight: Tensor  # W (C, F)
     offset: Tensor  # b (C,)
     basis: Tensor  # R (B, F)
+    noise: float  # of an entry, relative to their root mean square
     labels: Tensor  # (B,)
 
     def __post_init__(self) -> None:
         self.logits = self.basis @ self.weight.mT  # of each basis vector, (B, C)
         self.target = self.gradient @ self.basis.mT  # H (C, B)
         self.own = F.one_hot(self.labels, len(self.bias)).to(self.bias)  # Y (B, C)
+        rows = self.gradient.square().mean(1).sqrt()
+        self.of_g = (_ENTRY * rows).maximum(self.noise * rows.square().mean().sqrt())
+        self.of_bias = self.noise * self.bias.square().mean().sqrt()
         self.constraint: Constraint | None = None
         self.demands = self.bias.new_zeros(())
         self.unweigh()
@@ -102,23 +132,30 @@ class _Problem:
     def weigh(self, m: Tensor) -> None:
         """Set the weights by the rounding of the client's softmax and sums, given ``M``."""
         p = (m @ self.logits + self.offset).softmax(1)
-        of_e = _SOFTMAX * p.square().mean(0).sqrt() / self.batch
-        of_g = _ENTRY * self.gradient.square().mean(1).sqrt()
-        level, even = of_e.mean(), of_g.mean()
-        covariance = level.square() * m.mT @ m + even.square() * torch.eye(len(m)).to(m)
-        self.mix = torch.linalg.inv(torch.linalg.cholesky(covariance)).mT
-        self.rows = level / of_e.clamp_min(level * 1e-3)
-        self.sums = self.rows / (level * math.sqrt(self.batch))
+        of_basis = self.of_basis((p - self.own) / self.batch)
+        # Of each image's p, relative: rounding, and what a defence's noise in its input does to
+        # its logits. (Rounding does so too, but less than its size lets expect.)
+        spread = (self.weight - self.weight.mean(0)).square().sum(1).mean().sqrt()
+        spread = spread * (self.noise > _NOISY)
+        of_p = (_SOFTMAX**2 + (of_basis * spread).square()).sqrt()
+        of_e = of_p.unsqueeze(1) * p / self.batch
+        level = of_e.mean(1, keepdim=True)
+        even = torch.eye(len(m)).to(m) * self.of_g.mean().square()
+        covariance = (m * level).mT @ (m * level) + even
+        self.mix = torch.linalg.inv(cholesky(covariance)).mT
+        # Where errors of the softmax are not what limits, neither is their share in each row.
+        of_row = torch.hypot(of_e.square().mean(0).sqrt() * _rms(m).mean(), self.of_g)
+        self.rows = of_row.mean() / of_row
+        self.sums = 1 / torch.hypot(of_e.square().sum(0).sqrt(), self.of_bias)
         if self.constraint is not None:
             x = m @ self.basis
-            of_x = torch.hypot(self.of_basis((p - self.own) / self.batch), _ENTRY * _rms(x))
+            of_x = torch.hypot(of_basis, _ENTRY * _rms(x))
             change = self.constraint(x)[1].norm(dim=2)
             self.demands = 1 / (change * of_x.unsqueeze(1)).clamp_min(1e-300)
 
     def of_basis(self, e: Tensor) -> Tensor:
         """Return the standard deviation of each input's entries that no ``M`` can mend, (B,)."""
-        of_g = _ENTRY * self.gradient.square().mean(1).sqrt()
-        return (torch.linalg.pinv(e.mT) * of_g).square().sum(1).sqrt()
+        return (torch.linalg.pinv(e.mT) * self.of_g).square().sum(1).sqrt()
 
     def evaluate(self, m: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """Return ``P``, ``E``, both residuals and their sum of squares for (K, B, B)."""
@@ -246,13 +283,16 @@ def demix(
     """
     values, right = torch.linalg.svd(gradient, full_matrices=False)[1:]
     ratio = float(values[images - 1] / values[0])
+    # What B images do not explain is noise.
+    entry = float((values[images:].square().sum() / gradient[images:].numel()).sqrt())
+    noise = entry / float(gradient.square().mean().sqrt())
     sets = iter([labels]) if labels is not None else label_candidates(bias, images, typical)
     tried: list[tuple[float, _Problem, Tensor]] = []
     for effort in range(_EFFORTS):
         # At first every set of labels, later the better half of them again, and so on.
         if effort == 0:
             problems: Iterator[_Problem] = (
-                _Problem(gradient, bias, weight, offset, right[:images], y)
+                _Problem(gradient, bias, weight, offset, right[:images], noise, y)
                 for y in itertools.islice(sets, _CANDIDATES)
             )
         else:
@@ -262,8 +302,7 @@ def demix(
             m, misfit = _sharpen(problem, _search(problem, effort))
             if misfit < _SOLVED:
                 found = _finished(problem, m, misfit, ratio)
-                vague = bool((found.deviation > _VAGUE * _rms(found.inputs)).any())
-                if constraint is None or not vague:
+                if constraint is None or float(found.relative_error.max()) < _VAGUE:
                     return found
                 problem.constraint = constraint
                 return _finished(problem, _sharpen(problem, m)[0], misfit, ratio)
@@ -317,4 +356,4 @@ def _finished(problem: _Problem, m: Tensor, misfit: float, ratio: float) -> Demi
     e = problem.evaluate(m.unsqueeze(0))[1][0]
     variance = problem.covariance(m).diagonal().reshape(count, count).sum(1)
     deviation = torch.hypot((variance / problem.basis.shape[1]).sqrt(), problem.of_basis(e))
-    return Demixed(m @ problem.basis, e, problem.labels, deviation, misfit, ratio)
+    return Demixed(m @ problem.basis, e, problem.labels, deviation, misfit, ratio, problem.noise)

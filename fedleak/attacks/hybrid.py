@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fedleak.attacks import shared_rows
 from fedleak.attacks.base import ATTACKS, Attack, Reconstruction
 from fedleak.attacks.evidence import Evidence
 from fedleak.attacks.heads import HeadSolution, demix_heads, of_batches
@@ -176,7 +177,11 @@ class HybridAttack(Attack):
         layers = evidence.chain.layers
         target = ChainTarget(evidence, solution, depth if clean else len(layers), clean)
         start, batch = solution.image.clamp(0, 1), evidence.images
-        found = match(target, self._prior(evidence), start, batch, self.steps, self.precision)
+        prior = self._prior(evidence)
+        if clean and shared_rows.covers(evidence, prior, depth):
+            found = shared_rows.match_batch(evidence, solution, prior, self.precision)
+        else:
+            found = match(target, prior, start, batch, self.steps, self.precision)
         first = layers[0]
         if clean and depth == 1 and isinstance(first, Affine):
             # One linear system: fit what it determines to the last digit.

@@ -15,7 +15,7 @@ from fedleak.attacks.linear import LinearSolution
 from fedleak.attacks.statistics import batch_statistics
 from fedleak.priors import Prior
 from fedleak.priors.gaussian import DENSE_UNKNOWNS
-from fedleak.solvers import Gaussian, GaussNewton, cgls, lbfgs
+from fedleak.solvers import Gaussian, GaussNewton, Measurements, cgls, lbfgs
 
 #: Quasi-Newton steps before the first Jacobian is taken, and the relative error at which the
 #: known values count meanwhile: the prior leads to the right valley.
@@ -264,6 +264,14 @@ def _least_squares(target: Target, prior: Prior, start: Tensor, precision: float
 
 def _gauss_newton(target: Target, prior: Prior, start: Tensor, precision: float) -> Match:
     """Match by Gauss-Newton, the prior following the evidence of each update."""
+    solver, _, chosen = posterior(target, prior, start, precision)
+    return Match(solver.x.reshape(start.shape), "gauss-newton", [str(p) for p in chosen])
+
+
+def posterior(
+    target: Target, prior: Prior, start: Tensor, precision: float
+) -> tuple[GaussNewton, Measurements, list[Prior]]:
+    """Return the solver at the most probable images, the measurements, and the priors chosen."""
 
     def residual(x: Tensor) -> Tensor:
         return target.made(x.reshape(start.shape)) - target.values
@@ -283,8 +291,8 @@ def _gauss_newton(target: Target, prior: Prior, start: Tensor, precision: float)
         covariances = measured.covariance()
         near = [p.local(x, v) for p, x, v in zip(chosen, solver.x, covariances, strict=True)]
         del measured, covariances
-        solver.descend(Gaussian.stack(near), errors)
-    return Match(solver.x.reshape(start.shape), "gauss-newton", [str(p) for p in chosen])
+        measured = solver.descend(Gaussian.stack(near), errors)
+    return solver, measured, chosen
 
 
 def _follow_evidence(solver: GaussNewton, priors: list[Prior], errors: Tensor) -> list[Prior]:

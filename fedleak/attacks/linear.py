@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fedleak.attacks.base import ATTACKS, Attack, Reconstruction
+from fedleak.attacks.demix import Demixed
 from fedleak.attacks.evidence import Evidence
 from fedleak.attacks.heads import CLEAN, ROUNDING, HeadSolution, solve_head
 from fedleak.metric.rank import layer_ranks
@@ -71,6 +72,10 @@ class LinearSolution:
         how far the head's gradient is from rank one.
     layers : list of LayerSolution
         In forward order.
+    batch : int
+        Images B of each update.
+    demixed : list of Demixed
+        How each batch was told apart at the head; empty for one image.
     """
 
     values: list[Tensor]
@@ -79,6 +84,7 @@ class LinearSolution:
     noise: Tensor
     layers: list[LayerSolution] = field(default_factory=list)
     batch: int = 1
+    demixed: list[Demixed] = field(default_factory=list)
 
     @property
     def image(self) -> Tensor:
@@ -132,6 +138,7 @@ class LinearSolution:
             self.noise[mask],
             [replace(s, rank=s.rank[mask.cpu()], residual=s.residual[mask]) for s in self.layers],
             self.batch,
+            [self.demixed[i] for i in torch.arange(len(self.noise))[mask.cpu()] if self.demixed],
         )
 
     @staticmethod
@@ -213,7 +220,8 @@ def _descend(
     layers = evidence.chain.layers
     value, deviation = head.value, head.deviation
     cotangent = evidence.chain.head.backward(value, value, head.g)
-    out = LinearSolution([value], [cotangent], [deviation], head.noise, batch=evidence.images)
+    out = LinearSolution([value], [cotangent], [deviation], head.noise, [], evidence.images)
+    out.demixed = head.demixed
     grey = evidence.chain.features(torch.full((1, *evidence.chain.input_shape), mid_grey).to(value))
     for i in reversed(range(len(layers))):
         layer = layers[i]
@@ -407,6 +415,8 @@ def package(
             for s in solution.layers
         ]
         details = {"by": by[n], "noise": float(solution.noise[n]), "layers": layers}
+        if solution.demixed:
+            details["head"] = solution.demixed[n].report()
         details["lost"] = {
             layer.name: float(unknown[n].double().mean())
             for layer, unknown in lost

@@ -139,7 +139,7 @@ def test_flwr_run(tmp_path: Path) -> None:
     command = [
         flwr, "run", ".", "--stream",
         "--run-config",
-        f"out='{out}' federation.rounds=2 defence.name='noise' defence.strength=0.1",
+        f"out='{out}' capture=true federation.rounds=2 defence.name='noise' defence.strength=0.1",
         "--federation-config", "num-supernodes=10 client-resources-num-cpus=1",
     ]  # fmt: skip
     try:
@@ -160,6 +160,7 @@ def test_flwr_run(tmp_path: Path) -> None:
     assert all(",noise,0.1," in row for row in rows[1:])
     assert json.loads((out / "run.json").read_text())["engine"] == "flwr run"
     assert (out / "leakage_vs_rounds.png").is_file()
+    assert len(list((out / "captures").glob("round-*/client-*.json"))) == 20
 
 
 def _stop_superlink(port: int) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from fedleak.errors import InvalidInputError
-from simulations.partition import client_batches, partitions, training_data
+from simulations.partition import client_batches, client_images, partitions, training_data
 from simulations.scenario import (
     SHIPPED,
     Scenario,
@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[2]
 
 def test_the_flower_config_is_the_scenarios_defaults() -> None:
     config = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["flwr"]["app"]["config"]
-    out, overwrite = config.pop("out"), config.pop("overwrite")
+    about_output = [config.pop(key) for key in ("out", "overwrite", "capture")]
 
     def dotted(table: dict[str, object], prefix: str = "") -> dict[str, object]:
         flat: dict[str, object] = {}
@@ -35,7 +35,7 @@ def test_the_flower_config_is_the_scenarios_defaults() -> None:
                 flat[prefix + key] = value
         return flat
 
-    assert (out, overwrite) == ("", False)
+    assert about_output == ["", False, False]
     assert dotted(config) == flatten(Scenario())
 
 
@@ -43,7 +43,7 @@ def test_a_run_config_makes_the_scenario() -> None:
     changed = load_scenario(
         None, ["federation.rounds=9", "defence=noise:0.2", "model.name=cnn2-v1"]
     )
-    config = {**flatten(changed), "out": "/somewhere", "overwrite": True}
+    config = {**flatten(changed), "out": "/somewhere", "overwrite": True, "capture": True}
     assert from_run_config(config) == changed
 
 
@@ -175,3 +175,45 @@ def test_a_client_uses_all_its_images_before_any_twice() -> None:
     used = [i for r in range(1, 4) for b in client_batches(described, 4, r) for i in b]
     assert len(used) == 18
     assert len(set(used[: len(own)])) == len(own) == 15 - (len(own) == 14)
+
+
+@pytest.mark.parametrize("name", ["femnist", "femnist-5-epochs"])
+def test_no_round_repeats_an_image(name: str) -> None:
+    """Many clients and a small alpha leave some with few images: they get some more."""
+    for seed in range(3):
+        described = load_scenario(name, seed=seed)
+        parts = partitions(described)
+        assert len(parts) >= 50
+        assert sorted(i for p in parts for i in p) == list(range(len(training_data(described))))
+        assert min(map(len, parts)) >= described.training.images
+        for client in range(len(parts)):
+            for server_round in (1, 2, 3):
+                used = client_images(described, client, server_round)
+                assert len(set(used)) == len(used) == described.training.images
+
+
+def test_a_client_cannot_own_fewer_images_than_a_round_uses() -> None:
+    options = ["training.share=weights", "strategy.name=FedAvg", "training.batch_size=16"]
+    with pytest.raises(InvalidInputError) as caught:
+        partitions(load_scenario(None, [*options, "training.local_steps=10"]))
+    assert "local_steps = 10 of training.batch_size = 16 needs 1600 images" in str(caught.value)
+    assert "use fewer clients" in str(caught.value)
+
+
+def _idx(path: Path, values: bytes, *shape: int) -> None:
+    """Write the format of MNIST: magic number, sizes, bytes."""
+    head = bytes([0, 0, 8, len(shape)]) + b"".join(n.to_bytes(4, "big") for n in shape)
+    path.write_bytes(head + values)
+
+
+def test_femnist_on_the_images_that_it_is_made_of(tmp_path: Path) -> None:
+    raw = tmp_path / "EMNIST" / "raw"
+    raw.mkdir(parents=True)
+    for part, count in (("train", 1240), ("test", 62)):
+        name = f"emnist-byclass-{part}"
+        _idx(raw / f"{name}-images-idx3-ubyte", bytes(28 * 28 * count), count, 28, 28)
+        _idx(raw / f"{name}-labels-idx1-ubyte", bytes(n % 62 for n in range(count)), count)
+    described = load_scenario("femnist", ["data.name=EMNIST", f"data.root={tmp_path}"])
+    images = training_data(described)
+    assert (len(images), images.classes, images.shape) == (1240, 62, (1, 28, 28))
+    assert min(map(len, partitions(described))) >= 16

@@ -1,0 +1,149 @@
+"""``fedleak attack``: reconstruct images from captured updates, resumable."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich import box
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from fedleak.console import near, number, read_options
+
+if TYPE_CHECKING:
+    from fedleak.capture.run import Attacked, OnProgress
+
+_console = Console()
+
+
+def attack(
+    capture: Annotated[Path, typer.Argument(help="Folder that --capture or capture= wrote")],
+    attack: Annotated[str, typer.Option(help="The attack's name")] = "hybrid",
+    prior: Annotated[
+        str | None, typer.Option(help="gaussian, gaussian:learned, patches, patches:learned or tv")
+    ] = None,
+    public: Annotated[
+        Path | None, typer.Option(help="Folder of public images, for a learned prior")
+    ] = None,
+    option: Annotated[
+        list[str] | None, typer.Option(metavar="KEY=VALUE", help="The attack's own, as steps=300")
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(help="Name, FILE.py:FACTORY or module:FACTORY [default: as captured]"),
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
+    jobs: Annotated[int, typer.Option(min=1, help="Processes on this machine")] = 1,
+    engine: Annotated[str, typer.Option(help="local, or ray (the cluster at RAY_ADDRESS)")] = (
+        "local"
+    ),
+    threads: Annotated[int, typer.Option(min=1, help="CPU threads of each process")] = 1,
+    together: Annotated[
+        int, typer.Option(min=1, help="Updates attacked at once; more is faster on a GPU")
+    ] = 8,
+    limit: Annotated[int, typer.Option(min=0, help="The first updates only; 0: all")] = 0,
+    out: Annotated[
+        Path | None, typer.Option(help="Output folder [default: CAPTURE/attacks/ATTACK-...]")
+    ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Start again, also with what is done")
+    ] = False,
+    json_: Annotated[bool, typer.Option("--json", help="Print one JSON object")] = False,
+) -> None:
+    """Attack captured updates; what is done is kept, and a rerun goes on where one stopped."""
+    from fedleak.capture.run import attack_capture
+
+    options = read_options(option or (), prior, public)
+    done = [0, 0]
+    try:
+        with _display(done, quiet=json_) as on_progress:
+            attacked = attack_capture(
+                capture, attack, options, out, model=model, device=device, jobs=jobs,
+                engine=engine, threads=threads, together=together,  # type: ignore[arg-type]
+                limit=limit, overwrite=overwrite, on_progress=on_progress,
+            )  # fmt: skip
+    except KeyboardInterrupt:
+        typer.echo(
+            f"fedleak: stopped; {done[0]} of {done[1]} updates are done and kept, and the same "
+            "command goes on from there",
+            err=True,
+        )
+        raise typer.Exit(130) from None
+    _report(attacked, attack, json_)
+
+
+@contextmanager
+def _display(done: list[int], quiet: bool) -> Iterator[OnProgress]:
+    """Show a bar; nothing where the output is not a terminal. ``done`` follows it."""
+    bar = Progress(
+        TextColumn("attacking"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("updates"),
+        TimeRemainingColumn(),
+        console=_console,
+        disable=quiet or not _console.is_terminal,
+    )
+    task = bar.add_task("")
+
+    def on_progress(finished: int, total: int) -> None:
+        done[:] = finished, total
+        bar.update(task, completed=finished, total=total)
+
+    with bar:
+        yield on_progress
+
+
+def _report(attacked: Attacked, attack: str, json_: bool) -> None:
+    from fedleak.capture.table import summary
+
+    found = summary(attacked.table)
+    if json_:
+        rows = json.loads(attacked.table.to_json(orient="records", double_precision=15))
+        whole = {"attack": attack, "out": str(attacked.folder), **found, "rows": rows}
+        print(json.dumps({k: _finite(v) for k, v in whole.items()}, indent=2))  # noqa: T201
+        return
+    title = "captured updates" + (" (simulated)" if attacked.simulated else "")
+    table = Table(title=title, box=box.SIMPLE, title_justify="left", padding=(0, 1, 0, 0))
+    for column in ("attack", "images", "failed", "mean", "median", "best", "labels", "fit"):
+        table.add_column(column, justify="left" if column == "attack" else "right")
+    right, fit = found["labels_right"], found["fit_median"]
+    table.add_row(
+        attack, str(found["images"]), str(found["failed"]), number(found["psnr_db_mean"]),
+        number(found["psnr_db_median"]), number(found["psnr_db_best"]),
+        "-" if right is None else f"{right:.0%}", "-" if fit is None else f"{fit:.1e}",
+    )  # fmt: skip
+    _console.print(table)
+    for line in _notes(attacked, found):
+        _console.print(line, highlight=False, soft_wrap=True, markup=False)
+    for name, what in (
+        ("attacks.csv", "every image: scores, labels, fit, status"),
+        ("reconstructions.png", "the first images"),
+        ("pictures", "every update's images"),
+    ):
+        if (attacked.folder / name).exists():
+            _console.print(f"  {name:<22}{what}", highlight=False)
+
+
+def _notes(attacked: Attacked, found: dict[str, Any]) -> Iterator[str]:
+    if found["failed"]:
+        yield f"Most frequent reason for a failure: {found['reason']}"
+    if found["psnr_db_mean"] is not None:
+        yield "mean, median, best: PSNR in dB. labels: inferred rightly."
+    elif found["images"]:
+        yield "The true images are not known here; fit says how far to trust what was made."
+    if attacked.skipped:
+        yield f"{attacked.skipped} updates had been done before and were not attacked again."
+    yield f"Look next at, in {near(attacked.folder)}:"
+
+
+def _finite(value: Any) -> Any:
+    """Replace what JSON has no word for: an exact image has no PSNR."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,339 @@
+"""The JSON of a capture: which model, and what belongs to each update.
+
+Everything read here may come from a stranger. It is validated before it is used, names no
+file outside its own folder, and never makes code run that lies in the capture.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+import os
+import platform
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, replace
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from torch import Tensor, nn
+
+from fedleak.capture.update import Update
+from fedleak.errors import InvalidInputError, InvalidUpdateError
+from fedleak.models import MODELS, call_factory
+from fedleak.observation import Shared
+from fedleak.threat import LocalTraining, ThreatModel
+
+FORMAT = "fedleak-capture"
+VERSION = 1
+MANIFEST = "manifest.json"
+#: Bounds what a hostile file can make the reader allocate or list.
+_MANY = 100_000
+_PACKAGES = ("fedleak", "flwr", "numpy", "ray", "safetensors", "torch")
+_FILE = r"^[A-Za-z0-9][A-Za-z0-9_-]*\.safetensors$"
+_SHA256 = r"^[0-9a-f]{64}$"
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class ModelCard(_Part):
+    """How to make the model of a capture.
+
+    Attributes
+    ----------
+    spec : str or None
+        A registered name, ``FILE.py:FACTORY`` or ``module:FACTORY``; None where the writer
+        was given something that has no such name.
+    input_shape : tuple of int
+        Shape (C, H, W) of one image.
+    classes : int or None
+        Number of logits.
+    dtype : str
+        Type of the parameters, ``"float32"``.
+    evaluating : tuple of str
+        Modules in evaluation mode: a batch normalisation there uses running statistics.
+    frozen : tuple of str
+        Parameters that are not trained.
+    state : dict of str to tuple of int
+        Name and shape of every tensor in it.
+    """
+
+    spec: str | None
+    input_shape: tuple[int, int, int]
+    classes: int | None = Field(ge=1, le=_MANY)
+    dtype: Literal["float16", "bfloat16", "float32", "float64"] = "float32"
+    evaluating: tuple[str, ...] = ()
+    frozen: tuple[str, ...] = ()
+    state: dict[str, tuple[int, ...]]
+
+
+class Manifest(_Part):
+    """What holds for a whole capture."""
+
+    format: Literal["fedleak-capture"] = "fedleak-capture"
+    version: Literal[1] = 1
+    created: str
+    simulated: bool
+    model: ModelCard
+    versions: dict[str, str]
+
+
+class Record(_Part):
+    """What belongs to one update, beside its tensors."""
+
+    round: int = Field(ge=0)
+    nodes: tuple[int, ...] = Field(min_length=1, max_length=_MANY)
+    tensors: str | None = Field(None, pattern=_FILE)
+    tensors_sha256: str | None = Field(None, pattern=_SHA256)
+    sent: str | None = Field(None, pattern=_FILE)
+    sent_sha256: str | None = Field(None, pattern=_SHA256)
+    images: int = Field(1, ge=1, le=_MANY)
+    labels: tuple[int, ...] | None = None
+    threat: dict[str, bool | str] = {}
+    training: dict[str, int | float] | None = None
+    summed: bool = False
+    shared: Shared = "gradient"
+    reason: str = ""
+
+    @classmethod
+    def of(cls, update: Update, **files: str) -> Record:
+        """Return the record of an update whose tensors are in ``files``."""
+        known = None if update.training is None else asdict(_known_training(update))
+        return cls(
+            round=update.server_round,
+            nodes=update.nodes,
+            images=update.images,
+            labels=update.labels,
+            threat=asdict(update.threat),
+            training=known,
+            summed=update.summed,
+            shared=update.shared,
+            **files,
+        )
+
+    def update(
+        self, sent: dict[str, Tensor], received: dict[str, Tensor], shape: tuple[int, int, int]
+    ) -> Update:
+        """Return the update, with its tensors."""
+        try:
+            threat = ThreatModel(**self.threat)  # type: ignore[arg-type]
+            training = None if self.training is None else LocalTraining(**self.training)  # type: ignore[arg-type]
+        except TypeError as error:
+            raise InvalidUpdateError(f"threat or training of the update: {error}") from error
+        return Update(
+            self.round, self.nodes, sent, received, shape, self.images, self.labels, threat,
+            training, self.summed, self.shared,
+        )  # fmt: skip
+
+
+def _known_training(update: Update) -> LocalTraining:
+    """Leave out of the file what the attacker does not know; its observation stays the same."""
+    training, threat = update.training, update.threat
+    assert training is not None
+    if not threat.learning_rate:
+        training = replace(training, learning_rate=1.0, weight_decay=0.0)
+    if not threat.local_steps:
+        training = replace(
+            training, batch_size=update.images, epochs=1, momentum=0.0, weight_decay=0.0
+        )
+    return training
+
+
+def describe_model(
+    model: nn.Module,
+    input_shape: tuple[int, int, int],
+    spec: str | None,
+    classes: int | None,
+) -> ModelCard:
+    """Return the card of a model."""
+    types = {p.dtype for p in model.parameters()}
+    return ModelCard(
+        spec=spec,
+        input_shape=input_shape,
+        classes=classes or _classes(model, input_shape),
+        dtype=str(next(iter(types))).removeprefix("torch.") if len(types) == 1 else "float32",
+        evaluating=tuple(n for n, m in model.named_modules() if not m.training),
+        frozen=tuple(n for n, p in model.named_parameters() if not p.requires_grad),
+        state={n: tuple(t.shape) for n, t in model.state_dict().items()},
+    )
+
+
+def _classes(model: nn.Module, shape: tuple[int, int, int]) -> int | None:
+    """Return how many logits a model has; None where it does not take a single image."""
+    modes = {m: m.training for m in model.modules()}
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            image = torch.zeros(1, *shape, dtype=next(model.parameters()).dtype)
+            return int(model.eval()(image).shape[1])
+    except Exception:  # a stranger's forward pass may raise anything
+        return None
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def spec_of(
+    model: nn.Module | Callable[[], nn.Module], input_shape: tuple[int, int, int]
+) -> str | None:
+    """Return the name by which a factory can be found again; None where it has none.
+
+    A factory of the script that runs is named by its file, any other by its module. A module
+    is named by its class, if that makes the same architecture again.
+    """
+    factory: Any = type(model) if isinstance(model, nn.Module) else model
+    registered = MODELS.name_of(factory)
+    if registered is not None:
+        return registered
+    module, name = getattr(factory, "__module__", None), getattr(factory, "__qualname__", "")
+    found = getattr(sys.modules.get(module or ""), name, None)
+    if module is None or found is not factory or not _takes_what_is_offered(factory):
+        return None
+    if isinstance(model, nn.Module) and not _makes_again(factory, model, input_shape):
+        return None
+    if module != "__main__":
+        return f"{module}:{name}"
+    file = getattr(sys.modules["__main__"], "__file__", None)
+    if file is None:
+        return None
+    path = Path(file).resolve()
+    near = path.is_relative_to(Path.cwd())
+    return f"{path.relative_to(Path.cwd()) if near else path}:{name}"
+
+
+def _makes_again(factory: Any, model: nn.Module, shape: tuple[int, int, int]) -> bool:
+    try:
+        with torch.random.fork_rng(devices=[]):
+            again = call_factory(factory, shape, _classes(model, shape) or 10)
+        assert isinstance(again, nn.Module)
+    except Exception:  # a stranger's constructor may raise anything
+        return False
+    found, wanted = again.state_dict(), model.state_dict()
+    return {n: t.shape for n, t in found.items()} == {n: t.shape for n, t in wanted.items()}
+
+
+def _takes_what_is_offered(factory: Any) -> bool:
+    """Return whether ``build_model`` can call it."""
+    try:
+        parameters = inspect.signature(factory).parameters.values()
+    except (TypeError, ValueError):
+        return False
+    open_kinds = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    needed = {p.name for p in parameters if p.default is p.empty and p.kind not in open_kinds}
+    return needed <= {"input_shape", "classes", "num_classes"}
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Read and check the manifest of a capture.
+
+    Raises
+    ------
+    InvalidInputError
+        If the folder is no capture, or its manifest is damaged or of another version.
+    """
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise InvalidInputError(f"{str(folder)!r} is no capture: {_what_instead(folder)}")
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        kind, version = found.get("format"), found.get("version")
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
+        raise InvalidInputError(
+            f"{str(path)!r} cannot be read ({error}); copy the capture again"
+        ) from error
+    if kind != FORMAT:
+        raise InvalidInputError(
+            f"{str(path)!r} is not of a capture: its format is {kind!r}, not {FORMAT!r}"
+        )
+    if version != VERSION:
+        raise InvalidInputError(
+            f"{str(path)!r} is of version {version!r}, this fedleak reads version {VERSION}; "
+            "use the fedleak that wrote it, or a newer one"
+        )
+    try:
+        return Manifest.model_validate(found)
+    except ValidationError as error:
+        raise InvalidInputError(f"{str(path)!r} is damaged: {problems(error)}") from error
+
+
+def _what_instead(folder: Path) -> str:
+    patterns = (f"*/{MANIFEST}", f"*/*/{MANIFEST}")  # a run, and a run with several arms
+    below = [p.parent for pattern in patterns for p in sorted(folder.glob(pattern))]
+    if below:
+        listed = ", ".join(str(p) for p in below[:4])
+        return f"it has no {MANIFEST}; these below it do: {listed}"
+    return (
+        f"it has no {MANIFEST}; captures are made by fedleak simulate --capture, or by "
+        "MaliciousServer(..., capture=FOLDER) in an app of your own"
+    )
+
+
+def read_record(path: Path) -> Record:
+    """Read and check what belongs to one update.
+
+    Raises
+    ------
+    InvalidUpdateError
+        If the file is missing or damaged.
+    """
+    try:
+        return Record.model_validate_json(path.read_bytes())
+    except FileNotFoundError as error:
+        raise InvalidUpdateError(f"{path.name} is missing") from error
+    except OSError as error:
+        raise InvalidUpdateError(f"{path.name} cannot be read: {error}") from error
+    except ValidationError as error:
+        raise InvalidUpdateError(f"{path.name} is damaged: {problems(error)}") from error
+
+
+def problems(error: ValidationError) -> str:
+    """Return what a validation found, in one line, without the values."""
+    listed = [
+        f"{'.'.join(map(str, e['loc']))}: {e['msg']}" if e["loc"] else e["msg"]
+        for e in error.errors()
+    ]
+    return "; ".join(listed[:3])
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write beside and move, so that a kill leaves a whole file or none."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fresh = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        fresh.write_bytes(content)
+        fresh.replace(path)
+    except OSError:
+        fresh.unlink(missing_ok=True)
+        raise
+
+
+def to_json(values: Mapping[str, Any]) -> bytes:
+    """Return readable JSON."""
+    return (json.dumps(values, indent=1) + "\n").encode()
+
+
+def sha256(content: bytes) -> str:
+    """Return a checksum in hexadecimal."""
+    return hashlib.sha256(content).hexdigest()
+
+
+def package_versions() -> dict[str, str]:
+    """Return the versions of what took part; packages that are absent are left out."""
+    found = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def now() -> str:
+    """Return the time, in UTC."""
+    return datetime.now(UTC).isoformat(timespec="microseconds")

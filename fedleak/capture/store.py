@@ -1,0 +1,155 @@
+"""The results of one attack on one capture: written as they come, found again after a kill."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
+
+from fedleak.capture.jobs import Chunk, Result, Retry
+from fedleak.capture.manifest import sha256, to_json, write_atomically
+from fedleak.errors import InvalidInputError
+
+SETTINGS = "attack.json"
+TABLE = "attacks.csv"
+OVERVIEW = "reconstructions.png"
+_RESULTS, _PICTURES = "results", "pictures"
+#: What an attack writes; ``overwrite`` removes these and nothing else.
+WRITTEN = (SETTINGS, TABLE, OVERVIEW, _RESULTS, _PICTURES)
+#: Pictures are drawn at least this high, in pixels.
+_HEIGHT = 64
+
+
+class _Row(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    chunk: str
+    sha256: str | None
+    labels: tuple[int, ...]
+    fit: float | None
+    seconds: float
+    reason: str
+    retry: Retry
+
+
+class Results:
+    """The folder of one attack.
+
+    Parameters
+    ----------
+    folder : Path
+    settings : dict
+        What every result in the folder must have been made with; plain types.
+    overwrite : bool
+        Start again, where the folder holds results.
+
+    Raises
+    ------
+    InvalidInputError
+        If the folder cannot be used, holds something else, or was made with other settings.
+    """
+
+    def __init__(self, folder: Path, settings: dict[str, Any], overwrite: bool = False):
+        self.folder = folder
+        stored = folder / SETTINGS
+        settings = json.loads(json.dumps(settings, default=str))
+        try:
+            if stored.is_file() and overwrite:
+                self._clear()
+            elif stored.is_file():
+                self._compare(stored, settings)
+            elif folder.exists() and any(folder.iterdir()):
+                raise InvalidInputError(
+                    f"--out {str(folder)!r} is not empty and holds no attack; use another"
+                )
+            write_atomically(stored, to_json(settings))
+        except OSError as error:
+            raise InvalidInputError(f"--out {str(folder)!r} cannot be used: {error}") from error
+
+    def _clear(self) -> None:
+        for name in WRITTEN:
+            path = self.folder / name
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+
+    def _compare(self, stored: Path, settings: Mapping[str, Any]) -> None:
+        try:
+            before = dict(json.loads(stored.read_text(encoding="utf-8")))
+        except (ValueError, TypeError) as error:
+            raise InvalidInputError(
+                f"{str(stored)!r} cannot be read ({error}); use another --out, or --overwrite"
+            ) from error
+        other = [k for k in {**before, **settings} if before.get(k) != settings.get(k)]
+        if other:
+            listed = "; ".join(f"{k} {before.get(k)!r}, now {settings.get(k)!r}" for k in other)
+            raise InvalidInputError(
+                f"{str(self.folder)!r} was made with other settings ({listed}); use another "
+                "--out, or --overwrite to start again"
+            )
+
+    def load(self, name: str, digest: str) -> Result | None:
+        """Return a stored result; None where there is none, of this chunk, whole."""
+        try:
+            row = _Row.model_validate_json(self._path(name, ".json").read_bytes())
+            if row.chunk != digest:
+                return None
+            images = None
+            if row.sha256 is not None:
+                content = self._path(name, ".safetensors").read_bytes()
+                if sha256(content) != row.sha256:
+                    return None
+                images = load(content)["images"].numpy()
+        except (OSError, ValidationError, SafetensorError, KeyError):
+            return None
+        return Result(name, images, row.labels, row.fit, row.seconds, row.reason, row.retry)
+
+    def save(self, chunk: Chunk, results: Sequence[Result]) -> None:
+        """Write the results of one chunk; each last with what says that it is there."""
+        for result in results:
+            checksum = None
+            if result.images is not None:
+                images = torch.from_numpy(np.array(result.images))  # Ray's are read-only
+                content = save({"images": images})
+                checksum = sha256(content)
+                write_atomically(self._path(result.name, ".safetensors"), content)
+                self._draw(result.name, images)
+            finite = result.fit is not None and math.isfinite(result.fit)
+            row = _Row(
+                chunk=chunk.digest,
+                sha256=checksum,
+                labels=result.labels,
+                fit=result.fit if finite else None,
+                seconds=result.seconds,
+                reason=" ".join(result.reason.split()),
+                retry=result.retry,
+            )
+            write_atomically(self._path(result.name, ".json"), to_json(row.model_dump(mode="json")))
+
+    def _path(self, name: str, suffix: str) -> Path:
+        return self.folder / _RESULTS / f"{name}{suffix}"
+
+    def _draw(self, name: str, images: Tensor) -> None:
+        """Write the images of one update side by side, enlarged where they are small."""
+        if images.shape[1] not in (1, 3):
+            return  # neither grey nor colour
+        from torchvision.io import encode_png
+        from torchvision.utils import make_grid
+
+        times = max(1, math.ceil(_HEIGHT / images.shape[2]))
+        pixels = (images.clamp(0, 1) * 255).round().to(torch.uint8)
+        pixels = pixels.repeat_interleave(times, 2).repeat_interleave(times, 3)
+        grid = make_grid(pixels, nrow=8, padding=4, pad_value=255)
+        content = bytes(encode_png(grid).numpy())
+        write_atomically(self.folder / _PICTURES / f"{name}.png", content)
