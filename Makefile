@@ -15,10 +15,12 @@ test: install
 slow: install
 	$(BIN)/pytest -m slow
 
-# Ratios against dense linear algebra and the published attack; takes about ten minutes.
+# Ratios against dense linear algebra and the published attacks; takes about half an hour.
 bench: install
 	$(BIN)/python -m tests.benchmarks.linear
 	$(BIN)/python -m tests.benchmarks.hybrid
+	$(BIN)/python -m tests.benchmarks.fedavg
+	$(BIN)/python -m tests.benchmarks.fedavg --memory
 
 lint: install
 	$(BIN)/ruff check .

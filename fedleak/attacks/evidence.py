@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
@@ -11,7 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fedleak.attacks.labels import infer_labels
+from fedleak.attacks.statistics import received_statistics
 from fedleak.errors import InvalidInputError, UnsupportedModelError
+from fedleak.local_training import LocalReplay, typical_on_the_way
 from fedleak.observation import Observation
 from fedleak.replay import Replay
 from fedleak.systems import Chain, Gradients
@@ -39,6 +41,14 @@ class Evidence:
         How the clients trained, where that is known and they share weights.
     clients : int
         Number of clients that each update is the mean of.
+    simulated : LocalReplay or None
+        All steps of the clients, where they take several and the attack simulates them;
+        else one step is taken for the whole.
+    plan : Tensor or None
+        Shares of the images in the simulated steps, see :class:`LocalReplay`.
+    statistics : dict
+        Statistics of batch normalisation over the batch, shape (N, channels), where they
+        are known: see :func:`fedleak.attacks.statistics.received_statistics`.
     """
 
     model: nn.Module
@@ -49,14 +59,22 @@ class Evidence:
     granted: bool = False
     training: LocalTraining | None = None
     clients: int = 1
+    simulated: LocalReplay | None = None
+    plan: Tensor | None = None
+    statistics: Gradients = field(default_factory=dict)
 
     @classmethod
     def gather(
-        cls, observations: Sequence[Observation], device: str, infer: bool = True
+        cls,
+        observations: Sequence[Observation],
+        device: str,
+        infer: bool = True,
+        simulate: bool = False,
     ) -> Evidence:
         """Stack observations and infer the labels that are not known.
 
         Without ``infer`` the attack finds the labels itself: all are set to 0 until then.
+        With ``simulate`` several local steps are simulated as such.
 
         Raises
         ------
@@ -83,6 +101,11 @@ class Evidence:
         else:
             labels = torch.zeros(len(observations), first.images, dtype=torch.int64, device=where)
         granted = all(o.labels is not None for o in observations)
+        training, own = first.training, first.images // first.clients
+        simulated = None
+        if simulate and training is not None and training.steps(own) > 1:
+            # Without recomputation torch.func can transform it; one image needs no memory.
+            simulated = LocalReplay(replay, training, first.clients, first.images > 1)
         return cls(
             first.model,
             first.input_shape,
@@ -90,12 +113,18 @@ class Evidence:
             labels,
             replay,
             granted,
-            first.training,
+            training,
             first.clients,
+            simulated,
+            statistics=received_statistics(observations, replay),
         )
 
     @cached_property
     def _chain(self) -> Chain | UnsupportedModelError:
+        if self.simulated is not None:
+            return UnsupportedModelError(
+                "the update mixes several local steps; the linear systems cover one step"
+            )
         try:
             chain = Chain.read(self.model, self.input_shape).to(self.replay.device)
         except UnsupportedModelError as error:
@@ -147,13 +176,24 @@ class Evidence:
         """Number of images B behind each update."""
         return self.labels.shape[1]
 
+    @property
+    def steps(self) -> int:
+        """Number of local steps that are simulated."""
+        if self.simulated is None:
+            return 1
+        return self.simulated.training.steps(self.images // self.clients)
+
     def __len__(self) -> int:
         return len(self.labels)
 
     def subset(self, mask: Tensor) -> Evidence:
         """Return the observations where ``mask`` is true."""
         part = replace(
-            self, gradient={k: g[mask] for k, g in self.gradient.items()}, labels=self.labels[mask]
+            self,
+            gradient={k: g[mask] for k, g in self.gradient.items()},
+            labels=self.labels[mask],
+            plan=None if self.plan is None else self.plan[mask],
+            statistics={k: v[mask] for k, v in self.statistics.items()},
         )
         part.__dict__["_chain"] = self._chain  # read once
         return part
@@ -176,6 +216,8 @@ class Evidence:
         with torch.no_grad():
             if self.is_chain and self.images == 1:
                 made = self.chain.trace(images[:, 0], self.labels[:, 0]).gradients
+            elif self.simulated is not None:
+                made = self.simulated(images, self.labels, self.plan).gradients
             else:
                 made = self.replay(images, self.labels).gradients
         terms = [relative(made[k], g).square().sum(1) for k, g in self.gradient.items()]
@@ -201,7 +243,14 @@ def _labels(observations: Sequence[Observation], gradient: Gradients, replay: Re
         prefix = f"{replay.head}." if replay.head else ""
         bias = gradient.get(f"{prefix}bias") if replay.head is not None else None
         weight = gradient.get(f"{prefix}weight") if replay.head is not None else None
-        inferred = infer_labels(bias, weight, images, typical_probabilities(replay))
+        typical = typical_probabilities(replay)
+        first = observations[0]
+        own = first.images // first.clients
+        if first.training is not None and first.training.steps(own) > 1:
+            typical = typical_on_the_way(replay, gradient, first.training, own, grey(replay))
+        inferred = infer_labels(bias, weight, images, typical)
+        # Which client of a sum had which label is not known: spread them.
+        inferred = inferred.reshape(len(known), -1, first.clients).mT.flatten(1)
     rows = [
         torch.tensor(y, device=inferred.device) if y is not None else inferred[n]
         for n, y in enumerate(known)
@@ -222,6 +271,12 @@ def typical_probabilities(replay: Replay) -> Tensor:
     with torch.no_grad():
         p = replay.model(images).softmax(1).mean(0)
     return 0.5 * p + 0.5 / len(p)
+
+
+def grey(replay: Replay) -> Tensor:
+    """Return grey images of every brightness, shape (9, C, H, W)."""
+    levels = torch.linspace(0, 1, 9, dtype=replay.dtype, device=replay.device)
+    return levels.reshape(-1, 1, 1, 1).expand(-1, *replay.input_shape)
 
 
 def relative(value: Tensor, target: Tensor) -> Tensor:

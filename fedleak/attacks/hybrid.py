@@ -15,7 +15,7 @@ from fedleak.attacks import shared_rows
 from fedleak.attacks.base import ATTACKS, Attack, Reconstruction
 from fedleak.attacks.evidence import Evidence
 from fedleak.attacks.heads import HeadSolution, demix_heads, of_batches
-from fedleak.attacks.joint import ChainTarget, Match, ModuleTarget, match
+from fedleak.attacks.joint import ChainTarget, Match, match
 from fedleak.attacks.linear import (
     CLEAN,
     LinearSolution,
@@ -24,6 +24,7 @@ from fedleak.attacks.linear import (
     solve_layer,
     solve_recursively,
 )
+from fedleak.attacks.local import module_target, with_order
 from fedleak.errors import InvalidInputError, UnsupportedModelError
 from fedleak.images import read_images
 from fedleak.observation import Observation
@@ -71,6 +72,9 @@ class HybridAttack(Attack):
         images, batches, a prior that is not Gaussian.
     precision : float
         Relative error at which a value counts as matched; noise raises it.
+    local_training : bool
+        Where clients take several steps, match through all of them, the order of their images
+        unknown (:class:`fedleak.attacks.local.LocalTarget`); else take them for one step.
     device : str
         ``auto``, ``cpu`` or ``cuda``.
     """
@@ -80,6 +84,7 @@ class HybridAttack(Attack):
     prior_options: Mapping[str, Any] = field(default_factory=dict)
     steps: int = 600
     precision: float = 1e-3
+    local_training: bool = True
     device: str = "auto"
     _made: dict[Any, Prior] = field(default_factory=dict, init=False, repr=False, compare=False)
 
@@ -89,6 +94,10 @@ class HybridAttack(Attack):
         good = isinstance(self.precision, (int, float)) and math.isfinite(self.precision)
         if not good or self.precision <= 0:
             raise InvalidInputError(f"precision must be a number above 0, not {self.precision!r}")
+        if not isinstance(self.local_training, bool):
+            raise InvalidInputError(
+                f"local_training must be true or false, not {self.local_training!r}"
+            )
         if not isinstance(self.prior_options, Mapping):
             raise InvalidInputError(f"prior_options must be a table, not {self.prior_options!r}")
         if self.prior not in PRIORS:
@@ -106,7 +115,7 @@ class HybridAttack(Attack):
         return super().needs(observation) | ({"public_images"} if learned else set())
 
     def reconstruct(self, observations: Sequence[Observation]) -> list[Reconstruction]:
-        evidence = Evidence.gather(observations, self.device)
+        evidence = Evidence.gather(observations, self.device, simulate=self.local_training)
         if not evidence.is_chain:
             return self._match_module(evidence, evidence.why_not_chain)
         if evidence.images == 1:
@@ -188,21 +197,25 @@ class HybridAttack(Attack):
     def _match_module(self, evidence: Evidence, why: str) -> list[Reconstruction]:
         """Match a model that is no chain, or batches, on the module itself."""
         prior, count, batch = self._prior(evidence), len(evidence), evidence.images
-        parameters = sum(p.numel() for p in evidence.replay.parameters.values())
+        # The reverse pass keeps the weights of every client and step.
+        kept = evidence.steps * (evidence.clients if evidence.simulated else 1)
+        parameters = kept * sum(p.numel() for p in evidence.replay.parameters.values())
         together = int(_PARAMETERS[evidence.replay.device.type] / max(parameters, 1))
         parts = torch.arange(count, device=evidence.replay.device).split(max(1, together))
         out = []
         for index in parts:
             part = evidence.subset(index)
             grey = prior.mean.expand(len(index), batch, *prior.shape)
+            target = module_target(part)
             try:
-                found = match(ModuleTarget(part), prior, grey, batch, self.steps, self.precision)
+                found = match(target, prior, grey, batch, self.steps, self.precision)
             except RuntimeError as error:  # torch names the operator
                 if "not implemented" not in str(error):
                     raise
                 raise UnsupportedModelError(
                     f"the model cannot be matched, which takes second derivatives: {error}"
                 ) from error
+            part = with_order(part, target, found)
             images = torch.where(
                 (part.fit(found.images) <= part.fit(grey)).reshape(-1, 1, 1, 1, 1),
                 found.images,

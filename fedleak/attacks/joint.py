@@ -7,10 +7,12 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fedleak.attacks.evidence import Evidence
 from fedleak.attacks.linear import LinearSolution
+from fedleak.attacks.statistics import batch_statistics
 from fedleak.priors import Prior
 from fedleak.priors.gaussian import DENSE_UNKNOWNS
 from fedleak.solvers import Gaussian, GaussNewton, Measurements, cgls, lbfgs
@@ -45,6 +47,8 @@ class Target(ABC):
     errors: Tensor
     #: Whether what images make is affine in them: one Jacobian is then enough.
     linear: bool = False
+    #: Unknowns of each update beside its images: standard normal before anything is known.
+    hidden: int = 0
 
     def __len__(self) -> int:
         return len(self.values)
@@ -60,7 +64,7 @@ class Target(ABC):
         return torch.cat([t.flatten(1) / s for t, s in zip(tensors, self._sizes, strict=True)], 1)
 
     @abstractmethod
-    def made(self, images: Tensor) -> Tensor:
+    def made(self, images: Tensor, hidden: Tensor | None = None) -> Tensor:
         """Return what ``images``, shape (N, B, C, H, W), make of it, shape (N, m)."""
 
     @abstractmethod
@@ -97,14 +101,14 @@ class ChainTarget(Target):
         """Return values of (N * B, ...) as (N, B, ...)."""
         return each.unflatten(0, (-1, self.evidence.images))
 
-    def made(self, images: Tensor) -> Tensor:
+    def made(self, images: Tensor, hidden: Tensor | None = None) -> Tensor:
         chain = self.evidence.chain
         inputs = chain.features(images.flatten(0, 1), self.depth)
         if self.exact:
             above = self.solution.cotangents[self.depth]
         else:
             logits = chain.head.forward(inputs[-1])
-            labels = torch.nn.functional.one_hot(self.evidence.labels.flatten(), logits.shape[1])
+            labels = F.one_hot(self.evidence.labels.flatten(), logits.shape[1])
             e = (logits.softmax(1) - labels) / self.evidence.images
             above = chain.head.backward(inputs[-1], logits, e)
         gradients = chain.backward(inputs, above).gradients
@@ -125,14 +129,18 @@ class ModuleTarget(Target):
         known = list(evidence.gradient.values())
         self.features = _head_input(evidence)
         known += [] if self.features is None else [self.features]
+        known += evidence.statistics.values()
         self._known(known, [torch.zeros_like(k) for k in known])
 
-    def made(self, images: Tensor) -> Tensor:
+    def made(self, images: Tensor, hidden: Tensor | None = None) -> Tensor:
         replayed = self.evidence.replay(images, self.evidence.labels)
         made = [replayed.gradients[n] for n in self.names]
         if self.features is not None:
             assert replayed.head_input is not None
             made.append(replayed.head_input)
+        names = list(self.evidence.statistics)
+        if names:
+            made += batch_statistics(self.evidence.replay, images, names).values()
         return self._joined(made)
 
     def subset(self, index: Tensor) -> ModuleTarget:
@@ -163,11 +171,14 @@ class Match:
         ``gauss-newton``, ``least squares`` or ``l-bfgs``.
     priors : list of str
         The prior of each update, with what its evidence chose.
+    hidden : Tensor or None, shape (N, target.hidden)
+        What was found of the target's other unknowns.
     """
 
     images: Tensor
     solver: str
     priors: list[str]
+    hidden: Tensor | None = None
 
 
 def match(
@@ -192,7 +203,7 @@ def match(
     dense = n <= DENSE_UNKNOWNS and m <= DENSE_ROWS
     if target.linear and prior.gaussian and not dense:
         return _least_squares(target, prior, start, precision)
-    if not prior.gaussian or batch > 1 or not dense:
+    if not prior.gaussian or batch > 1 or not dense or target.hidden:
         return _quasi_newton(target, prior, start, steps, max(precision, QUASI_LEVEL))
     budget = _ENTRIES[start.device.type] / (m * n + 2 * n * n + 9 * min(m, n) ** 2)
     parts = torch.arange(len(target), device=start.device).split(max(1, int(budget)))
@@ -207,23 +218,26 @@ def _quasi_newton(target: Target, prior: Prior, start: Tensor, steps: int, level
     count, batch = start.shape[:2]
     errors = target.errors.clamp_min(level)
 
+    size = batch * math.prod(prior.latent_shape)
+
     def images(u: Tensor) -> Tensor:
-        return prior.image(u.reshape(-1, *prior.latent_shape)).reshape(start.shape)
+        return prior.image(u[:, :size].reshape(-1, *prior.latent_shape)).reshape(start.shape)
 
     def objective(u: Tensor) -> tuple[Tensor, Tensor]:
         u = u.detach().requires_grad_()
-        data = ((target.made(images(u)) - target.values) / errors).square().sum(1)
-        energy = prior.energy(u.reshape(count * batch, -1)).reshape(count, batch).sum(1)
-        value = (data + energy) / (2 * u.shape[1])
+        hidden = u[:, size:]
+        data = ((target.made(images(u), hidden) - target.values) / errors).square().sum(1)
+        energy = prior.energy(u[:, :size].reshape(count * batch, -1)).reshape(count, batch).sum(1)
+        value = (data + energy + hidden.square().sum(1)) / (2 * size)
         (gradient,) = torch.autograd.grad(value.sum(), u)
         return value.detach(), gradient
 
     # Images of one label would stay the same image if they all began as one.
     generator = torch.Generator().manual_seed(0)
-    size = batch * math.prod(prior.latent_shape)
     u = 0.1 * torch.randn(size, generator=generator, dtype=torch.float64) * (batch > 1)
-    u, _ = lbfgs(objective, u.to(start).expand(count, -1).clone(), steps)
-    return Match(images(u).detach(), "l-bfgs", [str(prior)] * count)
+    u = F.pad(u, (0, target.hidden)).to(start).expand(count, -1).clone()
+    u, _ = lbfgs(objective, u, steps)
+    return Match(images(u).detach(), "l-bfgs", [str(prior)] * count, u[:, size:])
 
 
 def _least_squares(target: Target, prior: Prior, start: Tensor, precision: float) -> Match:

@@ -31,7 +31,7 @@ def infer_labels(
         ``p - y`` sums to zero and so is largest, in size, at the label.
     images : int
         Batch size B.
-    typical : Tensor, shape (classes,)
+    typical : Tensor, shape (classes,) or (N, classes)
         The model's mean class probabilities on images of the server's own.
 
     Returns
@@ -46,7 +46,8 @@ def infer_labels(
     if bias is not None:
         if images == 1:
             return bias.argmin(1, keepdim=True)
-        return torch.stack([next(label_candidates(g, images, typical)) for g in bias])
+        each = zip(bias, typical.expand(len(bias), -1), strict=True)
+        return torch.stack([next(label_candidates(g, images, p)) for g, p in each])
     if weight is not None and images == 1:
         return weight.norm(dim=2).argmax(1, keepdim=True)
     raise UnsupportedModelError(

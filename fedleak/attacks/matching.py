@@ -15,6 +15,7 @@ from fedleak.attacks.base import ATTACKS, Attack, Reconstruction
 from fedleak.attacks.evidence import Evidence
 from fedleak.attacks.objectives import cosine_distance, squared_distance, total_variation
 from fedleak.errors import InvalidInputError
+from fedleak.local_training import LocalReplay
 from fedleak.observation import Observation
 from fedleak.replay import Gradients, Replay
 from fedleak.solvers import lbfgs
@@ -117,6 +118,12 @@ class CosineAttack(Attack):
     images are normalised; here the model takes pixels, so that a step of 0.1 is about a
     fourth as far there as here.
 
+    Where clients share weights after several steps, these are simulated for the candidate
+    images (their section on federated averaging), in float32 and in an order that is
+    guessed: the slots of the images one after the other, the same in every epoch. The cosine
+    does not see the size of an update, so that for one image, or with known labels, one
+    step asks for no learning rate.
+
     Parameters
     ----------
     steps : int
@@ -129,6 +136,8 @@ class CosineAttack(Attack):
         First step size, in pixel values.
     seed : int
         Of the starts, which each update draws for itself.
+    local_training : bool
+        Whether several local steps are simulated; else they are taken for one step.
     device : str
         ``auto``, ``cpu`` or ``cuda``.
     """
@@ -138,9 +147,14 @@ class CosineAttack(Attack):
     tv: float = 0.2
     learning_rate: float = 0.1
     seed: int = 0
+    local_training: bool = True
     device: str = "auto"
 
     def __post_init__(self) -> None:
+        if not isinstance(self.local_training, bool):
+            raise InvalidInputError(
+                f"local_training must be true or false, not {self.local_training!r}"
+            )
         _demand_whole("steps", self.steps, 1)
         _demand_whole("restarts", self.restarts, 1)
         _demand_whole("seed", self.seed, 0)
@@ -152,8 +166,17 @@ class CosineAttack(Attack):
         if self.learning_rate == 0:
             raise InvalidInputError(f"learning_rate must be above 0, not {self.learning_rate!r}")
 
+    def needs(self, observation: Observation) -> set[str]:
+        training, own = observation.training, observation.images // observation.clients
+        several = training is not None and training.steps(own) > 1
+        # Labels of a batch are counted, which takes the size of the update.
+        counts = observation.labels is None and observation.images > 1
+        if (several and self.local_training) or (observation.shared == "weights" and counts):
+            return super().needs(observation)
+        return {"batch_size"}
+
     def reconstruct(self, observations: Sequence[Observation]) -> list[Reconstruction]:
-        evidence = Evidence.gather(observations, self.device)
+        evidence = Evidence.gather(observations, self.device, simulate=self.local_training)
         shape = (evidence.images, *evidence.input_shape)
         start = _draw(evidence.gradient, self.seed, self.restarts * math.prod(shape))
         # float32, as published: half the time, and far finer than the last step size.
@@ -162,11 +185,19 @@ class CosineAttack(Attack):
         rows = torch.arange(len(evidence), device=chosen.device) * self.restarts + chosen
         return _package(evidence, images[rows].double(), loss[rows], "cosine", self.steps)
 
-    def _descend(self, evidence: Evidence, start: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the best images from each start, their objective and cosine distance."""
+    @staticmethod
+    def _client(evidence: Evidence, start: Tensor) -> Replay | LocalReplay:
+        """Return what a client does, in the precision of ``start``."""
         replay = Replay(
             evidence.model, evidence.input_shape, dtype=start.dtype, device=start.device
         )
+        if evidence.simulated is None:
+            return replay
+        return LocalReplay(replay, evidence.simulated.training, evidence.clients)
+
+    def _descend(self, evidence: Evidence, start: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the best images from each start, their objective and cosine distance."""
+        replay = self._client(evidence, start)
         labels = evidence.labels.repeat_interleave(self.restarts, 0)
         target = {
             k: g.to(start.dtype).repeat_interleave(self.restarts, 0)

@@ -24,7 +24,7 @@ class OwnRows(Target):
         self.layer, self.outputs, self.deviations = layer, outputs, deviations
         self._known([outputs.unsqueeze(1)], [deviations.unsqueeze(1)])
 
-    def made(self, images: Tensor) -> Tensor:
+    def made(self, images: Tensor, hidden: Tensor | None = None) -> Tensor:
         return self._joined([self.layer.forward(images[:, 0]).unsqueeze(1)])
 
     def subset(self, index: Tensor) -> OwnRows:

@@ -8,8 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from fedleak.local_training import LocalReplay
 from fedleak.models import conv_chain
-from tests.benchmarks import common, hybrid, linear
+from fedleak.replay import Replay
+from fedleak.threat import LocalTraining
+from tests.benchmarks import common, fedavg, hybrid, linear
 
 import torch  # isort: skip
 
@@ -48,3 +51,27 @@ def test_memory() -> None:
     used = hybrid.memory("cnn2-v1")
     assert 0 < used["imports GiB"] <= used["peak GiB"]
     assert used["attack GiB"] == pytest.approx(used["peak GiB"] - used["imports GiB"])
+
+
+def test_fedavg(tiny: common.Network) -> None:
+    """Both attacks have a result for each client, and about the same time."""
+    images = torch.rand(4, 3, 12, 12, generator=torch.Generator().manual_seed(0))
+    clients = [(images, torch.tensor([1, 0, 2, 1])), (images.flip(3), torch.tensor([3, 3, 0, 5]))]
+    rows = fedavg.measure(tiny[1], clients, LocalTraining(0.05, 2, 2), steps=3)
+    assert all(len(values) == 2 for values in rows.values())
+    summary = fedavg.summarise(2, rows)
+    assert summary["cosine steps"] >= 1
+    assert "±" in summary["gain"]
+    assert fedavg.half_width([1.0, 3.0]) == pytest.approx(12.706, rel=1e-3)
+
+
+def test_fedavg_trains_as_its_simulation(tiny: common.Network) -> None:
+    """With the order granted, the images of a client make what it sent."""
+    images, labels = torch.rand(4, 3, 12, 12), torch.tensor([1, 0, 2, 1])
+    training = LocalTraining(0.05, 2, 1, momentum=0.5, weight_decay=0.01)
+    seen = fedavg.observe(tiny[1], images, labels, training, seed=7)
+    order = torch.randperm(4, generator=torch.Generator().manual_seed(7))
+    local = LocalReplay(Replay(tiny[1], (3, 12, 12)), training)
+    made = local(images[order].double()[None], labels[order][None]).gradients
+    for name, value in seen.gradient.items():
+        torch.testing.assert_close(made[name][0], value, atol=1e-5, rtol=1e-3)

@@ -153,7 +153,8 @@ NETS = {
         nn.Conv2d(1, 6, 3), nn.Tanh(), nn.Flatten(), nn.Linear(6 * 36, 10)
     ),
     "hidden": lambda: nn.Sequential(
-        nn.Flatten(), nn.Linear(64, 40), nn.Sigmoid(), nn.Linear(40, 30), nn.Tanh(), nn.Linear(30, 10)
+        nn.Flatten(), nn.Linear(64, 40), nn.Sigmoid(), nn.Linear(40, 30), nn.Tanh(),
+        nn.Linear(30, 10),
     ),
     "two convolutions": lambda: nn.Sequential(
         nn.Conv2d(1, 6, 3), nn.LeakyReLU(0.2), nn.Conv2d(6, 12, 3), nn.Tanh(), nn.Flatten(),
@@ -283,7 +284,8 @@ LAYERS = [
 
 def _system(module: nn.Module, shape: tuple[int, ...], batch: int) -> tuple[Affine, Tensor, Tensor]:
     """Return a layer, cotangents for a batch, and the dense batched ``U``."""
-    chain = Chain.read(nn.Sequential(module, nn.Flatten(), nn.LazyLinear(3)), shape)  # type: ignore[arg-type]
+    features = math.prod(module(torch.zeros(1, *shape)).shape)
+    chain = Chain.read(nn.Sequential(module, nn.Flatten(), nn.Linear(features, 3)), shape)
     layer = chain.layers[0]
     assert isinstance(layer, Affine)
     generator = torch.Generator().manual_seed(0)

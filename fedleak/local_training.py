@@ -1,0 +1,193 @@
+"""A client's local training on candidate images, differentiable and bounded in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.func import functional_call, grad, vmap
+
+from fedleak.replay import Gradients, Replay, Replayed
+from fedleak.threat import LocalTraining
+
+#: One step of G clients: ``(images, labels, shares, *weights, *velocities) -> (*weights,
+#: *velocities)``, each with a first dimension of length G; velocities only with momentum.
+_Step = Callable[..., tuple[Tensor, ...]]
+
+
+class LocalReplay:
+    """Replays minibatch SGD for candidate images; to call in the place of a :class:`Replay`.
+
+    The steps are those of ``torch.optim.SGD`` with momentum and weight decay. The result is
+    in the units of the one-step view: ``(sent - simulated) / (learning_rate * gain)`` without
+    the weight decay at the sent weights.
+
+    Which image was in which batch is not known. ``plan`` says what is assumed: the share of
+    each image in the loss of each step. By default the images pass in the order given, in
+    every epoch the same.
+
+    Parameters
+    ----------
+    replay : Replay
+        The model as sent.
+    training : LocalTraining
+    clients : int
+        The images are those of this many clients in a row, which train apart and whose
+        updates are averaged.
+    recompute : bool
+        Whether the reverse pass computes each step again, so that of every step only the
+        weights are kept. Without it the whole graph is, which ``torch.func`` transforms need.
+    """
+
+    def __init__(
+        self, replay: Replay, training: LocalTraining, clients: int = 1, recompute: bool = True
+    ):
+        self.replay, self.training, self.clients = replay, training, clients
+        self.recompute = recompute
+        self.parameters, self.head = replay.parameters, replay.head
+        self.classes, self.device = replay.classes, replay.device
+
+    def __call__(self, images: Tensor, labels: Tensor, plan: Tensor | None = None) -> Replayed:
+        """Return what clients would send; differentiable in all that it takes.
+
+        Parameters
+        ----------
+        images : Tensor, shape (N, B, C, H, W)
+        labels : Tensor
+            Classes, int64, shape (N, B), or class probabilities, shape (N, B, classes).
+        plan : Tensor, optional, shape (N, clients, steps, B / clients)
+            Share of each image in the loss of each step.
+        """
+        count, own = len(images), images.shape[1] // self.clients
+        groups = count * self.clients
+        x = images.reshape(groups, own, *images.shape[2:])
+        y = labels.reshape(groups, own, *labels.shape[2:])
+        sent = {n: p.expand(groups, *p.shape) for n, p in self.parameters.items()}
+        received = self._train(sent, x, y, None if plan is None else plan.flatten(0, 1))
+        scale = self.training.learning_rate * self.training.gain(own)
+        decay = self.training.weight_decay
+        made = {
+            n: ((w - received[n]) / scale - decay * w)
+            .reshape(count, self.clients, *w.shape[1:])
+            .mean(1)
+            for n, w in sent.items()
+        }
+        return Replayed(made, None)
+
+    def _train(self, sent: Gradients, x: Tensor, y: Tensor, plan: Tensor | None) -> Gradients:
+        """Return the weights of G clients after their steps, shape (G, *parameter)."""
+        names = list(sent)
+        state = list(sent.values())
+        if self.training.momentum:
+            state += [torch.zeros_like(w) for w in sent.values()]
+        whole = torch.arange(x.shape[1], device=x.device)
+        parts = whole.split(self.training.batch_size) * self.training.epochs
+        step = self._step(names)
+        again = self.recompute and torch.is_grad_enabled()
+        run = partial(_Recomputed.apply, step) if again else step
+        for s, part in enumerate(parts):
+            if plan is None:
+                shares = x.new_full((len(x), len(part)), 1 / len(part))
+                state = list(run(x[:, part], y[:, part], shares, *state))
+            else:
+                state = list(run(x, y, plan[:, s], *state))
+        return dict(zip(names, state, strict=False))
+
+    def _step(self, names: list[str]) -> _Step:
+        rate, m = self.training.learning_rate, self.training.momentum
+        decay, model = self.training.weight_decay, self.replay.model
+
+        def loss(weights: Gradients, x: Tensor, y: Tensor, shares: Tensor) -> Tensor:
+            logits = functional_call(model, weights, (x,))
+            return (shares * F.cross_entropy(logits, y, reduction="none")).sum()
+
+        def gradients(weights: Gradients, x: Tensor, y: Tensor, shares: Tensor) -> Gradients:
+            if len(x) > 1:
+                return vmap(grad(loss))(weights, x, y, shares)
+            # Without vmap: more operators, less overhead.
+            made = grad(loss)({n: w[0] for n, w in weights.items()}, x[0], y[0], shares[0])
+            return {n: g.unsqueeze(0) for n, g in made.items()}
+
+        def step(x: Tensor, y: Tensor, shares: Tensor, *state: Tensor) -> tuple[Tensor, ...]:
+            old, velocity = state[: len(names)], state[len(names) :]
+            made = gradients(dict(zip(names, old, strict=True)), x, y, shares)
+            moves = [made[n] + decay * w for n, w in zip(names, old, strict=True)]
+            if velocity:
+                moves = [m * v + g for v, g in zip(velocity, moves, strict=True)]
+            new = tuple(w - rate * g for w, g in zip(old, moves, strict=True))
+            return (*new, *moves) if velocity else new
+
+        return step
+
+
+class _Recomputed(torch.autograd.Function):
+    """Keeps a function's arguments, and computes it again in the reverse pass."""
+
+    @staticmethod
+    def forward(ctx: Any, function: _Step, *given: Tensor) -> Any:
+        ctx.function = function
+        ctx.save_for_backward(*given)
+        return function(*given)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor) -> Any:
+        needed = ctx.needs_input_grad[1:]
+        given = [
+            t.detach().requires_grad_(need)
+            for t, need in zip(ctx.saved_tensors, needed, strict=True)
+        ]
+        with torch.enable_grad():
+            made = ctx.function(*given)
+        wanted = [t for t, need in zip(given, needed, strict=True) if need]
+        found = iter(torch.autograd.grad(made, wanted, cotangents, allow_unused=True))
+        return None, *(next(found) if need else None for need in needed)
+
+
+def pace(training: LocalTraining, images: int) -> list[tuple[float, float]]:
+    """Return, for each step, its part of the update and how far the weights had come.
+
+    Both are parts of one, for a constant gradient: with momentum early steps move more, and
+    the weights are slow at first.
+    """
+    steps, m = training.steps(images), training.momentum
+    gain = training.gain(images)
+    moves = [(1 - m**s) / (1 - m) for s in range(1, steps + 1)]
+    return [(moves[steps - 1 - s] / gain, sum(moves[:s]) / gain) for s in range(steps)]
+
+
+def typical_on_the_way(
+    replay: Replay, gradient: Gradients, training: LocalTraining, own: int, images: Tensor
+) -> Tensor:
+    """Return the mean class probabilities of images while the clients train, shape (N, classes).
+
+    The weights are known at both ends of the training; between them a straight line is
+    taken. With the probabilities at the start alone, up to 7 of 16 labels of CIFAR-10 images
+    were counted wrongly after 5 epochs on cnn2-v1 (learning rate 0.01); so up to 3, mostly 0.
+
+    Parameters
+    ----------
+    replay : Replay
+    gradient : dict
+        The one-step view, shape (N, *parameter).
+    training : LocalTraining
+    own : int
+        Images of one client.
+    images : Tensor, shape (M, C, H, W)
+        Images of the server's own.
+    """
+    scale = training.learning_rate * training.gain(own)
+    sent, decay = replay.parameters, training.weight_decay
+    rows = []
+    with torch.no_grad():
+        for n in range(len(next(iter(gradient.values())))):
+            mean: Tensor | float = 0.0
+            for part, way in pace(training, own):
+                w = {k: p - way * scale * (gradient[k][n] + decay * p) for k, p in sent.items()}
+                logits = functional_call(replay.model, w, (images,))
+                mean = mean + part * logits.softmax(1).mean(0)
+            rows.append(mean)
+    return torch.stack(rows)  # type: ignore[arg-type]
