@@ -154,13 +154,15 @@ def reconstruct(
         print(json.dumps(result, indent=2))  # noqa: T201
         return
     table = Table(box=box.SIMPLE, padding=(0, 1, 0, 0))
-    for column in ("image", "PSNR (dB)", "SSIM", "fit", "label", "inferred"):
+    says = any(t.trusted is not None for t in trials.trials)
+    for column in ("image", "PSNR (dB)", "SSIM", "fit", "label", "inferred", "trusted")[: 6 + says]:
         table.add_column(column, justify="left" if column == "image" else "right")
     for file, trial in zip(files, trials.trials, strict=True):
         quality, inferred = trial.quality, trial.label_inferred
         table.add_row(
             f"{file.parent.name}/{file.name}", number(quality.psnr_db), f"{quality.ssim:.3f}",
             f"{trial.reconstruction.fit:.1e}", str(trial.label), str(inferred),
+            *(["-" if trial.trusted is None else "yes" if trial.trusted else "no"] if says else []),
         )  # fmt: skip
     _console.print(table)
     mean = sum(trials.psnr_db) / len(trials.psnr_db)
@@ -173,6 +175,12 @@ def _notes(result: Reconstruction) -> Iterator[str]:
     """Say what limits a reconstruction, as far as the attacker knows it."""
     if result.details.get("why_not_linear"):
         yield f"Matched as a whole: {result.details['why_not_linear']}."
+    if head := result.details.get("head"):
+        yield (
+            f"Told apart at the head: singular values of its gradient fall to "
+            f"{head['singular_value_ratio']:.1e} of the largest; its inputs are known to "
+            f"{min(head['relative_error']):.0e} ... {max(head['relative_error']):.0e}."
+        )
     for name, share in result.details.get("lost", {}).items():
         yield f"Layer {name!r}: {share:.0%} of its inputs are unknown (saturated or inactive)."
     if result.fit > 0.5:

@@ -35,6 +35,9 @@ class Trial:
     quality : Quality
     label, label_inferred : int
         The true label, and the one that the attack gives the matched image.
+    trusted : bool or None
+        Whether the attacker, who does not see the quality, trusts this image of a batch;
+        None where the attack does not say.
     """
 
     reconstruction: Reconstruction
@@ -42,6 +45,7 @@ class Trial:
     quality: Quality
     label: int
     label_inferred: int
+    trusted: bool | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -141,11 +145,14 @@ def _score(result: Reconstruction, images: Tensor, labels: Tensor) -> list[Trial
     """Score a batch, in the order of its true images."""
     trials = []
     for one in score_batch(result.images, result.labels, images, labels):
-        if one.image is None or one.quality is None or one.label_inferred is None:
+        found = one.image, one.quality, one.label_inferred, one.place
+        if found[0] is None or found[1] is None or found[2] is None or found[3] is None:
             raise InvalidInputError(
                 f"the attack returned {len(result.images)} images for a batch of {len(images)}"
             )
-        trials.append(Trial(result, one.image, one.quality, one.label, one.label_inferred))
+        trust = result.details.get("head", {}).get("trusted")
+        trusted = None if trust is None else trust[found[3]]
+        trials.append(Trial(result, found[0], found[1], one.label, found[2], trusted))
     return trials
 
 
@@ -180,6 +187,8 @@ def summary(
                 "label_inferred": t.label_inferred,
                 "fit": t.reconstruction.fit,
                 "by": t.reconstruction.details.get("by"),
+                "trusted": t.trusted,
+                "head": t.reconstruction.details.get("head"),
                 "why_not_linear": t.reconstruction.details.get("why_not_linear"),
             }
             for file, t in zip(files, trials.trials, strict=True)

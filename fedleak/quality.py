@@ -77,12 +77,15 @@ class Scored:
         The reconstruction that was matched with it; None where there is none.
     quality : Quality or None
     label, label_inferred : int or None
+    place : int or None
+        Its place among the reconstructions.
     """
 
     image: Tensor | None
     quality: Quality | None
     label: int
     label_inferred: int | None
+    place: int | None
 
 
 def score_batch(
@@ -109,10 +112,11 @@ def score_batch(
     out = []
     for place, (true, label) in enumerate(zip(truth, truth_labels.tolist(), strict=True)):
         if images is None or labels is None or place not in pairs:
-            out.append(Scored(None, None, int(label), None))
+            out.append(Scored(None, None, int(label), None, None))
             continue
-        made = images[pairs[place]]
-        out.append(Scored(made, score(made, true), int(label), int(labels[pairs[place]])))
+        found = pairs[place]
+        quality = score(images[found], true)
+        out.append(Scored(images[found], quality, int(label), int(labels[found]), found))
     return out
 
 

@@ -35,7 +35,8 @@ _DISTINCT = 1e-7
 _EFFORTS, _STARTS, _SPREADS = 12, 8, (0.3, 0.1, 0.1, 0.3, 1.0, 1.0, 3.0, 3.0)
 #: Sets of labels tried, and Gauss-Newton steps from each start.
 _CANDIDATES, _STEPS = 100, 200
-#: Relative error of an input up to which its image is worth trusting.
+#: Relative error of an input up to which its image is worth trusting: the one estimated, and
+#: by how much the image, put through the network, misses it.
 TRUSTED = 1e-2
 #: Relative deviation of an input from which the layer below is asked.
 _VAGUE = 3e-6
@@ -87,13 +88,21 @@ class Demixed:
         """Estimated error of each input, relative to it, shape (B,)."""
         return self.deviation / _rms(self.inputs)
 
-    def report(self) -> dict[str, Any]:
-        """Return the conditioning and which images to trust, as plain values."""
+    def report(self, made: Tensor) -> dict[str, Any]:
+        """Return the conditioning, and which images to trust, as plain values.
+
+        Parameters
+        ----------
+        made : Tensor, shape (B, features)
+            What the reconstructed images give at the head.
+        """
+        missed = _rms(made - self.inputs) / _rms(self.inputs)
         return {
             "singular_value_ratio": self.ratio,
             "misfit": self.misfit,
             "relative_error": self.relative_error.tolist(),
-            "trusted": (self.relative_error < TRUSTED).tolist(),
+            "missed": missed.tolist(),
+            "trusted": (self.relative_error.maximum(missed) < TRUSTED).tolist(),
         }
 
 

@@ -416,7 +416,8 @@ def package(
         ]
         details = {"by": by[n], "noise": float(solution.noise[n]), "layers": layers}
         if solution.demixed:
-            details["head"] = solution.demixed[n].report()
+            made = evidence.chain.features(images[n])[-1]
+            details["head"] = solution.demixed[n].report(made)
         details["lost"] = {
             layer.name: float(unknown[n].double().mean())
             for layer, unknown in lost
