@@ -89,6 +89,7 @@ class MaliciousServer(DelegatingStrategy):
         Attack in every n-th round.
     max_clients : int
         Attack at most this many clients a round, in the order they were asked; 0 for all.
+        A sum is always over all.
     on_leak : callable, optional
         Called with each :class:`Leak`. By default they are logged.
     capture : path or CaptureWriter, optional
@@ -173,7 +174,9 @@ class MaliciousServer(DelegatingStrategy):
     def _attack(self, server_round: int, replies: list[Message]) -> None:
         """Observe every client that was asked, capture, attack, and report each leak."""
         by_node = {r.metadata.src_node_id: r for r in replies}
-        asked = list(self._sent)[: self.max_clients or None]
+        asked = list(self._sent)
+        if self.threat.view == "client":  # a sum is over all of them
+            asked = asked[: self.max_clients or None]
         self.last_leaks = []
         observations: dict[tuple[int, ...], Observation] = {}
         models: dict[int, nn.Module] = {}
