@@ -96,7 +96,7 @@ class LinearSolution:
         better than their inputs (a ReLU's). 0 means that the image itself is known.
         """
         # A system of full rank that its own solution misses was set up from wrong values.
-        wrong = (10 * self.noise).clamp_min(_MISSED)
+        wrong = (10 * self.noise_below(len(self.values) - 1)).clamp_min(_MISSED)
         deficient = {
             s.name
             for s in self.layers

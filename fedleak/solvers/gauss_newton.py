@@ -73,7 +73,7 @@ class GaussNewton:
     """
 
     def __init__(self, residual: Residual, start: Tensor):
-        self.residual, self.x = residual, start
+        self.residual, self.x = residual, start.contiguous()  # an expanded one has no tangents
         self.linearise()
 
     def linearise(self) -> None:
