@@ -19,6 +19,7 @@ slow: install
 bench: install
 	$(BIN)/python -m tests.benchmarks.linear
 	$(BIN)/python -m tests.benchmarks.hybrid
+	$(BIN)/python -m tests.benchmarks.batches
 	$(BIN)/python -m tests.benchmarks.fedavg
 	$(BIN)/python -m tests.benchmarks.fedavg --memory
 

@@ -157,9 +157,7 @@ class Attack(_Section):
 
     name: str = Field("hybrid", description="an attack; none: updates are captured only")
     every: int = Field(1, ge=1, description="attack in every n-th round (and the first)")
-    clients: int = Field(
-        0, ge=0, description="clients attacked each round; 0, or in a sum: all"
-    )
+    clients: int = Field(0, ge=0, description="clients attacked each round; 0, or in a sum: all")
     device: str = Field("auto", description="auto, cpu or cuda")
     options: dict[str, Any] = Field(default_factory=dict, description="the attack's own settings")
 

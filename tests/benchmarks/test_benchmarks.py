@@ -12,7 +12,7 @@ from fedleak.local_training import LocalReplay
 from fedleak.models import conv_chain
 from fedleak.replay import Replay
 from fedleak.threat import LocalTraining
-from tests.benchmarks import common, fedavg, hybrid, linear
+from tests.benchmarks import batches, common, fedavg, hybrid, linear
 
 import torch  # isort: skip
 
@@ -32,6 +32,16 @@ def test_linear(tiny: common.Network, tmp_path: Path) -> None:
     options = argparse.Namespace(threads=1, json=tmp_path / "out.json")
     common.report(rows, options, linear.NOTES)
     assert json.loads(options.json.read_text())["rows"] == rows
+
+
+def test_batches() -> None:
+    images, labels = batches.images_of(None)
+    row = batches.measure(images, labels, "linear", "cnn2-v1", batch=3, classes=10, seed=0)
+    assert row["least dB"] > 60
+    assert row["labels wrong"] == 0
+    assert row["trusted"] == 3
+    again = batches.measure(images, labels, "linear", "cnn2-v1", batch=3, classes=10, seed=1)
+    assert again["ratio"] != row["ratio"]
 
 
 def test_both_sides_solve_the_same_system() -> None:
