@@ -181,6 +181,13 @@ def _notes(result: Reconstruction) -> Iterator[str]:
             f"{head['singular_value_ratio']:.1e} of the largest; its inputs are known to "
             f"{min(head['relative_error']):.0e} ... {max(head['relative_error']):.0e}."
         )
+    for layer in result.details.get("layers", ()):
+        if layer["rank"] < layer["unknowns"]:
+            by = "the prior" if result.details.get("by") == "matching" else "least squares"
+            yield (
+                f"Layer {layer['name']!r}: {layer['unknowns'] - layer['rank']} of its "
+                f"{layer['unknowns']} unknowns are not determined, and filled in by {by}."
+            )
     for name, share in result.details.get("lost", {}).items():
         yield f"Layer {name!r}: {share:.0%} of its inputs are unknown (saturated or inactive)."
     if result.fit > 0.5:

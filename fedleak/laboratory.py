@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -169,10 +169,11 @@ def summary(
     trials: Trials, files: Sequence[Path], attack: str, prior: str | None = None
 ) -> dict[str, Any]:
     """Return the trials as plain types, for JSON."""
-    first = trials.trials[0].reconstruction.details
+    first, threat = trials.trials[0].reconstruction.details, trials.trials[0].reconstruction.threat
     return {
         "attack": attack,
         "prior": prior,
+        "threat_model": None if threat is None else asdict(threat),
         "seconds": trials.seconds,
         "rank": [
             {k: layer[k] for k in ("name", "unknowns", "rank")} for layer in first.get("layers", ())
