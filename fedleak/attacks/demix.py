@@ -11,24 +11,17 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fedleak.attacks.labels import label_candidates
-from fedleak.solvers.gaussian import cholesky
+from fedleak.attacks.mixture import NOISY, Constraint, Mixture, rows_rms
 
-#: Relative rounding of a client's softmax, and of an entry of its weight gradient, in float32:
-#: measured on the paper's networks, batches of 2 to 32.
-_SOFTMAX, _ENTRY = 4e-7, 1e-7
 #: Mean square residual, in units of the rounding expected, of a solution: 0.1 to 2 measured.
 _SOLVED = 5.0
-#: Relative noise above which an update was defended.
-_NOISY = 1e-5
 #: Singular value ratio below which float32 holds fewer images than there are.
 _DISTINCT = 1e-7
 #: Rounds of random starts, how many at once, and how far their logits are from the mean.
@@ -40,12 +33,10 @@ _CANDIDATES, _STEPS = 100, 200
 TRUSTED = 1e-2
 #: Relative deviation of an input from which the layer below is asked.
 _VAGUE = 3e-6
+#: Bounds the searches for large batches, of which each costs as the sixth power of their size.
+_WORK = 4e10
 #: Entries of the normal equations of all starts at once.
 _ENTRIES = 2e6
-
-#: ``X -> (r, dr)``: what the layers below demand to be zero, (B, q), each of one image alone,
-#: and its derivatives by that image's ``X``, (B, q, F).
-Constraint = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
 @dataclass
@@ -84,9 +75,25 @@ class Demixed:
         return self.misfit < _SOLVED and self.ratio > max(_DISTINCT, 2 * self.noise)
 
     @property
+    def why_not(self) -> str:
+        """Why the images are not told apart; empty if they are."""
+        if self.solved:
+            return ""
+        if self.ratio <= max(_DISTINCT, 2 * self.noise):
+            hides = f"its noise ({self.noise:.0e})" if self.noise > NOISY else "float32"
+            return (
+                f"the singular values of its gradient fall to {self.ratio:.0e} of the largest, "
+                f"where {hides} hides them (strong noise, or an image that is there twice)"
+            )
+        return (
+            f"what is found misses its gradient by {math.sqrt(self.misfit):.1g} times the "
+            f"rounding expected (singular values fall to {self.ratio:.1e} of the largest)"
+        )
+
+    @property
     def relative_error(self) -> Tensor:
         """Estimated error of each input, relative to it, shape (B,)."""
-        return self.deviation / _rms(self.inputs)
+        return self.deviation / rows_rms(self.inputs)
 
     def report(self, made: Tensor) -> dict[str, Any]:
         """Return the conditioning, and which images to trust, as plain values.
@@ -96,7 +103,7 @@ class Demixed:
         made : Tensor, shape (B, features)
             What the reconstructed images give at the head.
         """
-        missed = _rms(made - self.inputs) / _rms(self.inputs)
+        missed = rows_rms(made - self.inputs) / rows_rms(self.inputs)
         return {
             "singular_value_ratio": self.ratio,
             "misfit": self.misfit,
@@ -104,156 +111,6 @@ class Demixed:
             "missed": missed.tolist(),
             "trusted": (self.relative_error.maximum(missed) < TRUSTED).tolist(),
         }
-
-
-@dataclass
-class _Problem:
-    """``E(M)^T M = H``, ``sum E(M) = g``, rows and columns weighted by their rounding."""
-
-    gradient: Tensor  # G (C, F)
-    bias: Tensor  # g (C,)
-    weight: Tensor  # W (C, F)
-    offset: Tensor  # b (C,)
-    basis: Tensor  # R (B, F)
-    noise: float  # of an entry, relative to their root mean square
-    labels: Tensor  # (B,)
-
-    def __post_init__(self) -> None:
-        self.logits = self.basis @ self.weight.mT  # of each basis vector, (B, C)
-        self.target = self.gradient @ self.basis.mT  # H (C, B)
-        self.own = F.one_hot(self.labels, len(self.bias)).to(self.bias)  # Y (B, C)
-        rows = self.gradient.square().mean(1).sqrt()
-        self.of_g = (_ENTRY * rows).maximum(self.noise * rows.square().mean().sqrt())
-        self.of_bias = self.noise * self.bias.square().mean().sqrt()
-        self.constraint: Constraint | None = None
-        self.demands = self.bias.new_zeros(())
-        self.unweigh()
-
-    @property
-    def batch(self) -> int:
-        return len(self.labels)
-
-    def unweigh(self) -> None:
-        """Weigh all equations alike."""
-        self.mix = torch.eye(self.batch).to(self.own)  # whitens the columns of E^T M - H
-        self.rows = self.sums = torch.ones_like(self.bias)
-
-    def weigh(self, m: Tensor) -> None:
-        """Set the weights by the rounding of the client's softmax and sums, given ``M``."""
-        p = (m @ self.logits + self.offset).softmax(1)
-        of_basis = self.of_basis((p - self.own) / self.batch)
-        # Of each image's p, relative: rounding, and what a defence's noise in its input does to
-        # its logits. (Rounding does so too, but less than its size lets expect.)
-        spread = (self.weight - self.weight.mean(0)).square().sum(1).mean().sqrt()
-        spread = spread * (self.noise > _NOISY)
-        of_p = (_SOFTMAX**2 + (of_basis * spread).square()).sqrt()
-        of_e = of_p.unsqueeze(1) * p / self.batch
-        level = of_e.mean(1, keepdim=True)
-        even = torch.eye(len(m)).to(m) * self.of_g.mean().square()
-        covariance = (m * level).mT @ (m * level) + even
-        self.mix = torch.linalg.inv(cholesky(covariance)).mT
-        # Where errors of the softmax are not what limits, neither is their share in each row.
-        of_row = torch.hypot(of_e.square().mean(0).sqrt() * _rms(m).mean(), self.of_g)
-        self.rows = of_row.mean() / of_row
-        self.sums = 1 / torch.hypot(of_e.square().sum(0).sqrt(), self.of_bias)
-        if self.constraint is not None:
-            x = m @ self.basis
-            of_x = torch.hypot(of_basis, _ENTRY * _rms(x))
-            change = self.constraint(x)[1].norm(dim=2)
-            self.demands = 1 / (change * of_x.unsqueeze(1)).clamp_min(1e-300)
-
-    def of_basis(self, e: Tensor) -> Tensor:
-        """Return the standard deviation of each input's entries that no ``M`` can mend, (B,)."""
-        return (torch.linalg.pinv(e.mT) * self.of_g).square().sum(1).sqrt()
-
-    def evaluate(self, m: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """Return ``P``, ``E``, both residuals and their sum of squares for (K, B, B)."""
-        p = (m @ self.logits + self.offset).softmax(2)
-        e = (p - self.own) / self.batch
-        r1 = ((e.mT @ m - self.target) @ self.mix) * self.rows.unsqueeze(1)
-        r2 = (e.sum(1) - self.bias) * self.sums
-        value = r1.square().sum((1, 2)) + r2.square().sum(1)
-        if self.constraint is not None:
-            demanded, _ = self.constraint(m[0] @ self.basis)
-            value = value + (demanded * self.demands).square().sum()
-        return p, e, r1, r2, value
-
-    def normal(
-        self, m: Tensor, p: Tensor, e: Tensor, r1: Tensor, r2: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Return ``J^T J``, (K, B^2, B^2), and ``J^T r``, (K, B^2), without building ``J``."""
-        count = len(m)
-        # de_b / dm_b, shape (K, B, C, B).
-        mean = (p @ self.logits.mT).unsqueeze(2)
-        change = p.unsqueeze(3) * (self.logits.mT - mean) / self.batch
-        a, s = change * self.rows.unsqueeze(1), change * self.sums.unsqueeze(1)
-        mixed, ew = m @ self.mix, e * self.rows
-        flat = a.transpose(1, 2).flatten(2)
-        gram = (flat.mT @ flat).unflatten(2, (self.batch, -1)).unflatten(1, (self.batch, -1))
-        jtj = gram * (mixed @ mixed.mT)[:, :, None, :, None]
-        cross = torch.einsum("xbck,xdc,xbl->xbkdl", a, ew, mixed @ self.mix.mT)
-        jtj = jtj + cross + cross.permute(0, 3, 4, 1, 2)
-        jtj = jtj + torch.einsum("xbd,kl->xbkdl", ew @ ew.mT, self.mix @ self.mix.mT)
-        flat = s.transpose(1, 2).flatten(2)
-        jtj = jtj.flatten(3).flatten(1, 2) + flat.mT @ flat
-        slope = torch.einsum("xbck,xbj,xcj->xbk", a, mixed, r1)
-        slope = slope + torch.einsum("xbc,xcj,kj->xbk", ew, r1, self.mix)
-        slope = slope + torch.einsum("xbck,xc->xbk", s, r2)
-        if self.constraint is not None:
-            r, dr = self.constraint(m[0] @ self.basis)
-            by_m = (dr @ self.basis.mT) * self.demands.unsqueeze(2)  # (B, q, B)
-            slope = slope + torch.einsum("bqk,bq->bk", by_m, r * self.demands)
-            jtj = jtj + torch.block_diag(*(by_m.mT @ by_m))
-        return jtj, slope.reshape(count, -1)
-
-    def solve(self, m: Tensor, steps: int) -> tuple[Tensor, Tensor]:
-        """Levenberg-Marquardt from every ``M`` of (K, B, B); return those and the values."""
-        damping = torch.full((len(m),), 1e-2).to(m)
-        idle = torch.zeros(len(m), dtype=torch.int64, device=m.device)
-        p, e, r1, r2, value = self.evaluate(m)
-        for _ in range(steps):
-            jtj, slope = self.normal(m, p, e, r1, r2)
-            step = _damped(jtj, slope, damping)
-            trial = m - step.reshape(m.shape)
-            p_, e_, r1_, r2_, value_ = self.evaluate(trial)
-            down = value_ < value
-            gained = down & (value_ < value * (1 - 1e-4))
-            idle = torch.where(gained, 0, idle + 1)
-            m, p, e, r1, r2, value = (
-                torch.where(down.reshape(-1, *[1] * (new.dim() - 1)), new, old)
-                for new, old in zip(
-                    (trial, p_, e_, r1_, r2_, value_), (m, p, e, r1, r2, value), strict=True
-                )
-            )
-            damping = torch.where(down, damping * 0.3, damping * 4).clamp(1e-15, 1e8)
-            # The best has settled; the others would only come to the same, or to worse.
-            if int(idle[value.argmin()]) >= 8:
-                break
-        return m, value
-
-    def covariance(self, m: Tensor) -> Tensor:
-        """Return that of ``M``'s entries at the solution, (B^2, B^2)."""
-        state = self.evaluate(m.unsqueeze(0))
-        jtj, _ = self.normal(m.unsqueeze(0), *state[:4])
-        size = jtj[0].diagonal().clamp_min(1e-300).sqrt()
-        scaled = jtj[0] / size / size.unsqueeze(1)
-        scaled.diagonal().add_(1e-14)
-        return torch.linalg.inv(scaled) / size / size.unsqueeze(1)
-
-
-def _rms(x: Tensor) -> Tensor:
-    return x.square().mean(1).sqrt()
-
-
-def _damped(jtj: Tensor, slope: Tensor, damping: Tensor) -> Tensor:
-    """Return the Marquardt step; zero where the matrix is not positive."""
-    size = jtj.diagonal(dim1=1, dim2=2)
-    size = size.clamp_min(1e-14 * size.amax(1, keepdim=True).clamp_min(1e-300)).sqrt()
-    scaled = jtj / size.unsqueeze(1) / size.unsqueeze(2)
-    scaled.diagonal(dim1=1, dim2=2).add_(damping.unsqueeze(1))
-    factor, info = torch.linalg.cholesky_ex(scaled)
-    step = torch.cholesky_solve((slope / size).unsqueeze(2), factor)[:, :, 0] / size
-    return torch.where((info == 0).unsqueeze(1), step, 0.0).nan_to_num()
 
 
 def demix(
@@ -295,32 +152,63 @@ def demix(
     # What B images do not explain is noise.
     entry = float((values[images:].square().sum() / gradient[images:].numel()).sqrt())
     noise = entry / float(gradient.square().mean().sqrt())
+    basis = right[:images]
+    if ratio <= max(_DISTINCT, 2 * noise):
+        return _indistinct(basis, len(bias), ratio, noise)
     sets = iter([labels]) if labels is not None else label_candidates(bias, images, typical)
-    tried: list[tuple[float, _Problem, Tensor]] = []
+    fresh = (
+        _Try(Mixture(gradient, bias, weight, offset, basis, noise, y))
+        for y in itertools.islice(sets, _CANDIDATES)
+    )
+    tried: list[_Try] = []
+    left = max(2, int(_WORK / images**6))
     for effort in range(_EFFORTS):
         # At first every set of labels, later the better half of them again, and so on.
-        if effort == 0:
-            problems: Iterator[_Problem] = (
-                _Problem(gradient, bias, weight, offset, right[:images], noise, y)
-                for y in itertools.islice(sets, _CANDIDATES)
-            )
-        else:
-            tried = sorted(tried, key=lambda t: t[0])[: (len(tried) + 1) // 2]
-            problems = iter([problem for _, problem, _ in tried])
-        for problem in problems:
-            m, misfit = _sharpen(problem, _search(problem, effort))
+        tried = sorted(tried, key=lambda t: t.misfit)[: (len(tried) + 1) // 2]
+        for attempt in itertools.islice(list(tried) if effort else fresh, left):
+            left -= 1
+            m, misfit = _sharpen(attempt.problem, _search(attempt.problem, effort))
             if misfit < _SOLVED:
-                found = _finished(problem, m, misfit, ratio)
-                if constraint is None or float(found.relative_error.max()) < _VAGUE:
-                    return found
-                problem.constraint = constraint
-                return _finished(problem, _sharpen(problem, m)[0], misfit, ratio)
-            tried.append((misfit, problem, m))
-    misfit, problem, m = min(tried, key=lambda t: t[0])
-    return _finished(problem, m, misfit, ratio)
+                return _asked(attempt.problem, m, misfit, ratio, constraint)
+            if effort == 0:
+                tried.append(attempt)
+            if misfit < attempt.misfit:
+                attempt.misfit, attempt.m = misfit, m
+    best = min(tried, key=lambda t: t.misfit)
+    if best.m is None:  # no start came anywhere
+        return _indistinct(basis, len(bias), ratio, noise)
+    return _finished(best.problem, best.m, best.misfit, ratio)
 
 
-def _search(problem: _Problem, effort: int) -> Tensor:
+@dataclass
+class _Try:
+    """One set of labels, and the best that was found for it."""
+
+    problem: Mixture
+    misfit: float = math.inf
+    m: Tensor | None = None
+
+
+def _indistinct(basis: Tensor, classes: int, ratio: float, noise: float) -> Demixed:
+    """Return that nothing was found."""
+    count = len(basis)
+    zero, unknown = basis.new_zeros(count, classes), basis.new_full((count,), torch.inf)
+    labels = torch.zeros(count, dtype=torch.int64, device=basis.device)
+    return Demixed(torch.zeros_like(basis), zero, labels, unknown, math.inf, ratio, noise)
+
+
+def _asked(
+    problem: Mixture, m: Tensor, misfit: float, ratio: float, constraint: Constraint | None
+) -> Demixed:
+    """Return the solution, sharpened by the layer below where it is vague."""
+    found = _finished(problem, m, misfit, ratio)
+    if constraint is None or float(found.relative_error.max()) < _VAGUE:
+        return found
+    problem.constraint = constraint
+    return _finished(problem, _sharpen(problem, m)[0], misfit, ratio)
+
+
+def _search(problem: Mixture, effort: int) -> Tensor:
     """Return the best ``M`` of some random starts; each ``effort`` draws others.
 
     Weighted and unweighted equations have different false minima, so they take turns.
@@ -341,7 +229,7 @@ def _search(problem: _Problem, effort: int) -> Tensor:
     return m[int(value.nan_to_num(torch.inf).argmin())]
 
 
-def _sharpen(problem: _Problem, m: Tensor, rounds: int = 3) -> tuple[Tensor, float]:
+def _sharpen(problem: Mixture, m: Tensor, rounds: int = 3) -> tuple[Tensor, float]:
     """Go on from a solution with every equation weighted by its own rounding.
 
     Returns ``M`` and the mean square of what is left, in units of that rounding.
@@ -359,7 +247,7 @@ def _sharpen(problem: _Problem, m: Tensor, rounds: int = 3) -> tuple[Tensor, flo
     return m, misfit
 
 
-def _finished(problem: _Problem, m: Tensor, misfit: float, ratio: float) -> Demixed:
+def _finished(problem: Mixture, m: Tensor, misfit: float, ratio: float) -> Demixed:
     """Return the inputs, and how well they are known: ``M``'s error, and that of ``R``."""
     count = problem.batch
     e = problem.evaluate(m.unsqueeze(0))[1][0]

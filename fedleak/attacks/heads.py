@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fedleak.attacks.demix import Constraint, Demixed, demix
+from fedleak.attacks.demix import Demixed, demix
 from fedleak.attacks.evidence import Evidence, typical_probabilities
+from fedleak.attacks.mixture import Constraint
 from fedleak.errors import UnsupportedModelError
 from fedleak.solvers import cgls
 from fedleak.systems import Affine, Chain, Pointwise
@@ -183,8 +184,7 @@ def of_batches(found: list[Demixed], evidence: Evidence) -> HeadSolution:
         if not batch.solved:
             raise UnsupportedModelError(
                 f"the {evidence.images} images of a batch could not be told apart at the head: "
-                f"what is found misses its gradient by {math.sqrt(batch.misfit):.1g} roundings "
-                f"of float32 (singular values fall to {batch.ratio:.1e} of the largest)"
+                f"{batch.why_not}"
             )
     value = torch.cat([b.inputs for b in found])
     deviation = torch.cat([b.deviation for b in found]).unsqueeze(1).expand_as(value)

@@ -14,11 +14,12 @@ from torch import Tensor, nn
 
 from fedleak import laboratory
 from fedleak.attacks import HybridAttack, LinearAttack
-from fedleak.attacks.demix import Demixed, _Problem, demix
+from fedleak.attacks.demix import Demixed, demix
 from fedleak.attacks.evidence import Evidence
 from fedleak.attacks.heads import _normals, demix_heads, forward_constraint
 from fedleak.attacks.labels import label_candidates
 from fedleak.attacks.linear import solve_layer
+from fedleak.attacks.mixture import Mixture
 from fedleak.attacks.shared_rows import match_batch
 from fedleak.data import load_data
 from fedleak.defences import DefenceSpec, defend
@@ -76,10 +77,10 @@ def test_every_label_may_be_the_same() -> None:
     assert float(torch.cdist(found.inputs, inputs).amin(1).max()) < 1e-3
 
 
-def _problem(seed: int) -> tuple[_Problem, Tensor]:
+def _problem(seed: int) -> tuple[Mixture, Tensor]:
     inputs, labels, weight, offset, gradient, bias = _head(seed, 3, 6, 20)
     basis = torch.linalg.svd(gradient, full_matrices=False)[2][:3]
-    problem = _Problem(gradient, bias, weight, offset, basis, 0.0, labels)
+    problem = Mixture(gradient, bias, weight, offset, basis, 0.0, labels)
     generator = torch.Generator().manual_seed(seed)
     m = inputs @ basis.mT + 0.1 * torch.randn(3, 3, generator=generator, dtype=torch.float64)
     problem.weigh(m)
@@ -381,3 +382,22 @@ def test_shared_rows_are_conditioned_on_as_in_one_dense_system() -> None:
     expected = mean + s @ u.mT @ torch.linalg.solve(gram, v - u @ mean)
     torch.testing.assert_close(found.images.flatten(), expected, atol=2e-4, rtol=0)
     assert len(match(found.images[0], x)) == 2
+
+
+def test_an_image_that_is_there_twice_is_said_to_be_hidden() -> None:
+    model = build_model("cnn2-v1", (1, 8, 8), 10, seed=0)
+    x, y = _digits(3)
+    x, y = x[[0, 0, 2]], y[[0, 0, 2]]
+    trials = laboratory.reconstruct(model, x, y, HybridAttack(steps=20), batch_size=3)
+    assert (
+        "an image that is there twice" in trials.trials[0].reconstruction.details["why_not_linear"]
+    )
+
+
+def test_a_large_batch_is_given_up_in_time() -> None:
+    """Gradients that no batch has: the search is bounded, and says how far off it stayed."""
+    case = _head(0, 12, 30, 60)
+    wrong = torch.linspace(-1, 1, 30, dtype=torch.float64) * 0.01
+    found = _demix(*case[:5], case[5] + wrong - wrong.mean())
+    assert not found.solved
+    assert "times the rounding expected" in found.why_not
