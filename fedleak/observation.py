@@ -65,9 +65,17 @@ class Observation:
                 f"labels {self.labels} are given, but the threat model does not let the attacker "
                 "know them; pass threat=ThreatModel(labels=True)"
             )
-        if self.images < 1 or self.clients < 1 or self.images % self.clients:
+        for name in ("images", "clients"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise InvalidInputError(f"{name} must be a whole number from 1, not {value!r}")
+        if self.images % self.clients:
             raise InvalidInputError(
                 f"{self.images} images cannot be those of {self.clients} clients alike"
+            )
+        if self.clients > 1 and self.threat.view != "sum":
+            raise InvalidInputError(
+                f"an update of {self.clients} clients is a sum; pass ThreatModel(view='sum')"
             )
 
     @classmethod
@@ -184,9 +192,17 @@ class Observation:
         InvalidInputError
             If they are not.
         """
+        if not observations:
+            raise InvalidInputError("a sum is over at least one client's update; there is none")
         first = observations[0]
-        if any(o.model is not first.model or o.training != first.training for o in observations):
-            raise InvalidInputError("a sum is over updates of one model and one local training")
+
+        def kind(o: Observation) -> tuple[Any, ...]:
+            return o.training, o.shared, o.threat, o.input_shape
+
+        if any(o.model is not first.model or kind(o) != kind(first) for o in observations):
+            raise InvalidInputError(
+                "a sum is over updates of one model, one local training and one threat model"
+            )
         if any(o.images != first.images or o.clients != 1 for o in observations):
             raise InvalidInputError("a sum is over clients with equally many images each")
         count = len(observations)

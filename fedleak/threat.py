@@ -129,6 +129,10 @@ class LocalTraining:
                 raise InvalidInputError(
                     f"{name} must be a whole number from {least}, not {value!r}"
                 )
+        for name in ("learning_rate", "momentum", "weight_decay"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
+                raise InvalidInputError(f"{name} must be a number, not {value!r}")
         rates = (self.learning_rate, self.momentum, self.weight_decay)
         if not all(math.isfinite(r) and r >= 0 for r in rates) or self.learning_rate == 0:
             raise InvalidInputError(

@@ -54,6 +54,8 @@ class Attack(ABC):
         ForbiddenError
             If the attack needs more than the threat model of an observation allows.
         """
+        if not observations:
+            return []
         name = ATTACKS.name_of(type(self)) or type(self).__name__
         for observation in observations:
             observation.threat.demand(self.needs(observation), f"attack {name!r}")

@@ -122,6 +122,7 @@ def demix(
     typical: Tensor,
     labels: Tensor | None = None,
     constraint: Constraint | None = None,
+    rounding: tuple[float, float] = (0.0, 0.0),
 ) -> Demixed:
     """Find the inputs of a fully connected head, and the labels, of one batch.
 
@@ -141,6 +142,9 @@ def demix(
         Where they are known.
     constraint : callable, optional
         What the layer below demands of inputs; sharpens the result.
+    rounding : tuple of float
+        Standard deviations of rounding, beside that of float32 gradients, in the entries of
+        ``gradient`` and ``bias``: where they are differences of weights.
 
     Returns
     -------
@@ -148,6 +152,8 @@ def demix(
         The best of all sets of labels tried; not ``solved`` if none fits within rounding.
     """
     values, right = torch.linalg.svd(gradient, full_matrices=False)[1:]
+    if not float(values[0]) > 0:  # withheld, or pruned away
+        return _indistinct(right[:images], len(bias), 0.0, 0.0)
     ratio = float(values[images - 1] / values[0])
     # What B images do not explain is noise.
     entry = float((values[images:].square().sum() / gradient[images:].numel()).sqrt())
@@ -157,7 +163,7 @@ def demix(
         return _indistinct(basis, len(bias), ratio, noise)
     sets = iter([labels]) if labels is not None else label_candidates(bias, images, typical)
     fresh = (
-        _Try(Mixture(gradient, bias, weight, offset, basis, noise, y))
+        _Try(Mixture(gradient, bias, weight, offset, basis, noise, y, rounding))
         for y in itertools.islice(sets, _CANDIDATES)
     )
     tried: list[_Try] = []
@@ -225,7 +231,7 @@ def _search(problem: Mixture, effort: int) -> Tensor:
     problem.unweigh()
     if effort % 2:
         problem.weigh(start[0])
-    m, value = problem.solve(start, _STEPS)
+    m, value = problem.solve(start, _STEPS if effort else _STEPS // 2)
     return m[int(value.nan_to_num(torch.inf).argmin())]
 
 

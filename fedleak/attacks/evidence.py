@@ -19,6 +19,9 @@ from fedleak.replay import Replay
 from fedleak.systems import Chain, Gradients
 from fedleak.threat import LocalTraining
 
+#: Standard deviation of the rounding of a float32 weight after a step, relative to the weight.
+_ULP = 4e-8
+
 
 @dataclass
 class Evidence:
@@ -35,8 +38,8 @@ class Evidence:
         Known, or inferred from the head's gradient.
     replay : Replay
         The client's step on any torch module, float64.
-    granted : bool
-        Whether all labels were known beforehand.
+    granted : Tensor of bool, shape (N,)
+        Whether the labels were known beforehand.
     training : LocalTraining or None
         How the clients trained, where that is known and they share weights.
     clients : int
@@ -56,7 +59,7 @@ class Evidence:
     gradient: Gradients
     labels: Tensor
     replay: Replay
-    granted: bool = False
+    granted: Tensor
     training: LocalTraining | None = None
     clients: int = 1
     simulated: LocalReplay | None = None
@@ -100,7 +103,7 @@ class Evidence:
             labels = _labels(observations, gradient, replay)
         else:
             labels = torch.zeros(len(observations), first.images, dtype=torch.int64, device=where)
-        granted = all(o.labels is not None for o in observations)
+        granted = torch.tensor([o.labels is not None for o in observations], device=where)
         training, own = first.training, first.images // first.clients
         simulated = None
         if simulate and training is not None and training.steps(own) > 1:
@@ -183,6 +186,25 @@ class Evidence:
             return 1
         return self.simulated.training.steps(self.images // self.clients)
 
+    def rounding(self, name: str) -> float:
+        """Return the standard deviation of rounding in the entries of a parameter's gradient.
+
+        Where it is a difference of float32 weights, beside the gradient's own; else 0.
+        """
+        if self.training is None:
+            return 0.0
+        scale = self.training.learning_rate * self.training.gain(self.images // self.clients)
+        return _ULP * float(self.replay.parameters[name].square().mean().sqrt()) / scale
+
+    @property
+    def floor(self) -> Tensor:
+        """What rounding of the weights alone makes of :meth:`fit`, shape (N,)."""
+        parts = [
+            self.rounding(k) / g.flatten(1).square().mean(1).sqrt().clamp_min(1e-300)
+            for k, g in self.gradient.items()
+        ]
+        return torch.stack(parts).square().mean(0).sqrt()
+
     def __len__(self) -> int:
         return len(self.labels)
 
@@ -192,6 +214,7 @@ class Evidence:
             self,
             gradient={k: g[mask] for k, g in self.gradient.items()},
             labels=self.labels[mask],
+            granted=self.granted[mask],
             plan=None if self.plan is None else self.plan[mask],
             statistics={k: v[mask] for k, v in self.statistics.items()},
         )

@@ -80,7 +80,7 @@ def solve_head(evidence: Evidence) -> list[HeadSolution]:
         made = [_rank_one(evidence, labels, 0)]
     else:
         # (x, y) and (-x, 1 - y) give the same gradient, and so may two scales.
-        tried = [labels] if evidence.granted else [labels, 1 - labels]
+        tried = [labels] if bool(evidence.granted.all()) else [labels, 1 - labels]
         made = [_rank_one(evidence, y, place) for y in tried for place in (0, 1)]
     out = []
     for g, value, deviation, noise, y in made:
@@ -111,8 +111,9 @@ def demix_heads(evidence: Evidence) -> list[Demixed]:
             head.bias,
             evidence.images,
             typical,
-            evidence.labels[n] if evidence.granted else None,
+            evidence.labels[n] if bool(evidence.granted[n]) else None,
             demands,
+            (evidence.rounding(head.weight_name), evidence.rounding(head.bias_name)),
         )
         for n, (gradient, bias) in enumerate(zip(weights, biases, strict=True))
     ]

@@ -36,6 +36,8 @@ _ROUNDED = 1e-6
 #: Least squares fits the noise too: under noise the prior may cost this much of the fit, and
 #: any fit within twice the noise is a good one (the discrepancy principle).
 _SLACK = 1.1
+#: Fit of a batch solved layer by layer from which it is matched as a whole, too.
+_POOR = 0.05
 #: How near to the 8-bit grid, in steps of it, an image must come to be rounded, root mean
 #: square: any image that is not on it is at 0.29.
 _ON_GRID = 0.1
@@ -56,8 +58,9 @@ class HybridAttack(Attack):
     one, and a noisy one hardly. An image that comes out on the grid of 8-bit pixels is
     rounded to it: all pixels of a wrong image do not lie there by chance.
 
-    Models that are no chain of layers with linear systems (residual blocks, attention, ...)
-    and batches are matched on the module itself, with the head's input where it is known.
+    Batches are told apart at the head first. Those that cannot be, and models that are no chain
+    of layers with linear systems (residual blocks, attention, ...), are matched on the module
+    itself, with the head's input where it is known.
 
     Parameters
     ----------
@@ -127,6 +130,11 @@ class HybridAttack(Attack):
                 (results[n],) = self._solve_chain(part, [of_batches([batch], part)])
             except UnsupportedModelError as error:
                 (results[n],) = self._match_module(part, str(error))
+                continue
+            if results[n].fit > _POOR:  # the layers below left little: perhaps all at once do more
+                why = "the layers below the head leave too much open"
+                (whole,) = self._match_module(part.with_labels(batch.labels.unsqueeze(0)), why)
+                results[n] = min(results[n], whole, key=lambda r: r.fit)
         return [results[n] for n in range(len(evidence))]
 
     def _solve_chain(
@@ -241,5 +249,6 @@ def _snap(evidence: Evidence, images: Tensor, levels: int = 255) -> Tensor:
     if not bool(near.any()):
         return images
     rounded = torch.where(near.reshape(*near.shape, 1, 1, 1), rounded, images)
-    agrees = evidence.fit(rounded) <= (2 * evidence.fit(images)).clamp_min(2 * _ROUNDED)
+    known = evidence.fit(images).maximum(evidence.floor).clamp_min(_ROUNDED)
+    agrees = evidence.fit(rounded) <= 2 * known
     return torch.where(agrees.reshape(-1, 1, 1, 1, 1), rounded, images)

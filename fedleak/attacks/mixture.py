@@ -11,11 +11,11 @@ from torch import Tensor
 
 from fedleak.solvers.gaussian import cholesky
 
-#: Relative rounding of a client's softmax, and of an entry of its weight gradient, in float32:
-#: measured on the paper's networks, batches of 2 to 32.
+#: Relative rounding of a client's softmax of small logits, and of an entry of its weight
+#: gradient, in float32: measured on the paper's networks, batches of 2 to 32.
 _SOFTMAX, _ENTRY = 4e-7, 1e-7
-#: Relative noise above which an update was defended.
-NOISY = 1e-5
+#: Relative noise above which it is more than the rounding of a float32 gradient.
+NOISY = 5e-7
 
 #: ``X -> (r, dr)``: what the layers below demand to be zero, (B, q), each of one image alone,
 #: and its derivatives by that image's ``X``, (B, q, F).
@@ -33,6 +33,7 @@ class Mixture:
     basis: Tensor  # R (B, F)
     noise: float  # of an entry, relative to their root mean square
     labels: Tensor  # (B,)
+    rounding: tuple[float, float] = (0.0, 0.0)  # of an entry of G and of g, beside float32's
 
     def __post_init__(self) -> None:
         self.logits = self.basis @ self.weight.mT  # of each basis vector, (B, C)
@@ -40,7 +41,8 @@ class Mixture:
         self.own = F.one_hot(self.labels, len(self.bias)).to(self.bias)  # Y (B, C)
         rows = self.gradient.square().mean(1).sqrt()
         self.of_g = (_ENTRY * rows).maximum(self.noise * rows.square().mean().sqrt())
-        self.of_bias = self.noise * self.bias.square().mean().sqrt()
+        self.of_g = self.of_g.clamp_min(self.rounding[0])
+        self.of_bias = (self.noise * self.bias.square().mean().sqrt()).clamp_min(self.rounding[1])
         self.constraint: Constraint | None = None
         self.demands = self.bias.new_zeros(())
         self.unweigh()
@@ -56,13 +58,15 @@ class Mixture:
 
     def weigh(self, m: Tensor) -> None:
         """Set the weights by the rounding of the client's softmax and sums, given ``M``."""
-        p = (m @ self.logits + self.offset).softmax(1)
+        logits = m @ self.logits + self.offset
+        p = logits.softmax(1)
         of_basis = self.of_basis((p - self.own) / self.batch)
-        # Of each image's p, relative: rounding, and what a defence's noise in its input does to
+        # Of each image's p, relative: rounding, and what noise in its input does to
         # its logits. (Rounding does so too, but less than its size lets expect.)
         spread = (self.weight - self.weight.mean(0)).square().sum(1).mean().sqrt()
         spread = spread * (self.noise > NOISY)
-        of_p = (_SOFTMAX**2 + (of_basis * spread).square()).sqrt()
+        rounding = _SOFTMAX * (1 + logits.abs().amax(1))
+        of_p = torch.hypot(rounding, of_basis * spread)
         of_e = of_p.unsqueeze(1) * p / self.batch
         level = of_e.mean(1, keepdim=True)
         even = torch.eye(len(m)).to(m) * self.of_g.mean().square()

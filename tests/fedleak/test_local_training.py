@@ -306,7 +306,9 @@ def test_labels_of_a_sum_are_spread_over_its_clients() -> None:
     counts = torch.tensor([2, 0, 1, 1, 0, 0, 0, 0, 0, 0], dtype=torch.float64)
     seen.gradient["fc.bias"] = Replay(_model(), SHAPE).model(_images(9)[0]).softmax(1).mean(0)
     seen.gradient["fc.bias"] = (seen.gradient["fc.bias"] - counts / 4).detach().to(bias)
-    summed = replace(seen, labels=None, clients=2, training=LocalTraining(1e-9, 2, 2))
+    many = ThreatModel(view="sum")
+    training = LocalTraining(1e-9, 2, 2)
+    summed = replace(seen, labels=None, clients=2, training=training, threat=many)
     assert Evidence.gather([summed], "cpu").labels.tolist() == [[0, 2, 0, 3]]
     (result,) = HybridAttack(steps=5)([summed])
     assert result.images.shape == (4, *SHAPE)

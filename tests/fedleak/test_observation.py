@@ -90,6 +90,8 @@ def test_weight_decay_is_taken_off_one_step() -> None:
         ({"learning_rate": 0.1, "batch_size": 0}, "batch_size must be a whole number from 1"),
         ({"learning_rate": 0.1, "epochs": 1.5}, "epochs must be a whole number from 1, not 1.5"),
         ({"learning_rate": 0.1, "momentum": 1.0}, "momentum must be below 1"),
+        ({"learning_rate": "0.1"}, "learning_rate must be a number, not '0.1'"),
+        ({"learning_rate": True}, "learning_rate must be a number, not True"),
     ],
 )
 def test_bad_local_training(arguments: dict[str, Any], words: str) -> None:
@@ -112,8 +114,25 @@ def test_a_sum_over_clients_is_the_mean_of_a_larger_batch() -> None:
         torch.testing.assert_close(value.float(), expected, atol=1e-6, rtol=1e-4)
     with pytest.raises(InvalidInputError, match="of one model"):
         Observation.sum_of([seen[0], replace(seen[1], model=copy.deepcopy(MODEL))])
-    with pytest.raises(InvalidInputError, match="equally many images"):
+    with pytest.raises(InvalidInputError, match="one threat model"):
         Observation.sum_of([seen[0], total])
+    with pytest.raises(InvalidInputError, match="at least one client"):
+        Observation.sum_of([])
+    more = replace(seen[0], images=2, labels=(3, 3))
+    with pytest.raises(InvalidInputError, match="equally many images"):
+        Observation.sum_of([seen[0], more])
+
+
+def test_numbers_of_images_and_clients() -> None:
+    gradient = client_gradient(MODEL, IMAGE, 3)
+    with pytest.raises(InvalidInputError, match=r"images must be a whole number from 1, not 2\.0"):
+        Observation.from_gradient(MODEL, gradient, (1, 8, 8), batch_size=2.0)  # type: ignore[arg-type]
+    seen = Observation.from_gradient(MODEL, gradient, (1, 8, 8), batch_size=4)
+    with pytest.raises(InvalidInputError, match="is a sum"):
+        replace(seen, clients=2)
+    with pytest.raises(InvalidInputError, match="4 images cannot be those of 3 clients"):
+        replace(seen, clients=3, threat=ThreatModel(view="sum"))
+    assert make_attack("linear")([]) == []
 
 
 def _weights(**changes: bool) -> Observation:
