@@ -82,7 +82,10 @@ def simulate(
     ] = False,
     verbose: Annotated[bool, typer.Option("--verbose", help="Show Flower's own log")] = False,
 ) -> None:
-    """Run a federation with an attacking server, and record what leaks in every round."""
+    """Run a federation with an attacking server, and record what leaks in every round.
+
+    SCENARIO is a file, or one of: cifar10, demo, fedavg, femnist, femnist-5-epochs.
+    """
     from simulations.engines import quiet_flower
     from simulations.engines import simulate as run
     from simulations.scenario import load_scenario

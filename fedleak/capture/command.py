@@ -57,7 +57,10 @@ def attack(
     ] = False,
     json_: Annotated[bool, typer.Option("--json", help="Print one JSON object")] = False,
 ) -> None:
-    """Attack captured updates; what is done is kept, and a rerun goes on where one stopped."""
+    """Attack captured updates; what is done is kept, and a rerun goes on where one stopped.
+
+    CAPTURE is a folder that `fedleak simulate --capture` or MaliciousServer(capture=...) wrote.
+    """
     from fedleak.capture.run import attack_capture
 
     options = read_options(option or (), prior, public)

@@ -11,8 +11,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
-from fedleak.cli import main
+from fedleak.cli import app, main
+from simulations.scenario import SHIPPED
 
 ROOT = Path(__file__).parents[2]
 
@@ -173,3 +175,8 @@ def _stop_superlink(port: int) -> None:
             continue
         if "flower-superlink" in command and f"FLWR_LOCAL_CONTROL_API_PORT={port}" in environment:
             os.kill(int(folder.name), 15)
+
+
+def test_help_names_every_shipped_scenario() -> None:
+    shown = CliRunner().invoke(app, ["simulate", "--help"], env={"COLUMNS": "200"}).output
+    assert all(path.stem in shown for path in SHIPPED.glob("*.toml"))
