@@ -38,6 +38,8 @@ _ROUNDED = 1e-6
 _SLACK = 1.1
 #: Fit of a batch solved layer by layer from which it is matched as a whole, too.
 _POOR = 0.05
+#: Part of another's fit that a fit must come to, to be taken for the better reconstruction.
+_CLEARLY = 0.9
 #: How near to the 8-bit grid, in steps of it, an image must come to be rounded, root mean
 #: square: any image that is not on it is at 0.29.
 _ON_GRID = 0.1
@@ -134,7 +136,8 @@ class HybridAttack(Attack):
             if results[n].fit > _POOR:  # the layers below left little: perhaps all at once do more
                 why = "the layers below the head leave too much open"
                 (whole,) = self._match_module(part.with_labels(batch.labels.unsqueeze(0)), why)
-                results[n] = min(results[n], whole, key=lambda r: r.fit)
+                if whole.fit < _CLEARLY * results[n].fit:
+                    results[n] = whole
         return [results[n] for n in range(len(evidence))]
 
     def _solve_chain(

@@ -447,3 +447,17 @@ def test_granted_labels_are_kept_beside_unknown_ones() -> None:
     unknown, known = demix_heads(Evidence.gather([seen, told], "cpu"))
     assert unknown.solved
     assert not known.solved
+
+
+def test_a_batch_of_which_the_layers_leave_too_much_open_is_matched_as_a_whole_too() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(1, 6, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(54, 10)
+    )
+    x, y = _digits(2)
+    plain = laboratory.reconstruct(model, x, y, LinearAttack(), batch_size=2)
+    both = laboratory.reconstruct(model, x, y, HybridAttack(steps=200), batch_size=2)
+    fits = [t.trials[0].reconstruction.fit for t in (plain, both)]
+    assert fits[1] < fits[0]
+    assert [t.label_inferred for t in both.trials] == y.tolist()
+    assert both.trials[0].reconstruction.details["by"] == "matching"
