@@ -38,7 +38,7 @@ def choosing_defence_mod(choose: Choose) -> Mod:
 
     def mod(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
         defence, shared, seed = choose(context)
-        if message.metadata.message_type != MessageType.TRAIN or not defence.strength:
+        if message.metadata.message_type != MessageType.TRAIN or not defence.parts:
             return call_next(message, context)
         record = next(iter(message.content.array_records.values()), None)
         sent = {} if record is None else _arrays(record)

@@ -1,15 +1,17 @@
 """Defences by name: pure functions from an update to an update."""
 
-from fedleak.defences.base import DEFENCES, Defence, DefenceSpec, defend, parse_defence
-from fedleak.defences.noise import gaussian_noise
-from fedleak.defences.pruning import magnitude_pruning
+from fedleak.defences.base import DEFENCES, Defence, Update
+from fedleak.defences.noise import GaussianNoise
+from fedleak.defences.pruning import MagnitudePruning
+from fedleak.defences.spec import DefenceSpec, defend, parse_defence
 
 __all__ = [
     "DEFENCES",
     "Defence",
     "DefenceSpec",
+    "GaussianNoise",
+    "MagnitudePruning",
+    "Update",
     "defend",
-    "gaussian_noise",
-    "magnitude_pruning",
     "parse_defence",
 ]

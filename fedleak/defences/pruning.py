@@ -1,42 +1,60 @@
-"""Magnitude pruning of the update (gradient compression)."""
+"""Entries that are not sent: the smallest ones, or random ones (gradient compression)."""
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
+
 import torch
+from torch import Tensor
 
 from fedleak.defences.base import DEFENCES, Defence, Update
 
 
-def magnitude_pruning(update: Update, strength: float, generator: torch.Generator) -> Update:
+def _smallest(value: Tensor, share: float) -> Tensor:
+    """Return where the smallest entries are, ``share`` of them but never all; a mask."""
+    drop = max(min(int(share * value.numel()), value.numel() - 1), 0)
+    order = value.abs().flatten().argsort(stable=True)
+    mask = torch.zeros(value.numel(), dtype=torch.bool, device=value.device)
+    mask[order[:drop]] = True
+    return mask.reshape(value.shape)
+
+
+@DEFENCES.register("prune")
+@dataclass(frozen=True)
+class MagnitudePruning(Defence):
     """Set the smallest entries of every tensor to zero.
 
     Parameters
     ----------
-    update : dict of str to Tensor
-    strength : float
+    share : float
         Fraction of each tensor's entries that is set to zero, in [0, 1). At least one
         entry of each tensor stays.
-    generator : torch.Generator
-        Not used: pruning is deterministic.
 
     Notes
     -----
     Per tensor, as in Deep Gradient Compression (Lin et al. 2018) and the defence of Zhu
     et al. 2019.
     """
-    pruned = {}
-    for name, value in update.items():
-        drop = min(int(strength * value.numel()), value.numel() - 1)
-        if drop <= 0:
-            pruned[name] = value
-            continue
-        order = value.abs().flatten().argsort(stable=True)
-        keep = torch.ones(value.numel(), dtype=torch.bool, device=value.device)
-        keep[order[:drop]] = False
-        pruned[name] = value * keep.reshape(value.shape)
-    return pruned
 
+    share: float = 0.0
+    unit = "fraction of each tensor's entries set to zero"
 
-DEFENCES.register("prune")(
-    Defence(magnitude_pruning, "fraction of each tensor's entries set to zero", maximum=1.0)
-)
+    def __post_init__(self) -> None:
+        self.demand("share", maximum=1.0)
+
+    def __call__(self, update: Update, generator: torch.Generator) -> Update:
+        return {k: v.masked_fill(_smallest(v, self.share), 0.0) for k, v in update.items()}
+
+    def errors(self, received: Update) -> Update:
+        """Return 0 for what was kept; what was dropped is not zero, but below all that was kept.
+
+        Somewhere between minus and plus the smallest magnitude that is left: as uniform, a
+        standard deviation of that over the root of three.
+        """
+        out = {}
+        for name, value in received.items():
+            dropped = _smallest(value, self.share)
+            bound = value.abs().masked_fill(dropped, torch.inf).flatten().amin()
+            out[name] = dropped.to(value) * bound / math.sqrt(3)
+        return out
