@@ -70,6 +70,7 @@ def reconstruct(
     labels_known: bool = False,
     seed: int = 0,
     batch_size: int = 1,
+    informed: bool = False,
 ) -> Trials:
     """Compute gradients as clients would, defend them, attack them, score the images.
 
@@ -92,6 +93,8 @@ def reconstruct(
     batch_size : int
         Images behind each gradient. The images of a batch come back in any order, and are
         matched with the true ones by least squared error before they are scored.
+    informed : bool
+        Whether the threat model grants the attacker the defence and its strength.
 
     Returns
     -------
@@ -127,7 +130,9 @@ def reconstruct(
         gradient = dict(zip(names, torch.autograd.grad(loss, parameters), strict=True))
         sent = defend(gradient, spec, seed + n)
         known = y.tolist() if labels_known else None
-        observations.append(Observation.from_gradient(model, sent, shape, batch_size, known))
+        told = spec if informed else None
+        seen = Observation.from_gradient(model, sent, shape, batch_size, known, defence=told)
+        observations.append(seen)
     begin = time.perf_counter()
     results = run(observations)
     seconds = time.perf_counter() - begin

@@ -28,12 +28,16 @@ class Defence(ABC):
     ----------
     unit : str
         What the strength is, with its unit.
-    rescales : bool
-        Whether the whole update is multiplied by a factor that the receiver is not told.
+    rescales : {"", "update", "tensor"}
+        What is multiplied by a factor that the receiver is not told: nothing, the update as a
+        whole, or every tensor by one of its own.
     """
 
     unit: ClassVar[str]
-    rescales: ClassVar[bool] = False
+
+    @property
+    def rescales(self) -> Literal["", "update", "tensor"]:
+        return ""
 
     @abstractmethod
     def __call__(self, update: Update, generator: torch.Generator) -> Update:
@@ -54,6 +58,10 @@ class Defence(ABC):
             Standard deviations, in the unit of the entry, broadcastable to each tensor:
             0 for an exact entry, infinite for one that says nothing.
         """
+
+    def contradiction(self, before: Sequence[Defence]) -> str:
+        """Return why this makes no sense after the defences ``before``; empty where it does."""
+        return ""
 
     def check(self, names: Sequence[str]) -> None:
         """Raise InvalidInputError if the defence does not fit updates with these names."""
@@ -124,6 +132,8 @@ def _value(defence: str, kind: Any, text: str) -> Any:
     if get_origin(kind) is Literal:
         if text not in get_args(kind):
             raise UnknownNameError(f"value for defence {defence!r}", text, get_args(kind))
+        return text
+    if kind is str:
         return text
     try:
         number = float(text)

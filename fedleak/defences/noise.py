@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -38,6 +39,14 @@ class RelativeNoise(Defence):
     def draw(self, shape: torch.Size, generator: torch.Generator) -> Tensor:
         """Return noise of mean 0 and variance 1, float64."""
 
+    def contradiction(self, before: Sequence[Defence]) -> str:
+        if any(d.rescales == "tensor" for d in before):
+            return (
+                "is relative to the size of each tensor, which is lost before it; put it first, "
+                "or keep the scale (sign:1+noise:0.1)"
+            )
+        return ""
+
     def __call__(self, update: Update, generator: torch.Generator) -> Update:
         noisy = {}
         for name, value in update.items():
@@ -58,3 +67,20 @@ class GaussianNoise(RelativeNoise):
 
     def draw(self, shape: torch.Size, generator: torch.Generator) -> Tensor:
         return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+
+@DEFENCES.register("laplace")
+@dataclass(frozen=True)
+class LaplaceNoise(RelativeNoise):
+    """Laplace noise, independent in every entry.
+
+    Equal strengths of ``laplace`` and ``noise`` have equal variance: the scale ``b`` of the
+    distribution is the standard deviation over the root of two.
+    """
+
+    def draw(self, shape: torch.Size, generator: torch.Generator) -> Tensor:
+        first, second = (
+            torch.empty(shape, dtype=torch.float64).exponential_(generator=generator)
+            for _ in range(2)
+        )
+        return (first - second) / math.sqrt(2)

@@ -7,10 +7,12 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Literal
 
 import torch
 
 from fedleak.defences.base import Defence, Update, make_defence
+from fedleak.defences.clipping import DP
 from fedleak.errors import InvalidInputError
 
 
@@ -83,9 +85,10 @@ class DefenceSpec:
         return re.sub(r"[^A-Za-z0-9._+-]+", "-", label)
 
     @property
-    def rescales(self) -> bool:
-        """Whether the update is multiplied by a factor that the receiver is not told."""
-        return any(part.rescales for part in self.parts)
+    def rescales(self) -> Literal["", "update", "tensor"]:
+        """What is multiplied by a factor that the receiver is not told."""
+        found = {part.rescales for part in self.parts}
+        return "tensor" if "tensor" in found else "update" if "update" in found else ""
 
     def check(self, names: Sequence[str]) -> None:
         """Raise InvalidInputError if the defence does not fit updates with these names."""
@@ -127,6 +130,15 @@ def _short(strength: str) -> str:
 
 def _check_order(named: Sequence[tuple[str, Defence]]) -> None:
     """Refuse an order that contradicts itself."""
+    before: list[Defence] = []
+    for name, defence in named:
+        if defence.strength:
+            reason = defence.contradiction(before)
+            if reason:
+                raise InvalidInputError(
+                    f"defence {'+'.join(n for n, _ in named)!r}: {name!r} {reason}"
+                )
+            before.append(defence)
 
 
 def parse_defence(text: str) -> DefenceSpec:
@@ -144,7 +156,38 @@ def parse_defence(text: str) -> DefenceSpec:
     strengths = [re.sub(r"(?<=[0-9.])[eE]\+", "e", strength.strip()) for *_, strength in parts]
     if len(parts) == 1:
         return DefenceSpec(names[0], strengths[0])
+    for name, strength in zip(names, strengths, strict=True):
+        if not strength and name != "none":
+            raise InvalidInputError(
+                f"defence {text!r}: {name!r} has no strength; write {name}:STRENGTH (0 is none)"
+            )
     return DefenceSpec("+".join(names), "+".join(s or "0" for s in strengths))
+
+
+def defend_examples(examples: Update, spec: DefenceSpec, seed: int) -> Update:
+    """Return the mean of per-example gradients as the defence leaves it.
+
+    Parameters
+    ----------
+    examples : dict of str to Tensor, shape (B, *parameter)
+        The gradient of each image of a batch.
+    spec, seed
+        As for :func:`defend`. What works on the update is given the mean.
+
+    Raises
+    ------
+    InvalidInputError
+        If the defence counts on another number of examples.
+    """
+    first = spec.parts[0] if spec.parts else None
+    if not isinstance(first, DP) or not first.examples:
+        return defend({k: v.mean(0) for k, v in examples.items()}, spec, seed)
+    spec.check(list(examples))
+    generator = torch.Generator().manual_seed(seed)
+    changed = first.mean_of(examples, generator)
+    for part in spec.parts[1:]:
+        changed = {**changed, **part(changed, generator)}
+    return {k: changed[k].to(v.dtype) for k, v in examples.items()}
 
 
 def defend(update: Update, spec: DefenceSpec, seed: int) -> Update:

@@ -9,6 +9,14 @@ from fedleak.defences import DEFENCES, DefenceSpec, defend, parse_defence
 from fedleak.errors import InvalidInputError, UnknownNameError
 
 
+#: One strength of every defence, and compositions.
+STRENGTHS = (
+    "noise:0.5", "laplace:0.5", "prune:0.5", "sparsify:0.5", "clip:1", "dp:clip=1,noise=0.1",
+    "quantise:4", "quantise:4,rounding=stochastic", "sign:1", "sign:0.1,scale=fixed",
+    "soteria:0.5", "withhold:b", "clip:1+noise:0.1", "prune:0.5+quantise:8+laplace:0.1",
+)  # fmt: skip
+
+
 def _update() -> dict[str, torch.Tensor]:
     g = torch.Generator().manual_seed(0)
     return {
@@ -25,15 +33,15 @@ def test_strength_zero_changes_no_bit(name: str) -> None:
         assert torch.equal(value, update[key])
 
 
-@pytest.mark.parametrize("name", list(DEFENCES))
-def test_defences_are_pure_and_seeded(name: str) -> None:
-    update, before = _update(), _update()
-    first = defend(update, DefenceSpec(name, 0.5), 1)
+@pytest.mark.parametrize("text", STRENGTHS)
+def test_defences_are_pure_and_seeded(text: str) -> None:
+    update, before, spec = _update(), _update(), parse_defence(text)
+    first = defend(update, spec, 1)
     for key, value in update.items():
         assert torch.equal(value, before[key])
         assert first[key].dtype == value.dtype
         assert first[key].shape == value.shape
-        assert torch.equal(first[key], defend(update, DefenceSpec(name, 0.5), 1)[key])
+        assert torch.equal(first[key], defend(update, spec, 1)[key])
     assert torch.equal(first["count"], update["count"])
 
 
