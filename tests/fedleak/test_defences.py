@@ -8,7 +8,6 @@ import torch
 from fedleak.defences import DEFENCES, DefenceSpec, defend, parse_defence
 from fedleak.errors import InvalidInputError, UnknownNameError
 
-
 #: One strength of every defence, and compositions.
 STRENGTHS = (
     "noise:0.5", "laplace:0.5", "prune:0.5", "sparsify:0.5", "clip:1", "dp:clip=1,noise=0.1",
