@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fedleak.attacks import informed
-from fedleak.attacks.labels import infer_labels
+from fedleak.attacks.labels import NO_HEAD, infer_labels
 from fedleak.attacks.statistics import received_statistics
 from fedleak.errors import InvalidInputError, UnsupportedModelError
 from fedleak.local_training import LocalReplay, typical_on_the_way
@@ -369,17 +369,13 @@ def _labels(
         prefix = f"{replay.head}." if replay.head else ""
         bias = gradient.get(f"{prefix}bias") if replay.head is not None else None
         weight = gradient.get(f"{prefix}weight") if replay.head is not None else None
-        bias, weight = (
-            _telling(bias, errors, f"{prefix}bias"),
-            _telling(weight, errors, f"{prefix}weight"),
-        )
         typical = typical_probabilities(replay)
         first = observations[0]
         own = first.images // first.clients
         if first.training is not None and first.training.steps(own) > 1:
             typical = typical_on_the_way(replay, gradient, first.training, own, grey(replay))
-        if bias is None and weight is None and errors and images == 1:
-            inferred = _labels_below(gradient, errors, replay)
+        if errors and images == 1:
+            inferred = _informed_labels(gradient, errors, replay)
         else:
             inferred = infer_labels(bias, weight, images, typical)
         # Which client of a sum had which label is not known: spread them.
@@ -391,12 +387,16 @@ def _labels(
     return torch.stack(rows).to(replay.device)
 
 
-def _telling(gradient: Tensor | None, errors: Gradients, name: str) -> Tensor | None:
-    """Return what a known defence left of a parameter's gradient; None if that is nothing."""
-    if gradient is None or name not in errors:
-        return gradient
-    told = errors[name].isfinite()
-    return torch.where(told, gradient, 0.0) if bool(told.flatten(1).any(1).all()) else None
+def _informed_labels(gradient: Gradients, errors: Gradients, replay: Replay) -> Tensor:
+    """Return the labels of single images, from what a known defence left, shape (N, 1)."""
+    head = head_of(gradient, errors, replay)
+    if head is None:
+        raise UnsupportedModelError(NO_HEAD)
+    if bool(head.bias_errors.isfinite().all()):
+        return head.bias.argmin(1, keepdim=True)
+    if bool(head.errors.isinf().all()) and bool(head.bias_errors.isinf().all()):
+        return _labels_below(gradient, errors, replay)
+    return informed.label(head)
 
 
 def _labels_below(gradient: Gradients, errors: Gradients, replay: Replay) -> Tensor:
