@@ -388,40 +388,35 @@ def _labels(
 
 
 def _informed_labels(gradient: Gradients, errors: Gradients, replay: Replay) -> Tensor:
-    """Return the labels of single images, from what a known defence left, shape (N, 1)."""
+    """Return the labels of single images, from what a known defence left, shape (N, 1).
+
+    The label's is the only negative entry of the head's bias gradient. Where it is lost,
+    the label is the one whose gradients at grey images point most in the direction of what
+    is left: all layers below the head are given ``W^T (p - y)``, mostly the label's row.
+    """
     head = head_of(gradient, errors, replay)
     if head is None:
         raise UnsupportedModelError(NO_HEAD)
-    if bool(head.bias_errors.isfinite().all()):
-        return head.bias.argmin(1, keepdim=True)
-    if bool(head.errors.isinf().all()) and bool(head.bias_errors.isinf().all()):
-        return _labels_below(gradient, errors, replay)
-    return informed.label(head)
-
-
-def _labels_below(gradient: Gradients, errors: Gradients, replay: Replay) -> Tensor:
-    """Return the labels that the gradients below a withheld head speak for, shape (N, 1).
-
-    What comes down to the layers below is ``W^T (p - y)``, mostly the label's row of the
-    head: of all labels, the one whose gradient at grey images points the same way.
-    """
+    kept = torch.where(head.bias_errors.isfinite(), head.bias, 0.0)
+    least, inferred = kept.min(1, keepdim=True)
+    doubtful = (least >= 0)[:, 0]
+    if not bool(doubtful.any()):
+        return inferred
+    told = {k: e[doubtful].flatten(1).isfinite().to(kept) for k, e in errors.items()}
     images = grey(replay)[:, None]
     found = []
-    with torch.no_grad():
-        for y in range(replay.classes):
-            label = torch.full((len(images), 1), y, device=replay.device)
-            made = replay(images, label).gradients
-            cosines = []
-            for name, g in gradient.items():
-                told = errors[name].flatten(1).isfinite()
-                if not bool(told.any()):
-                    continue
-                target = torch.where(told, g.flatten(1), 0.0)
-                cosines.append(
-                    F.normalize(target, dim=1) @ F.normalize(made[name].flatten(1), dim=1).mT
-                )
-            found.append(torch.stack(cosines).mean(0).amax(1))
-    return torch.stack(found, 1).argmax(1, keepdim=True)
+    for y in range(replay.classes):
+        with torch.no_grad():
+            made = replay(images, torch.full((len(images), 1), y, device=kept.device)).gradients
+        cosines = torch.zeros(len(inferred[doubtful]), len(images)).to(kept)
+        for name, mask in told.items():
+            target = torch.where(mask > 0, gradient[name][doubtful].flatten(1), 0.0)
+            m = made[name].flatten(1)
+            sizes = target.norm(dim=1, keepdim=True) * (mask @ m.square().mT).sqrt()
+            cosines += target @ m.mT / sizes.clamp_min(1e-300)
+        found.append(cosines.amax(1))
+    inferred[doubtful] = torch.stack(found, 1).argmax(1, keepdim=True)
+    return inferred
 
 
 def typical_probabilities(replay: Replay) -> Tensor:

@@ -78,24 +78,6 @@ def solve(head: Head, label: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return g, x, deviation
 
 
-def label(head: Head) -> Tensor:
-    """Return the label of one image from what is left of the head's gradient, shape (N, 1).
-
-    It is the only negative entry of ``g``. Where that of the bias is not told, the weight's row
-    tells ``g_r``: its projection on the input ``x`` that the other rows give.
-    """
-    g, _ = _first(head, None)
-    known = head.bias_errors.isfinite()
-    if not bool(known.any(1).all()):  # the sign is open, but the label's entry is the largest
-        return g.abs().argmax(1, keepdim=True)
-    told = head.errors.isfinite()
-    even = torch.where(told, 1.0, torch.inf).to(g)
-    x, _ = _input(head.gradient, even, g, torch.zeros_like(g), torch.zeros_like(g[:, :1]))
-    squares = (told * x.square().unsqueeze(1)).sum(2).clamp_min(1e-300)
-    made = (torch.where(told, head.gradient, 0.0) * x.unsqueeze(1)).sum(2) / squares
-    return torch.where(known, head.bias, made).argmin(1, keepdim=True)
-
-
 def scale(head: Head, label: Tensor) -> Tensor:
     """Return the factor that a clipped update was multiplied by, at most 1, shape (N,).
 
