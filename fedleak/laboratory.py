@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fedleak.attacks import Attack, Reconstruction, make_attack
-from fedleak.defences import DefenceSpec, defend, parse_defence
+from fedleak.defences import DefenceSpec, defend, defend_examples, parse_defence
+from fedleak.defences.examples import example_gradients
 from fedleak.errors import InvalidInputError
 from fedleak.images import read_images
 from fedleak.observation import Observation
@@ -127,8 +128,11 @@ def reconstruct(
             raise InvalidInputError(
                 f"the model cannot take images of shape {shape} with labels {y.tolist()}: {error}"
             ) from error
-        gradient = dict(zip(names, torch.autograd.grad(loss, parameters), strict=True))
-        sent = defend(gradient, spec, seed + n)
+        if spec.examples:
+            sent = defend_examples(example_gradients(model, x, y)[0], spec, seed + n)
+        else:
+            gradient = dict(zip(names, torch.autograd.grad(loss, parameters), strict=True))
+            sent = defend(gradient, spec, seed + n)
         known = y.tolist() if labels_known else None
         told = spec if informed else None
         seen = Observation.from_gradient(model, sent, shape, batch_size, known, defence=told)

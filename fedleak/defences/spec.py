@@ -73,6 +73,23 @@ class DefenceSpec:
         named = [] if self.name == "none" else self._named()
         return tuple(d for _, d in named if d.strength)
 
+    def __str__(self) -> str:
+        """Return what :func:`parse_defence` reads."""
+        if self.name == "none":
+            return self.name
+        names = self.name.split("+")
+        given = [repr(self.strength)] if len(names) == 1 else str(self.strength).split("+")
+        if len(names) == 1 and isinstance(self.strength, str):
+            given = [self.strength]
+        given += ["0"] * (len(names) - len(given))
+        return "+".join(f"{n}:{s}" for n, s in zip(names, given, strict=True))
+
+    @property
+    def examples(self) -> int:
+        """How many images' own gradients the defence works on; 0 for the update as a whole."""
+        first = self.parts[0] if self.parts else None
+        return first.examples if isinstance(first, DP) else 0
+
     @property
     def label(self) -> str:
         """The defence as one word, for file names and legends: ``noise-0.1``."""
@@ -180,7 +197,7 @@ def defend_examples(examples: Update, spec: DefenceSpec, seed: int) -> Update:
         If the defence counts on another number of examples.
     """
     first = spec.parts[0] if spec.parts else None
-    if not isinstance(first, DP) or not first.examples:
+    if not isinstance(first, DP) or not spec.examples:
         return defend({k: v.mean(0) for k, v in examples.items()}, spec, seed)
     spec.check(list(examples))
     generator = torch.Generator().manual_seed(seed)
