@@ -277,6 +277,13 @@ class Evidence:
             for e, g in zip(self.errors.values(), self.gradient.values(), strict=False)
         )
 
+    @property
+    def told(self) -> Gradients:
+        """Where entries are not known to be dropped, masks by name; empty where unaware."""
+        return {
+            k: e.isfinite() & ((self.gradient[k] != 0) | (e == 0)) for k, e in self.errors.items()
+        }
+
     @cached_property
     def whole(self) -> Tensor:
         """Whether every tensor is known exactly or not at all, as far as is known, (N,)."""
