@@ -111,7 +111,12 @@ def reconstruct(
     option: Annotated[
         list[str] | None, typer.Option(metavar="KEY=VALUE", help="The attack's own, as steps=300")
     ] = None,
-    defence: Annotated[str, typer.Option(help="NAME:STRENGTH, as noise:0.1")] = "none",
+    defence: Annotated[
+        str, typer.Option(help="NAME:STRENGTH, as noise:0.1; several: clip:1+noise:0.1")
+    ] = "none",
+    informed: Annotated[
+        bool, typer.Option("--informed", help="The attacker knows the defence and its strength")
+    ] = False,
     batch_size: Annotated[int, typer.Option(min=1, help="Images behind each gradient")] = 1,
     label: Annotated[str, typer.Option(help="infer, or known to the attacker")] = "infer",
     classes: Annotated[int, typer.Option(min=2, help="Classes of the model")] = 10,
@@ -144,7 +149,7 @@ def reconstruct(
     options = read_options(option or (), prior, public)
     run = make_attack(attack, device=device, **options)
     trials = laboratory.reconstruct(
-        network, pixels, labels, run, defence, label == "known", seed, batch_size
+        network, pixels, labels, run, defence, label == "known", seed, batch_size, informed
     )
     result = laboratory.summary(trials, files, attack, getattr(run, "prior", None))
     if out is not None:

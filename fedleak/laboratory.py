@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fedleak.attacks import Attack, Reconstruction, make_attack
-from fedleak.defences import DefenceSpec, defend, parse_defence
+from fedleak.defences import DefenceSpec, defend, defend_examples, parse_defence
+from fedleak.defences.examples import example_gradients
 from fedleak.errors import InvalidInputError
 from fedleak.images import read_images
 from fedleak.observation import Observation
@@ -70,6 +71,7 @@ def reconstruct(
     labels_known: bool = False,
     seed: int = 0,
     batch_size: int = 1,
+    informed: bool = False,
 ) -> Trials:
     """Compute gradients as clients would, defend them, attack them, score the images.
 
@@ -92,6 +94,8 @@ def reconstruct(
     batch_size : int
         Images behind each gradient. The images of a batch come back in any order, and are
         matched with the true ones by least squared error before they are scored.
+    informed : bool
+        Whether the threat model grants the attacker the defence and its strength.
 
     Returns
     -------
@@ -124,10 +128,15 @@ def reconstruct(
             raise InvalidInputError(
                 f"the model cannot take images of shape {shape} with labels {y.tolist()}: {error}"
             ) from error
-        gradient = dict(zip(names, torch.autograd.grad(loss, parameters), strict=True))
-        sent = defend(gradient, spec, seed + n)
+        if spec.examples:
+            sent = defend_examples(example_gradients(model, x, y)[0], spec, seed + n)
+        else:
+            gradient = dict(zip(names, torch.autograd.grad(loss, parameters), strict=True))
+            sent = defend(gradient, spec, seed + n)
         known = y.tolist() if labels_known else None
-        observations.append(Observation.from_gradient(model, sent, shape, batch_size, known))
+        told = spec if informed else None
+        seen = Observation.from_gradient(model, sent, shape, batch_size, known, defence=told)
+        observations.append(seen)
     begin = time.perf_counter()
     results = run(observations)
     seconds = time.perf_counter() - begin

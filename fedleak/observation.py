@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from fedleak.defences import DefenceSpec
 from fedleak.errors import InvalidInputError, InvalidUpdateError
 from fedleak.threat import HONEST, LocalTraining, ThreatModel
 
@@ -46,6 +47,11 @@ class Observation:
     buffers : dict of str to Tensor
         Statistics of batch normalisation that came along, where the threat model lets the
         attacker use them.
+    defence : DefenceSpec or None
+        The clients' defence, where the threat model says that the server knows it.
+    errors : dict of str to Tensor
+        Of an informed attacker: how far each entry of ``gradient`` may be from the true one,
+        as a standard deviation; infinite where it says nothing. Empty otherwise.
     """
 
     model: nn.Module = field(repr=False)
@@ -58,12 +64,19 @@ class Observation:
     shared: Shared = "gradient"
     clients: int = 1
     buffers: dict[str, Tensor] = field(default_factory=dict, repr=False)
+    defence: DefenceSpec | None = None
+    errors: dict[str, Tensor] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         if self.labels is not None and not self.threat.labels:
             raise InvalidInputError(
                 f"labels {self.labels} are given, but the threat model does not let the attacker "
                 "know them; pass threat=ThreatModel(labels=True)"
+            )
+        if self.defence is not None and not self.threat.defence:
+            raise InvalidInputError(
+                f"defence {self.defence.label!r} is given, but the threat model does not let the "
+                "attacker know it; pass threat=ThreatModel(defence=True)"
             )
         for name in ("images", "clients"):
             value = getattr(self, name)
@@ -87,6 +100,7 @@ class Observation:
         batch_size: int = 1,
         labels: Sequence[int] | None = None,
         threat: ThreatModel | None = None,
+        defence: DefenceSpec | None = None,
     ) -> Observation:
         """Take a gradient that a client shared.
 
@@ -102,7 +116,10 @@ class Observation:
         batch_size : int
             Number of images in the batch.
         threat : ThreatModel, optional
-            By default an honest-but-curious server; labels that are given are known.
+            By default an honest-but-curious server; labels and a defence that are given are
+            known.
+        defence : DefenceSpec, optional
+            What the client did to the gradient, where the attacker knows it.
 
         Raises
         ------
@@ -111,13 +128,16 @@ class Observation:
         """
         channels, height, width = input_shape
         known = None if labels is None else tuple(int(y) for y in labels)
+        checked = _checked(model, gradient)
         return cls(
             model,
-            _checked(model, gradient),
+            checked,
             (channels, height, width),
             batch_size,
             known,
-            threat or ThreatModel(labels=known is not None),
+            threat or ThreatModel(labels=known is not None, defence=defence is not None),
+            defence=defence,
+            errors={} if defence is None else _errors(defence, checked),
         )
 
     @classmethod
@@ -130,6 +150,7 @@ class Observation:
         images: int | None = None,
         labels: Sequence[int] | None = None,
         threat: ThreatModel | None = None,
+        defence: DefenceSpec | None = None,
     ) -> Observation:
         """Take weights that a client shared after local training.
 
@@ -148,6 +169,8 @@ class Observation:
             What the client does, as far as ``threat`` allows the attacker to know it.
         input_shape, labels, threat
             As for :meth:`from_gradient`.
+        defence : DefenceSpec, optional
+            What the client did to the change of its weights, where the attacker knows it.
         images : int, optional
             Images that the client trained on; by default one batch.
 
@@ -156,24 +179,33 @@ class Observation:
         InvalidUpdateError
             As for :meth:`from_gradient`.
         """
-        threat = threat or ThreatModel(labels=labels is not None)
+        threat = threat or ThreatModel(labels=labels is not None, defence=defence is not None)
         count = training.batch_size if images is None else images
         rate = training.learning_rate if threat.learning_rate else 1.0
         gain = training.gain(count) if threat.local_steps else 1.0
         decay = training.weight_decay if threat.learning_rate and threat.local_steps else 0.0
-        change = {}
+        change, moved = {}, {}
         for name, parameter in model.named_parameters():
             if name in weights:
                 received = _check(name, torch.as_tensor(weights[name]), tuple(parameter.shape))
                 sent = parameter.detach().cpu().double()
-                change[name] = (sent - received) / (rate * gain) - decay * sent
+                moved[name] = sent - received
+                change[name] = moved[name] / (rate * gain) - decay * sent
         seen = cls.from_gradient(model, change, input_shape, count, labels, threat)
         buffers = {}
         for name, buffer in model.named_buffers() if threat.buffers else ():
             if name in weights and buffer.is_floating_point():
                 buffers[name] = _check(name, torch.as_tensor(weights[name]), tuple(buffer.shape))
         told = training if threat.learning_rate and threat.local_steps else None
-        return replace(seen, training=told, shared="weights", buffers=buffers)
+        errors = {} if defence is None else _errors(defence, moved)
+        return replace(
+            seen,
+            training=told,
+            shared="weights",
+            buffers=buffers,
+            defence=defence,
+            errors={k: e / (rate * gain) for k, e in errors.items() if k in seen.gradient},
+        )
 
     @classmethod
     def sum_of(cls, observations: Sequence[Observation]) -> Observation:
@@ -197,11 +229,12 @@ class Observation:
         first = observations[0]
 
         def kind(o: Observation) -> tuple[Any, ...]:
-            return o.training, o.shared, o.threat, o.input_shape
+            return o.training, o.shared, o.threat, o.input_shape, o.defence
 
         if any(o.model is not first.model or kind(o) != kind(first) for o in observations):
             raise InvalidInputError(
-                "a sum is over updates of one model, one local training and one threat model"
+                "a sum is over updates of one model, one local training, one threat model and one "
+                "defence"
             )
         if any(o.images != first.images or o.clients != 1 for o in observations):
             raise InvalidInputError("a sum is over clients with equally many images each")
@@ -220,7 +253,17 @@ class Observation:
             threat=replace(first.threat, view="sum"),
             clients=count,
             buffers=mean([o.buffers for o in observations]),
+            errors={
+                k: torch.stack([o.errors[k] for o in observations]).square().sum(0).sqrt() / count
+                for k in first.errors
+            },
         )
+
+
+def _errors(defence: DefenceSpec, received: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return what an informed attacker knows of every entry, in full shape."""
+    found = defence.errors(received)
+    return {k: found[k].expand_as(v) for k, v in received.items()}
 
 
 def _checked(model: nn.Module, gradient: Mapping[str, Any]) -> dict[str, Tensor]:

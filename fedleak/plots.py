@@ -45,9 +45,11 @@ def plot_run(folder: Path, arms: Sequence[Path] | None = None) -> list[Path]:
     return made
 
 
-def defence_label(name: str, strength: float) -> str:
-    """Return ``"noise 0.1"``, or ``"none"``."""
-    return "none" if name == "none" else f"{name} {strength:g}"
+def defence_label(name: str, strength: float | str) -> str:
+    """Return ``"noise 0.1"``, ``"clip+noise 1+0.1"``, or ``"none"``."""
+    if name == "none":
+        return "none"
+    return f"{name} {strength}" if isinstance(strength, str) else f"{name} {strength:g}"
 
 
 def _labels(table: pd.DataFrame) -> pd.Series:

@@ -17,6 +17,7 @@ _WHY = {
     "local_steps": "how many steps or epochs the clients take",
     "public_images": "public images to learn a prior from",
     "buffers": "the statistics of batch normalisation in the update",
+    "defence": "which defence the clients use, and how strong",
     "tamper": "to change the model that it sends",
 }
 
@@ -40,6 +41,9 @@ class ThreatModel:
         Whether it may learn a prior from images that are not the clients'.
     buffers : bool
         Whether it uses batch-normalisation statistics that clients send along.
+    defence : bool
+        Whether it knows the clients' defence and its strength, as the protocol states it: an
+        informed attacker. Else it takes what it receives for what it seems to be.
     tamper : bool
         Whether it may change the model that it sends.
     view : {"client", "sum"}
@@ -53,6 +57,7 @@ class ThreatModel:
     local_steps: bool = True
     public_images: bool = True
     buffers: bool = False
+    defence: bool = False
     tamper: bool = False
     view: View = "client"
 

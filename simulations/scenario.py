@@ -113,6 +113,7 @@ class Threat(_Section):
     local_steps: bool = True
     public_images: bool = True
     buffers: bool = False
+    defence: bool = Field(False, description="an informed attacker knows the clients' defence")
     tamper: bool = False
     view: View = Field("client", description="client, or sum: only that over all clients")
 
@@ -181,15 +182,18 @@ class Attack(_Section):
 class Defence(_Section):
     """What a client does to its update before it sends it."""
 
-    name: str = "none"
-    strength: float = Field(0.0, ge=0)
+    name: str = Field("none", description="a name, or several in order: clip+noise")
+    strength: float | str = Field(0.0, description="in its own unit; of several: 1+0.1")
 
     @model_validator(mode="before")
     @classmethod
     def _short(cls, value: Any) -> Any:
+        """Take ``"clip:1+noise:0.1"`` for the section, or for its name."""
         if isinstance(value, str):
-            spec = parse_defence(value)
-            return {"name": spec.name, "strength": spec.strength}
+            value = {"name": value}
+        if isinstance(value, dict) and ":" in str(value.get("name", "")):
+            spec = parse_defence(value["name"])
+            return {"strength": spec.strength, **value, "name": spec.name}
         return value
 
     @model_validator(mode="after")
@@ -238,6 +242,14 @@ class Scenario(_Section):
                         f"training.{key} is {value}, but a client that shares a gradient takes "
                         "one plain step; set training.share=weights"
                     )
+        for arm in self.arms():
+            examples, training = arm.spec.examples, self.training
+            if examples and (training.share, training.batch_size) != ("gradient", examples):
+                raise InvalidInputError(
+                    f"defence {arm.spec.label!r} works on the gradients of {examples} images; set "
+                    f"training.share=gradient and training.batch_size={examples}, or leave "
+                    "examples out"
+                )
         labels = [d.spec.label for d in self.arms()]
         if len(set(labels)) != len(labels):
             raise InvalidInputError(f"a defence is listed twice: {', '.join(labels)}")

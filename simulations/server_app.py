@@ -126,6 +126,7 @@ def serve(
         images=scenario.training.images,
         threat=scenario.threat.model,
         labels_of=recorder.labels_of,
+        defence=scenario.defence.spec if scenario.threat.defence else None,
         every=scenario.attack.every,
         max_clients=scenario.attack.clients,
         on_leak=recorder.leak,
@@ -208,6 +209,8 @@ def check(scenario: Scenario, capture: bool = False) -> None:
     partitions(scenario)
     make_strategy(scenario)
     model, images = make_model(scenario), training_data(scenario)
+    for arm in scenario.arms():
+        arm.spec.check([n for n, p in model.named_parameters() if p.requires_grad])
     try:
         logits = model.eval()(images.batch([0])[0])
         fits = tuple(logits.shape)[:1] == (1,) and logits.dim() == 2

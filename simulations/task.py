@@ -10,9 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fedleak.data import LabelledImages, load_data
+from fedleak.defences import defend_examples
+from fedleak.defences.examples import example_gradients
 from fedleak.models import build_model
 from simulations.partition import client_batches, training_data
 from simulations.scenario import Scenario
+from strategies.defence_mod import noise_seed
 
 
 def make_model(scenario: Scenario) -> nn.Module:
@@ -48,6 +51,11 @@ def local_gradient(
     (batch,) = client_batches(scenario, client, server_round)
     images, labels = training_data(scenario).batch(batch)
     model.train()
+    spec = scenario.defence.spec
+    if spec.examples:
+        examples, each = example_gradients(model, images, labels)
+        stream = noise_seed(scenario.seed, client, server_round)
+        return defend_examples(examples, spec, stream), each
     loss = F.cross_entropy(model(images), labels)
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
     gradients = torch.autograd.grad(loss, list(trained.values()), materialize_grads=True,

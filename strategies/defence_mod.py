@@ -33,12 +33,17 @@ def defence_mod(defence: DefenceSpec, shared: Shared = "weights", seed: int = 0)
     return choosing_defence_mod(lambda context: (defence, shared, seed))
 
 
+def noise_seed(seed: int, client: object, server_round: object) -> int:
+    """Return the seed of a client's noise in a round; crc32 is the same on all machines."""
+    return zlib.crc32(f"{seed}/{client}/{server_round}".encode())
+
+
 def choosing_defence_mod(choose: Choose) -> Mod:
     """Return a mod whose defence is chosen at each call, as ``flwr run`` needs it."""
 
     def mod(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
         defence, shared, seed = choose(context)
-        if message.metadata.message_type != MessageType.TRAIN or not defence.strength:
+        if message.metadata.message_type != MessageType.TRAIN or not defence.parts:
             return call_next(message, context)
         record = next(iter(message.content.array_records.values()), None)
         sent = {} if record is None else _arrays(record)
@@ -48,8 +53,7 @@ def choosing_defence_mod(choose: Choose) -> Mod:
         if reply.has_error():
             return reply
         client = context.node_config.get("partition-id", context.node_id)
-        # One stream of noise for each client and round; crc32 is the same on all machines.
-        stream = zlib.crc32(f"{seed}/{client}/{server_round}".encode())
+        stream = noise_seed(seed, client, server_round)
         for key, record in list(reply.content.array_records.items()):
             reply.content[key] = _defended(_arrays(record), sent, defence, shared, stream)
         return reply

@@ -6,7 +6,7 @@ import copy
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from logging import ERROR, INFO
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from fedleak.attacks import Attack, Reconstruction, make_attack, run_attack
 from fedleak.capture import CaptureWriter, Update
 from fedleak.capture.update import load_sent
+from fedleak.defences import DefenceSpec, parse_defence
 from fedleak.errors import FedleakError, InvalidInputError, InvalidUpdateError
 from fedleak.observation import Observation, Shared
 from fedleak.threat import HONEST, LocalTraining, ThreatModel
@@ -90,6 +91,9 @@ class MaliciousServer(DelegatingStrategy):
     max_clients : int
         Attack at most this many clients a round, in the order they were asked; 0 for all.
         A sum is always over all.
+    defence : DefenceSpec or str, optional
+        What clients do to their updates, as ``"noise:0.1"``: the server knows it, as its threat
+        model then says. Without it the server is unaware of any.
     on_leak : callable, optional
         Called with each :class:`Leak`. By default they are logged.
     capture : path or CaptureWriter, optional
@@ -120,6 +124,7 @@ class MaliciousServer(DelegatingStrategy):
         labels_of: Callable[[int, int], Sequence[int]] | None = None,
         every: int = 1,
         max_clients: int = 0,
+        defence: DefenceSpec | str | None = None,
         on_leak: Callable[[Leak], None] | None = None,
         capture: CaptureWriter | Path | str | None = None,
     ):
@@ -130,13 +135,17 @@ class MaliciousServer(DelegatingStrategy):
             raise InvalidInputError(
                 f"every ({every}) must be at least 1 and max_clients ({max_clients}) at least 0"
             )
+        if threat.defence and defence is None:
+            raise InvalidInputError("the threat model grants the defence; name it by defence")
         if attack is None and capture is None:
             raise InvalidInputError("nothing to do: name an attack, or a folder to capture into")
         self.model = model if isinstance(model, nn.Module) else model()
         self.input_shape = input_shape
         self.attack = make_attack(attack) if isinstance(attack, str) else attack
         self.training, self.images = training, images
-        self.threat, self.labels_of = threat, labels_of
+        self.defence = parse_defence(defence) if isinstance(defence, str) else defence
+        self.threat = replace(threat, defence=self.defence is not None)
+        self.labels_of = labels_of
         self.every, self.max_clients = every, max_clients
         self.on_leak = on_leak or _log_leak
         if isinstance(capture, (str, Path)):
@@ -264,7 +273,7 @@ class MaliciousServer(DelegatingStrategy):
         return Update(
             server_round, (node,), sent, self._named(_to_tensors(record), like), self.input_shape,
             self.images, labels, self.threat, self.training,
-            shared="gradient" if self.training is None else "weights",
+            shared="gradient" if self.training is None else "weights", defence=self.defence,
         )  # fmt: skip
 
     @staticmethod

@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fedleak.attacks.labels import infer_labels
+from fedleak.attacks import informed
+from fedleak.attacks.labels import NO_HEAD, infer_labels
 from fedleak.attacks.statistics import received_statistics
 from fedleak.errors import InvalidInputError, UnsupportedModelError
 from fedleak.local_training import LocalReplay, typical_on_the_way
@@ -49,6 +50,11 @@ class Evidence:
         else one step is taken for the whole.
     plan : Tensor or None
         Shares of the images in the simulated steps, see :class:`LocalReplay`.
+    errors : dict
+        Standard deviation of every entry of ``gradient``, alike, where the attacker knows the
+        defence; else empty.
+    rescales : {"", "update", "tensor"}
+        What of ``gradient`` is known up to a factor only, see :class:`Defence`.
     statistics : dict
         Statistics of batch normalisation over the batch, shape (N, channels), where they
         are known: see :func:`fedleak.attacks.statistics.received_statistics`.
@@ -65,6 +71,8 @@ class Evidence:
     simulated: LocalReplay | None = None
     plan: Tensor | None = None
     statistics: Gradients = field(default_factory=dict)
+    errors: Gradients = field(default_factory=dict)
+    rescales: str = ""
 
     @classmethod
     def gather(
@@ -89,18 +97,22 @@ class Evidence:
         first = observations[0]
         if any(o.model is not first.model for o in observations):
             raise InvalidInputError("the observations of one attack must share one model")
-        kinds = {(o.images, o.clients, o.training) for o in observations}
+        kinds = {(o.images, o.clients, o.training, o.defence) for o in observations}
         if len(kinds) > 1:
             raise InvalidInputError(
-                "the observations of one attack must have one number of images, of clients and "
-                f"one local training, not {sorted(kinds, key=str)}"
+                "the observations of one attack must have one number of images, of clients, one "
+                f"local training and one known defence, not {sorted(kinds, key=str)}"
             )
         where = resolve_device(device)
         names = first.gradient
         gradient = {n: torch.stack([o.gradient[n] for o in observations]).to(where) for n in names}
+        errors = {
+            n: torch.stack([o.errors[n] for o in observations]).to(where) for n in first.errors
+        }
+        rescales: str = "" if first.defence is None else first.defence.rescales
         replay = Replay(first.model, first.input_shape, device=where)
         if infer:
-            labels = _labels(observations, gradient, replay)
+            labels = _labels(observations, gradient, errors, replay)
         else:
             labels = torch.zeros(len(observations), first.images, dtype=torch.int64, device=where)
         granted = torch.tensor([o.labels is not None for o in observations], device=where)
@@ -109,6 +121,8 @@ class Evidence:
         if simulate and training is not None and training.steps(own) > 1:
             # Without recomputation torch.func can transform it; one image needs no memory.
             simulated = LocalReplay(replay, training, first.clients, first.images > 1)
+        if rescales == "update" and infer and first.images == 1:
+            gradient, errors, rescales = _unscaled(gradient, errors, labels, replay)
         return cls(
             first.model,
             first.input_shape,
@@ -120,6 +134,8 @@ class Evidence:
             first.clients,
             simulated,
             statistics=received_statistics(observations, replay),
+            errors=errors,
+            rescales=rescales,
         )
 
     @cached_property
@@ -217,6 +233,7 @@ class Evidence:
             granted=self.granted[mask],
             plan=None if self.plan is None else self.plan[mask],
             statistics={k: v[mask] for k, v in self.statistics.items()},
+            errors={k: v[mask] for k, v in self.errors.items()},
         )
         part.__dict__["_chain"] = self._chain  # read once
         return part
@@ -234,23 +251,116 @@ class Evidence:
         ----------
         images : Tensor, shape (N, C, H, W) or (N, B, C, H, W)
         """
-        if images.dim() == 4:
-            images = images.unsqueeze(1)
-        with torch.no_grad():
-            if self.is_chain and self.images == 1:
-                made = self.chain.trace(images[:, 0], self.labels[:, 0]).gradients
-            elif self.simulated is not None:
-                made = self.simulated(images, self.labels, self.plan).gradients
-            else:
-                made = self.replay(images, self.labels).gradients
+        made = self._made(images)
         terms = [relative(made[k], g).square().sum(1) for k, g in self.gradient.items()]
         # A tensor that is zero was withheld or pruned away: it says nothing.
         told = torch.stack([g.flatten(1).any(1) for g in self.gradient.values()])
         squares = torch.where(told, torch.stack(terms), 0.0).sum(0)
         return (squares / told.sum(0).clamp_min(1)).sqrt()
 
+    def _made(self, images: Tensor) -> Gradients:
+        """Return what clients would have sent for these images, undefended."""
+        if images.dim() == 4:
+            images = images.unsqueeze(1)
+        with torch.no_grad():
+            if self.is_chain and self.images == 1:
+                return self.chain.trace(images[:, 0], self.labels[:, 0]).gradients
+            if self.simulated is not None:
+                return self.simulated(images, self.labels, self.plan).gradients
+            return self.replay(images, self.labels).gradients
 
-def _labels(observations: Sequence[Observation], gradient: Gradients, replay: Replay) -> Tensor:
+    @cached_property
+    def defended(self) -> bool:
+        """Whether the attacker knows of errors in the update beyond rounding."""
+        return bool(self.rescales) or any(
+            bool((e.flatten(1).amax(1) > 1e-6 * g.flatten(1).abs().amax(1)).any())
+            for e, g in zip(self.errors.values(), self.gradient.values(), strict=False)
+        )
+
+    @property
+    def told(self) -> Gradients:
+        """Where entries are not known to be dropped, masks by name; empty where unaware."""
+        return {
+            k: e.isfinite() & ((self.gradient[k] != 0) | (e == 0)) for k, e in self.errors.items()
+        }
+
+    @cached_property
+    def whole(self) -> Tensor:
+        """Whether every tensor is known exactly or not at all, as far as is known, (N,)."""
+        if not self.errors:
+            return torch.ones(len(self), dtype=torch.bool, device=self.labels.device)
+        if self.rescales:
+            return torch.zeros(len(self), dtype=torch.bool, device=self.labels.device)
+        parts = []
+        for name, error in self.errors.items():
+            size = self.gradient[name].flatten(1).abs().amax(1, keepdim=True)
+            exact, lost = error.flatten(1) <= 1e-6 * size, error.flatten(1).isinf()
+            parts.append(exact.all(1) | lost.all(1))
+        return torch.stack(parts).all(0)
+
+    def misfit(self, images: Tensor, precision: float) -> Tensor:
+        """Return how far the images' gradient is from the observed one, in known errors, (N,).
+
+        Root mean square over what says anything; about 1 at the truth.
+
+        Parameters
+        ----------
+        images : Tensor, shape (N, C, H, W) or (N, B, C, H, W)
+        precision : float
+            Error of an exact entry, relative to its tensor's root mean square.
+        """
+        total = count = torch.zeros(len(self), device=self.labels.device)
+        made = self._made(images)
+        for name, g in self.gradient.items():
+            error, m = self.errors[name].flatten(1), made[name].flatten(1)
+            told = error.isfinite()
+            target = torch.where(told, g.flatten(1), 0.0)
+            size = (target.square().sum(1) / told.sum(1).clamp_min(1)).sqrt().unsqueeze(1)
+            weight = torch.where(told, 1 / error.maximum(precision * size).clamp_min(1e-300), 0.0)
+            if self.rescales:
+                factor = (weight**2 * m * target).sum(1) / (weight * m).square().sum(1)
+                m = m * factor.nan_to_num(0.0).unsqueeze(1)
+            total = total + ((m - target) * weight).square().sum(1)
+            count = count + told.sum(1)
+        return (total / count.clamp_min(1)).sqrt()
+
+
+def head_of(gradient: Gradients, errors: Gradients, replay: Replay) -> informed.Head | None:
+    """Return the head's part of updates whose defence is known; None without such a head."""
+    weight = f"{replay.head}.weight"
+    if replay.head is None or weight not in gradient:
+        return None
+    bias, head = f"{replay.head}.bias", replay.model.get_submodule(replay.head)
+    zero = gradient[weight].new_zeros(gradient[weight].shape[:2])
+    offset = getattr(head, "bias", None)
+    return informed.Head(
+        gradient[weight],
+        errors[weight],
+        gradient.get(bias, zero),
+        errors.get(bias, torch.full_like(zero, torch.inf)),
+        replay.parameters[weight],
+        zero[0] if offset is None else offset.detach(),
+    )
+
+
+def _unscaled(
+    gradient: Gradients, errors: Gradients, labels: Tensor, replay: Replay
+) -> tuple[Gradients, Gradients, str]:
+    """Divide by the factor of clipping, where the head tells it."""
+    head = head_of(gradient, errors, replay)
+    if head is None or not bool(head.bias_errors.isfinite().any(1).all()):
+        return gradient, errors, "update"
+    factor = informed.scale(head, labels[:, 0])
+
+    def divided(parts: Gradients) -> Gradients:
+        return {k: v / factor.reshape(-1, *[1] * (v.dim() - 1)) for k, v in parts.items()}
+
+    return divided(gradient), divided(errors), ""
+
+
+def _labels(
+    observations: Sequence[Observation], gradient: Gradients, errors: Gradients, replay: Replay
+) -> Tensor:
     images = observations[0].images
     known = [o.labels for o in observations]
     for labels in known:
@@ -271,7 +381,10 @@ def _labels(observations: Sequence[Observation], gradient: Gradients, replay: Re
         own = first.images // first.clients
         if first.training is not None and first.training.steps(own) > 1:
             typical = typical_on_the_way(replay, gradient, first.training, own, grey(replay))
-        inferred = infer_labels(bias, weight, images, typical)
+        if errors and images == 1:
+            inferred = _informed_labels(gradient, errors, replay)
+        else:
+            inferred = infer_labels(bias, weight, images, typical)
         # Which client of a sum had which label is not known: spread them.
         inferred = inferred.reshape(len(known), -1, first.clients).mT.flatten(1)
     rows = [
@@ -279,6 +392,38 @@ def _labels(observations: Sequence[Observation], gradient: Gradients, replay: Re
         for n, y in enumerate(known)
     ]
     return torch.stack(rows).to(replay.device)
+
+
+def _informed_labels(gradient: Gradients, errors: Gradients, replay: Replay) -> Tensor:
+    """Return the labels of single images, from what a known defence left, shape (N, 1).
+
+    The label's is the only negative entry of the head's bias gradient. Where it is lost,
+    the label is the one whose gradients at grey images point most in the direction of what
+    is left: all layers below the head are given ``W^T (p - y)``, mostly the label's row.
+    """
+    head = head_of(gradient, errors, replay)
+    if head is None:
+        raise UnsupportedModelError(NO_HEAD)
+    kept = torch.where(head.bias_errors.isfinite(), head.bias, 0.0)
+    least, inferred = kept.min(1, keepdim=True)
+    doubtful = (least >= 0)[:, 0]
+    if not bool(doubtful.any()):
+        return inferred
+    told = {k: e[doubtful].flatten(1).isfinite().to(kept) for k, e in errors.items()}
+    images = grey(replay)[:, None]
+    found = []
+    for y in range(replay.classes):
+        with torch.no_grad():
+            made = replay(images, torch.full((len(images), 1), y, device=kept.device)).gradients
+        cosines = torch.zeros(len(inferred[doubtful]), len(images)).to(kept)
+        for name, mask in told.items():
+            target = torch.where(mask > 0, gradient[name][doubtful].flatten(1), 0.0)
+            m = made[name].flatten(1)
+            sizes = target.norm(dim=1, keepdim=True) * (mask @ m.square().mT).sqrt()
+            cosines += target @ m.mT / sizes.clamp_min(1e-300)
+        found.append(cosines.amax(1))
+    inferred[doubtful] = torch.stack(found, 1).argmax(1, keepdim=True)
+    return inferred
 
 
 def typical_probabilities(replay: Replay) -> Tensor:

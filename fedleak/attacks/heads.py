@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fedleak.attacks import informed
 from fedleak.attacks.demix import Demixed, demix
-from fedleak.attacks.evidence import Evidence, typical_probabilities
+from fedleak.attacks.evidence import Evidence, head_of, typical_probabilities
 from fedleak.attacks.mixture import Constraint
 from fedleak.errors import UnsupportedModelError
 from fedleak.solvers import cgls
@@ -72,6 +73,8 @@ def solve_head(evidence: Evidence) -> list[HeadSolution]:
     if evidence.images > 1:
         return [of_batches(demix_heads(evidence), evidence)]
     chain, labels = evidence.chain, evidence.labels
+    if evidence.defended and evidence.rescales != "tensor":
+        return [_informed(evidence)]
     head = evidence.gradient[chain.head.weight_name]
     if chain.head.bias is not None:
         g = evidence.gradient[chain.head.bias_name]
@@ -88,6 +91,20 @@ def solve_head(evidence: Evidence) -> list[HeadSolution]:
         g, noise = _self_consistent(logits, g, y[:, 0], noise)
         out.append(HeadSolution(g, value, deviation, noise, y))
     return out
+
+
+def _informed(evidence: Evidence) -> HeadSolution:
+    """Solve the head with the known errors of a defence."""
+    head = head_of(evidence.gradient, evidence.errors, evidence.replay)
+    assert head is not None  # a chain has one
+    g, value, deviation = informed.solve(head, evidence.labels[:, 0])
+    part = [
+        torch.where(e.isfinite(), e, 0.0).flatten(1).square().mean(1)
+        / v.flatten(1).square().mean(1).clamp_min(1e-300)
+        for e, v in zip(evidence.errors.values(), evidence.gradient.values(), strict=True)
+    ]
+    noise = torch.stack(part).mean(0).sqrt().clamp(3 * ROUNDING, 1.0)
+    return HeadSolution(g, value, deviation, noise, evidence.labels)
 
 
 def demix_heads(evidence: Evidence) -> list[Demixed]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -146,19 +147,25 @@ class HybridAttack(Attack):
         """Solve what is determined, layer by layer, and match what is not."""
         solution = solve_recursively(evidence, heads=heads)
         images, by = solution.image.clone(), [{"by": "linear"}] * len(evidence)
-        clean = solution.noise < CLEAN
+        unknown = solution.deviations[-1].isinf().flatten(1).any(1)
+        unknown = unknown.unflatten(0, (-1, evidence.images)).any(1)
+        clean = (solution.noise < CLEAN) & evidence.whole & ~unknown
         for mask, known in ((clean, True), (~clean, False)):
             if not bool(mask.any()):
                 continue
             part, below = evidence.subset(mask), solution.subset(mask)
-            depth = below.undetermined(evidence.chain.layers)
+            depth = below.undetermined(evidence.chain.layers) if known else 0
             if known and depth == 0:
                 continue
             found = self._match_chain(part, below, depth, known)
-            bound = part.fit(images[mask]).clamp_min(_ROUNDED)
-            if not known:
-                bound = torch.maximum(_SLACK * bound, 2 * solution.noise[mask])
-            better = part.fit(found.images) <= bound
+            if part.defended:
+                bound = (_SLACK * part.misfit(images[mask], self.precision)).clamp_min(2.0)
+                better = part.misfit(found.images, self.precision) <= bound
+            else:
+                bound = part.fit(images[mask]).clamp_min(_ROUNDED)
+                if not known:
+                    bound = torch.maximum(_SLACK * bound, 2 * solution.noise[mask])
+                better = part.fit(found.images) <= bound
             chosen = better.reshape(-1, 1, 1, 1, 1)
             images[mask] = torch.where(chosen, found.images, images[mask])
             for i, n in enumerate(mask.nonzero().flatten().tolist()):
@@ -198,8 +205,8 @@ class HybridAttack(Attack):
             # One linear system: fit what it determines to the last digit.
             z, e = solution.values[1], solution.cotangents[1]
             gradient = evidence.gradient[first.weight_name]
-            noise = solution.noise_below(1)
-            deviations = row_deviations(z, solution.deviations[1], gradient, noise)
+            noise, errors = solution.noise_below(1), evidence.errors.get(first.weight_name)
+            deviations = row_deviations(z, solution.deviations[1], gradient, noise, errors)
             images = found.images.flatten(0, 1)
             images, _ = solve_layer(first, z, e, gradient, deviations, images)
             found.images = images.unflatten(0, (-1, batch))
@@ -227,10 +234,9 @@ class HybridAttack(Attack):
                     f"the model cannot be matched, which takes second derivatives: {error}"
                 ) from error
             part = with_order(part, target, found)
+            score = partial(part.misfit, precision=self.precision) if part.defended else part.fit
             images = torch.where(
-                (part.fit(found.images) <= part.fit(grey)).reshape(-1, 1, 1, 1, 1),
-                found.images,
-                grey,
+                (score(found.images) <= score(grey)).reshape(-1, 1, 1, 1, 1), found.images, grey
             )
             fit = part.fit(images)
             for n in range(len(index)):

@@ -54,14 +54,36 @@ class Target(ABC):
         return len(self.values)
 
     def _known(self, values: list[Tensor], errors: list[Tensor]) -> None:
-        """Set ``values`` and ``errors``; a tensor that is all zero says nothing."""
-        sizes = [v.flatten(1).square().mean(1, keepdim=True).sqrt() for v in values]
+        """Set ``values`` and ``errors``; a tensor that is all zero says nothing.
+
+        Nor does an entry of infinite error: what no update tells is left out.
+        """
+        told = [e.expand_as(v).flatten(1).isfinite() for e, v in zip(errors, values, strict=True)]
+        sizes = [
+            (torch.where(t, v.flatten(1), 0.0).square().sum(1, keepdim=True)
+             / t.sum(1, keepdim=True).clamp_min(1)).sqrt()
+            for t, v in zip(told, values, strict=True)
+        ]  # fmt: skip
         self._sizes = [torch.where(s > 0, s, torch.inf) for s in sizes]
+        any_told = torch.cat(told, 1).any(0)
+        self._kept = None if bool(any_told.all()) else any_told.nonzero().flatten()
         self.values = self._joined(values)
-        self.errors = self._joined([e.expand_as(v) for e, v in zip(errors, values, strict=True)])
+        known = [
+            torch.where(t, e.expand_as(v).flatten(1), 0.0)
+            for t, e, v in zip(told, errors, values, strict=True)
+        ]
+        lost = self._joined(
+            [
+                torch.where(t, 0.0, torch.inf) * s.clamp(max=1.0)
+                for t, s in zip(told, self._sizes, strict=True)
+            ]
+        ).nan_to_num(torch.inf)
+        self.errors = self._joined(known) + lost
 
     def _joined(self, tensors: list[Tensor]) -> Tensor:
-        return torch.cat([t.flatten(1) / s for t, s in zip(tensors, self._sizes, strict=True)], 1)
+        rows = [t.flatten(1) / s for t, s in zip(tensors, self._sizes, strict=True)]
+        joined = torch.cat(rows, 1)
+        return joined if self._kept is None else joined[:, self._kept]
 
     @abstractmethod
     def made(self, images: Tensor, hidden: Tensor | None = None) -> Tensor:
@@ -88,13 +110,16 @@ class ChainTarget(Target):
         gradients = [evidence.gradient[n] for n in self.names]
         noise = solution.noise_below(depth)
 
-        def error(g: Tensor) -> Tensor:
+        def error(name: str) -> Tensor:
+            g = evidence.gradient[name]
+            if evidence.defended:
+                return evidence.errors[name]
             size = g.flatten(1).square().mean(1).sqrt() * noise
             return size.reshape(-1, *[1] * (g.dim() - 1))
 
         self._known(
             [self._together(solution.values[depth]), *gradients],
-            [self._together(solution.deviations[depth]), *(error(g) for g in gradients)],
+            [self._together(solution.deviations[depth]), *(error(n) for n in self.names)],
         )
 
     def _together(self, each: Tensor) -> Tensor:
@@ -130,7 +155,10 @@ class ModuleTarget(Target):
         self.features = _head_input(evidence)
         known += [] if self.features is None else [self.features]
         known += evidence.statistics.values()
-        self._known(known, [torch.zeros_like(k) for k in known])
+        errors = [torch.zeros_like(k) for k in known]
+        if evidence.defended:
+            errors[: len(self.names)] = [evidence.errors[n] for n in self.names]
+        self._known(known, errors)
 
     def made(self, images: Tensor, hidden: Tensor | None = None) -> Tensor:
         replayed = self.evidence.replay(images, self.evidence.labels)
@@ -150,7 +178,7 @@ class ModuleTarget(Target):
 def _head_input(evidence: Evidence) -> Tensor | None:
     """Return the input of a fully connected head, exact for one image: ``G = g x^T``."""
     head = evidence.replay.head
-    if head is None or evidence.images > 1:
+    if head is None or evidence.images > 1 or evidence.defended:
         return None
     bias = evidence.gradient.get(f"{head}.bias")
     weight = evidence.gradient.get(f"{head}.weight")

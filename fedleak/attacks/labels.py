@@ -10,6 +10,11 @@ from torch import Tensor
 
 from fedleak.errors import UnsupportedModelError
 
+NO_HEAD = (
+    "the labels cannot be inferred: the model's last layer is no fully connected layer with "
+    "a bias; grant them to the attacker (label known)"
+)
+
 
 def infer_labels(
     bias: Tensor | None, weight: Tensor | None, images: int, typical: Tensor
@@ -50,10 +55,7 @@ def infer_labels(
         return torch.stack([next(label_candidates(g, images, p)) for g, p in each])
     if weight is not None and images == 1:
         return weight.norm(dim=2).argmax(1, keepdim=True)
-    raise UnsupportedModelError(
-        "the labels cannot be inferred: the model's last layer is no fully connected layer with "
-        "a bias; grant them to the attacker (label known)"
-    )
+    raise UnsupportedModelError(NO_HEAD)
 
 
 def label_candidates(bias: Tensor, images: int, typical: Tensor) -> Iterator[Tensor]:

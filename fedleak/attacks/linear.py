@@ -128,15 +128,19 @@ def _solve_step(
     z, e, deviation = above.values[0], above.cotangents[0], above.deviations[0]
     batch = evidence.images
     if isinstance(layer, Affine):
-        gradient = evidence.gradient[layer.weight_name]
-        rank, exact = layer_ranks(layer, e, deviation.isfinite(), batch)
+        gradient, errors = evidence.gradient[layer.weight_name], None
+        if evidence.defended:
+            errors = evidence.errors[layer.weight_name]
+        # Of what is withheld no row is left: as of an error of zero.
+        told = True if errors is None else errors.isfinite().any()
+        rank, exact = layer_ranks(layer, e if told else 0 * e, deviation.isfinite(), batch)
     else:
         assert isinstance(layer, AvgPool)
-        gradient = z.new_zeros(len(evidence), 0)
+        gradient, errors = z.new_zeros(len(evidence), 0), None
         known = deviation.isfinite().flatten(1).sum(1).cpu()
         exact = bool((known == z[0].numel()).all())
         rank = known.clamp(max=layer.rank).reshape(-1, batch).sum(1)
-    deviations = row_deviations(z, deviation, gradient, above.noise_below(0))
+    deviations = row_deviations(z, deviation, gradient, above.noise_below(0), errors)
     x, residual = solve_layer(layer, z, e, gradient, deviations, start)
     return x, LayerSolution(layer.name, layer.unknowns * batch, rank, exact, residual)
 
@@ -150,7 +154,11 @@ def _below(above: LinearSolution, x: Tensor) -> Tensor:
 
 
 def row_deviations(
-    z: Tensor, deviation: Tensor, gradient: Tensor, noise: Tensor
+    z: Tensor,
+    deviation: Tensor,
+    gradient: Tensor,
+    noise: Tensor,
+    errors: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return the standard deviations of a system's weight rows and gradient rows.
 
@@ -162,9 +170,13 @@ def row_deviations(
     gradient : Tensor, shape (N, *weight_shape), or (N, 0) of a layer without parameters
         Shared by the B images of an update.
     noise : Tensor, shape (N,)
+    errors : Tensor, shape (N, *weight_shape), optional
+        Those of the gradient's entries, where a known defence tells them.
     """
     rounding = ROUNDING * torch.hypot(0.5 * rms(z), z)
     of_z = torch.hypot(deviation, rounding)
+    if errors is not None:
+        return of_z, torch.hypot(errors, 3 * ROUNDING * rms(gradient))
     of_gradient = spread(noise.clamp_min(3 * ROUNDING), gradient) * rms(gradient)
     return of_z, of_gradient
 
@@ -205,7 +217,7 @@ def solve_layer(
     least = own.reshape(shape).amin(1)
     each = least.repeat_interleave(shape[1])
     a, k = spread(each, of_z) / of_z, spread(least, of_gradient) / of_gradient
-    target = layer.target(z, gradient)
+    target = layer.target(z, gradient.masked_fill(of_gradient.isinf(), 0.0))
     # What is known less well of an image than of the others has small rows; its unknowns are
     # counted in larger units, so that the system stays as well conditioned as one image's.
     unit = (own / each).reshape(-1, *[1] * len(layer.in_shape))

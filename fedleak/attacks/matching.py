@@ -124,6 +124,8 @@ class CosineAttack(Attack):
     does not see the size of an update, so that for one image, or with known labels, one
     step asks for no learning rate.
 
+    Where the attacker knows the defence, entries that it dropped are left out.
+
     Parameters
     ----------
     steps : int
@@ -199,8 +201,12 @@ class CosineAttack(Attack):
         """Return the best images from each start, their objective and cosine distance."""
         replay = self._client(evidence, start)
         labels = evidence.labels.repeat_interleave(self.restarts, 0)
+        told = {
+            k: t.to(start.dtype).repeat_interleave(self.restarts, 0)
+            for k, t in evidence.told.items()
+        }
         target = {
-            k: g.to(start.dtype).repeat_interleave(self.restarts, 0)
+            k: g.to(start.dtype).repeat_interleave(self.restarts, 0) * told.get(k, 1.0)
             for k, g in _normalised(evidence.gradient).items()
         }
         x = start.clamp(0, 1).requires_grad_()
@@ -211,7 +217,8 @@ class CosineAttack(Attack):
         least = torch.full_like(best[:, 0, 0, 0, 0], torch.inf)
         nearest = least.clone()
         for step in range(self.steps + 1):
-            distance = cosine_distance(replay(x, labels).gradients, target)
+            made = {k: g * told.get(k, 1.0) for k, g in replay(x, labels).gradients.items()}
+            distance = cosine_distance(made, target)
             value = distance + self.tv * total_variation(x)
             better = value.detach() < least
             least = torch.where(better, value.detach(), least)

@@ -24,6 +24,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor, nn
 
 from fedleak.capture.update import Update
+from fedleak.defences import parse_defence
 from fedleak.errors import InvalidInputError, InvalidUpdateError
 from fedleak.models import MODELS, call_factory
 from fedleak.observation import Shared
@@ -100,6 +101,7 @@ class Record(_Part):
     training: dict[str, int | float] | None = None
     summed: bool = False
     shared: Shared = "gradient"
+    defence: str | None = None
     reason: str = ""
 
     @classmethod
@@ -115,6 +117,7 @@ class Record(_Part):
             training=known,
             summed=update.summed,
             shared=update.shared,
+            defence=None if update.defence is None else str(update.defence),
             **files,
         )
 
@@ -125,11 +128,12 @@ class Record(_Part):
         try:
             threat = ThreatModel(**self.threat)  # type: ignore[arg-type]
             training = None if self.training is None else LocalTraining(**self.training)  # type: ignore[arg-type]
+            defence = None if self.defence is None else parse_defence(self.defence)
         except TypeError as error:
             raise InvalidUpdateError(f"threat or training of the update: {error}") from error
         return Update(
             self.round, self.nodes, sent, received, shape, self.images, self.labels, threat,
-            training, self.summed, self.shared,
+            training, self.summed, self.shared, defence,
         )  # fmt: skip
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 
 from torch import Tensor, nn
 
+from fedleak.defences import DefenceSpec
 from fedleak.errors import InvalidUpdateError
 from fedleak.observation import Observation, Shared
 from fedleak.threat import HONEST, LocalTraining, ThreatModel
@@ -34,6 +35,9 @@ class Update:
         :meth:`Observation.sum_of` makes it, and not one client's message.
     shared : {"gradient", "weights"}
         What clients sent, where only the sum of it is left.
+    defence : DefenceSpec or None
+        What clients did to it, where the attacker knows that. Of a sum alone it does not tell
+        the errors, and so is not known.
     """
 
     server_round: int
@@ -47,6 +51,7 @@ class Update:
     training: LocalTraining | None = None
     summed: bool = False
     shared: Shared = "gradient"
+    defence: DefenceSpec | None = None
 
     @classmethod
     def of_sum(
@@ -61,7 +66,7 @@ class Update:
             total.input_shape,
             total.images,
             total.labels,
-            total.threat,
+            replace(total.threat, defence=False),
             total.training,
             summed=True,
             shared=total.shared,
@@ -83,10 +88,16 @@ class Update:
         if self.training is not None and not self.summed:
             return Observation.from_weights(
                 model, self.received, self.training, self.input_shape, self.images,
-                self.labels, self.threat,
+                self.labels, self.threat, self.defence,
             )  # fmt: skip
         seen = Observation.from_gradient(
-            model, self.received, self.input_shape, self.images, self.labels, self.threat
+            model,
+            self.received,
+            self.input_shape,
+            self.images,
+            self.labels,
+            self.threat,
+            self.defence,
         )
         if not self.summed:
             return seen

@@ -1,15 +1,29 @@
 """Defences by name: pure functions from an update to an update."""
 
-from fedleak.defences.base import DEFENCES, Defence, DefenceSpec, defend, parse_defence
-from fedleak.defences.noise import gaussian_noise
-from fedleak.defences.pruning import magnitude_pruning
+from fedleak.defences.base import DEFENCES, Defence, Update
+from fedleak.defences.clipping import DP, Clipping
+from fedleak.defences.layers import Soteria, Withholding
+from fedleak.defences.noise import GaussianNoise, LaplaceNoise
+from fedleak.defences.pruning import MagnitudePruning, RandomSparsification
+from fedleak.defences.quantisation import Quantisation, Sign
+from fedleak.defences.spec import DefenceSpec, defend, defend_examples, parse_defence
 
 __all__ = [
     "DEFENCES",
+    "DP",
+    "Clipping",
     "Defence",
     "DefenceSpec",
+    "GaussianNoise",
+    "LaplaceNoise",
+    "MagnitudePruning",
+    "Quantisation",
+    "RandomSparsification",
+    "Sign",
+    "Soteria",
+    "Update",
+    "Withholding",
     "defend",
-    "gaussian_noise",
-    "magnitude_pruning",
+    "defend_examples",
     "parse_defence",
 ]

@@ -1,122 +1,151 @@
-"""What a defence is, how it is named, and how it is applied."""
+"""What a defence is: a pure function of an update, and what an informed attacker knows of it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import fields
+from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor
 
-from fedleak.errors import InvalidInputError
+from fedleak.errors import InvalidInputError, UnknownNameError
 from fedleak.registry import Registry
 
 Update = dict[str, Tensor]
-#: ``defence(update, strength, generator) -> update``; must not change its argument.
-Function = Callable[[Update, float, torch.Generator], Update]
 
 
-@dataclass(frozen=True)
-class Defence:
-    """A defence and what its strength means.
+class Defence(ABC):
+    """A frozen dataclass of parameters, and two pure functions.
+
+    The first field is the strength: ``NAME:0.1`` sets it, ``NAME:0.1,other=2`` or
+    ``NAME:strength=0.1,other=2`` others too. 0, or nothing, is no defence. Fields are of type
+    float, int, a ``Literal`` of strings, or ``tuple[str, ...]`` (names, with commas between).
 
     Attributes
     ----------
-    function : callable
-        ``(update, strength, generator) -> update``.
     unit : str
         What the strength is, with its unit.
-    maximum : float
-        The largest strength allowed; the smallest is 0, which leaves the update alone.
-    maximum_included : bool
-        Whether the maximum itself is allowed.
+    rescales : {"", "update", "tensor"}
+        What is multiplied by a factor that the receiver is not told: nothing, the update as a
+        whole, or every tensor by one of its own.
     """
 
-    function: Function
-    unit: str
-    maximum: float = float("inf")
-    maximum_included: bool = False
+    unit: ClassVar[str]
 
-    def check(self, name: str, strength: float) -> None:
-        """Raise InvalidInputError if the strength is out of range."""
-        below = strength <= self.maximum if self.maximum_included else strength < self.maximum
-        if not (strength >= 0 and below):
-            closing = "]" if self.maximum_included else ")"
+    @property
+    def rescales(self) -> Literal["", "update", "tensor"]:
+        return ""
+
+    @abstractmethod
+    def __call__(self, update: Update, generator: torch.Generator) -> Update:
+        """Return the defended update; floating point, and ``update`` is not changed."""
+
+    @abstractmethod
+    def errors(self, received: Update) -> Update:
+        """Return how far each received entry may be from the true one.
+
+        Parameters
+        ----------
+        received : dict of str to Tensor
+            What the defence, and perhaps others after it, made of an update.
+
+        Returns
+        -------
+        dict of str to Tensor, float64
+            Standard deviations, in the unit of the entry, broadcastable to each tensor:
+            0 for an exact entry, infinite for one that says nothing.
+        """
+
+    def contradiction(self, before: Sequence[Defence]) -> str:
+        """Return why this makes no sense after the defences ``before``; empty where it does."""
+        return ""
+
+    def check(self, names: Sequence[str]) -> None:
+        """Raise InvalidInputError if the defence does not fit updates with these names."""
+        return
+
+    @property
+    def strength(self) -> Any:
+        """The first field; false where this is no defence."""
+        return getattr(self, fields(self)[0].name)  # type: ignore[arg-type]
+
+    def demand(self, key: str, maximum: float = math.inf, included: bool = False) -> None:
+        """Raise InvalidInputError unless the field ``key`` is in [0, maximum)."""
+        value = getattr(self, key)
+        below = value <= maximum if included else value < maximum
+        if not (value >= 0 and below):
+            first = fields(self)[0].name  # type: ignore[arg-type]
+            what, unit = ("strength", f" ({self.unit})") if key == first else (key, "")
             raise InvalidInputError(
-                f"defence {name!r}: strength {strength} is not in [0, {self.maximum}{closing} "
-                f"({self.unit})"
+                f"defence {DEFENCES.name_of(type(self))!r}: {what} {value} is not in "
+                f"[0, {maximum}{']' if included else ')'}{unit}"
             )
 
 
-DEFENCES: Registry[Defence] = Registry("defence", "fedleak.defences")
+#: Classes of defences.
+DEFENCES: Registry[type[Defence]] = Registry("defence", "fedleak.defences")
 
 
-@dataclass(frozen=True)
-class DefenceSpec:
-    """A defence by name with its strength; ``none`` is no defence."""
-
-    name: str = "none"
-    strength: float = 0.0
-
-    def __post_init__(self) -> None:
-        if self.name == "none":
-            if self.strength:
-                raise InvalidInputError(
-                    f"defence 'none' has no strength, but {self.strength} was given; "
-                    "name a defence or leave the strength out"
-                )
-            return
-        if self.name not in DEFENCES:
-            from fedleak.errors import UnknownNameError
-
-            raise UnknownNameError("defence", self.name, ["none", *DEFENCES])
-        DEFENCES[self.name].check(self.name, self.strength)
-
-    @property
-    def label(self) -> str:
-        """The defence as one word, for file names and legends: ``noise-0.1``."""
-        return self.name if self.name == "none" else f"{self.name}-{self.strength:g}"
-
-
-def parse_defence(text: str) -> DefenceSpec:
-    """Read ``"name"`` or ``"name:strength"``.
-
-    Raises
-    ------
-    InvalidInputError
-        If the strength is no number or out of range, or the name unknown.
-    """
-    name, _, strength = text.partition(":")
-    try:
-        return DefenceSpec(name.strip(), float(strength) if strength else 0.0)
-    except ValueError as error:
-        if isinstance(error, InvalidInputError):
-            raise
-        raise InvalidInputError(
-            f"defence {text!r}: {strength!r} is not a number; write NAME:STRENGTH, as noise:0.1"
-        ) from error
-
-
-def defend(update: Update, spec: DefenceSpec, seed: int) -> Update:
-    """Return the update as the defence leaves it.
+def make_defence(name: str, strength: float | str) -> Defence:
+    """Make a defence by name.
 
     Parameters
     ----------
-    update : dict of str to Tensor
-        A gradient, or a change of weights; any float dtype. Integer entries (counters in
-        buffers) pass through.
-    spec : DefenceSpec
-    seed : int
-        Draws the defence's noise.
+    name : str
+    strength : float or str
+        A number, or what follows ``NAME:``.
 
-    Returns
-    -------
-    dict of str to Tensor
-        Same names, shapes and dtypes. Strength 0 returns the same values, bit for bit.
+    Raises
+    ------
+    UnknownNameError
+        If there is no such defence or parameter.
+    InvalidInputError
+        If a value is no number, out of range, or contradicts another.
     """
-    if spec.name == "none" or spec.strength == 0:
-        return dict(update)
-    floats = {k: v for k, v in update.items() if v.is_floating_point()}
-    generator = torch.Generator().manual_seed(seed)
-    changed = DEFENCES[spec.name].function(floats, spec.strength, generator)
-    return {k: changed[k].to(v.dtype) if k in changed else v for k, v in update.items()}
+    if name not in DEFENCES:
+        raise UnknownNameError("defence", name, ["none", *DEFENCES])
+    kind = DEFENCES[name]
+    types = get_type_hints(kind)
+    keys = [f.name for f in fields(kind)]  # type: ignore[arg-type]
+    named: dict[str, str] = {}
+    if isinstance(strength, str):
+        for item in filter(None, (part.strip() for part in strength.split(","))):
+            key, equals, value = item.partition("=")
+            if not equals:  # a bare value, or one more name
+                value, key = item, next(reversed(named), keys[0])
+                value = f"{named[key]},{value}" if key in named else value
+            elif key not in keys:
+                raise UnknownNameError(f"parameter of defence {name!r}", key, keys)
+            named[key] = value
+    else:
+        named[keys[0]] = repr(strength)
+    return kind(**{key: _value(name, types[key], value) for key, value in named.items()})
+
+
+def _value(defence: str, kind: Any, text: str) -> Any:
+    """Read one parameter."""
+    if get_origin(kind) is tuple:
+        return tuple(part.strip() for part in text.split(",") if part.strip() not in ("", "0.0"))
+    if get_origin(kind) is Literal:
+        if text not in get_args(kind):
+            raise UnknownNameError(f"value for defence {defence!r}", text, get_args(kind))
+        return text
+    if kind is str:
+        return text
+    try:
+        number = float(text)
+    except ValueError as error:
+        raise InvalidInputError(
+            f"defence {defence!r}: {text!r} is not a number; write NAME:STRENGTH, as noise:0.1"
+        ) from error
+    if kind is int and number != int(number if math.isfinite(number) else 0):
+        raise InvalidInputError(f"defence {defence!r}: {text} is not a whole number")
+    return int(number) if kind is int else number
+
+
+def rms(value: Tensor) -> Tensor:
+    """Return the root mean square, float64; 0 of an empty tensor."""
+    return value.double().square().mean().sqrt() if value.numel() else value.double().sum()

@@ -108,6 +108,7 @@ class GaussNewton:
             if self._focused is None:
                 squares = self._rows.jacobian.square()
                 share = (squares @ focus) / squares.sum(2).clamp_min(1e-300)
+                share = share.masked_fill(deviation.isinf(), -1.0)
                 index = share.topk(EVIDENCE_ROWS, 1).indices
                 part = self._rows.jacobian.take_along_dim(index.unsqueeze(2), 1)
                 self._focused = index, Rows(part)

@@ -260,5 +260,5 @@ class Measurements:
         if not self.dual:
             square = rest.square().sum(1) - square
             log_det = log_det + self.prior.log_det
-        count = target.shape[1]
+        count = self.deviation.isfinite().sum(1)  # others say nothing
         return -0.5 * (count * (square / count).clamp_min(1e-300).log() + log_det)

@@ -8,6 +8,13 @@ import torch
 from fedleak.defences import DEFENCES, DefenceSpec, defend, parse_defence
 from fedleak.errors import InvalidInputError, UnknownNameError
 
+#: One strength of every defence, and compositions.
+STRENGTHS = (
+    "noise:0.5", "laplace:0.5", "prune:0.5", "sparsify:0.5", "clip:1", "dp:clip=1,noise=0.1",
+    "quantise:4", "quantise:4,rounding=stochastic", "sign:1", "sign:0.1,scale=fixed",
+    "soteria:0.5", "withhold:b", "clip:1+noise:0.1", "prune:0.5+quantise:8+laplace:0.1",
+)  # fmt: skip
+
 
 def _update() -> dict[str, torch.Tensor]:
     g = torch.Generator().manual_seed(0)
@@ -25,15 +32,15 @@ def test_strength_zero_changes_no_bit(name: str) -> None:
         assert torch.equal(value, update[key])
 
 
-@pytest.mark.parametrize("name", list(DEFENCES))
-def test_defences_are_pure_and_seeded(name: str) -> None:
-    update, before = _update(), _update()
-    first = defend(update, DefenceSpec(name, 0.5), 1)
+@pytest.mark.parametrize("text", STRENGTHS)
+def test_defences_are_pure_and_seeded(text: str) -> None:
+    update, before, spec = _update(), _update(), parse_defence(text)
+    first = defend(update, spec, 1)
     for key, value in update.items():
         assert torch.equal(value, before[key])
         assert first[key].dtype == value.dtype
         assert first[key].shape == value.shape
-        assert torch.equal(first[key], defend(update, DefenceSpec(name, 0.5), 1)[key])
+        assert torch.equal(first[key], defend(update, spec, 1)[key])
     assert torch.equal(first["count"], update["count"])
 
 
@@ -73,3 +80,34 @@ def test_specs_are_read_and_checked() -> None:
         parse_defence("noise:much")
     with pytest.raises(InvalidInputError, match="has no strength"):
         parse_defence("none:1")
+
+
+@pytest.mark.parametrize("text", ["none", "noise:0", "prune:0", "noise:0+prune:0"])
+def test_no_defence_leaves_every_entry_exact(text: str) -> None:
+    received = defend(_update(), parse_defence(text), 0)
+    errors = parse_defence(text).errors(received)
+    assert set(errors) == {"a", "b"}
+    assert all(not bool(e.any()) for e in errors.values())
+
+
+def test_an_informed_attacker_knows_the_noise() -> None:
+    update, spec = _update(), DefenceSpec("noise", 0.5)
+    received = defend(update, spec, 1)
+    for key in ("a", "b"):
+        made = (received[key] - update[key]).double().std().item()
+        assert spec.errors(received)[key].item() == pytest.approx(made, rel=0.25)
+    assert spec.errors(received)["a"].item() == pytest.approx(
+        (received["a"] - update["a"]).std().item(), rel=0.02
+    )
+
+
+def test_an_informed_attacker_knows_what_was_pruned() -> None:
+    """What is kept is exact, what is dropped within three standard deviations of zero."""
+    update, spec = _update(), DefenceSpec("prune", 0.9)
+    received = defend(update, spec, 1)
+    for key, error in spec.errors(received).items():
+        dropped = received[key] == 0
+        assert not error[~dropped].any()
+        bound = error[dropped] * 3**0.5
+        assert (update[key][dropped].abs() <= bound * (1 + 1e-6)).all()
+        assert (bound <= received[key][~dropped].abs().min() * (1 + 1e-6)).all()

@@ -1,0 +1,126 @@
+"""What an attacker who knows the defence makes of the fully connected head."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+#: Rounding of a float32 gradient's entries, relative to their root mean square.
+_ROUNDING = 3e-7
+#: The head's input and ``dL/dlogits`` are made from each other this often.
+_ROUNDS = 8
+
+
+@dataclass
+class Head:
+    """The gradients of a fully connected head, and how well they are known.
+
+    Attributes
+    ----------
+    gradient, errors : Tensor, shape (N, classes, features)
+        Of the weight, and the standard deviation of its entries.
+    bias, bias_errors : Tensor, shape (N, classes)
+        Of the bias; infinite errors where there is none.
+    weight : Tensor, shape (classes, features)
+    offset : Tensor, shape (classes,)
+    """
+
+    gradient: Tensor
+    errors: Tensor
+    bias: Tensor
+    bias_errors: Tensor
+    weight: Tensor
+    offset: Tensor
+
+
+def solve(head: Head, label: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Solve ``G = g x^T`` and ``g = softmax(W x + b) - y`` for ``x`` and ``g``.
+
+    Each feature ``x_f`` is the weighted least squares over the entries ``G_rf`` that say
+    something, with the known error of each and that of ``g_r``; each ``g_r`` is the mean of
+    what was received and what the softmax makes of ``x``, weighted alike.
+
+    Parameters
+    ----------
+    head : Head
+    label : Tensor, int64, shape (N,)
+
+    Returns
+    -------
+    g : Tensor, shape (N, classes)
+    x, deviation : Tensor, shape (N, features)
+        A feature that nothing is known of is 0, and its deviation infinite.
+    """
+    own = F.one_hot(label, head.bias.shape[1]).to(head.bias)
+    g, of_g = _first(head, own)
+    floor = _ROUNDING * _rms(head.gradient, head.errors)[:, :, None]
+    variance = head.errors.square() + floor.square()
+    x, deviation = _input(head.gradient, variance, g, of_g, torch.zeros_like(g[:, :1]))
+    for _ in range(_ROUNDS):
+        typical = _rms(x.unsqueeze(1), deviation.unsqueeze(1))
+        spread = torch.where(deviation.isinf(), typical, deviation)
+        p = (x @ head.weight.mT + head.offset).softmax(1)
+        of_logits = (spread.square() @ head.weight.square().mT).sqrt()
+        of_made = ((1 - p) * p * of_logits).clamp_min(_ROUNDING) + 1e-300
+        made = p - own
+        known = head.bias_errors.square() + (_ROUNDING * head.bias).square() + 1e-300
+        # What is received counts where it contradicts: the loss may be another.
+        share = torch.where(known.isinf(), 1.0, known / (known + of_made.square()))
+        received = torch.where(known.isinf(), 0.0, head.bias)
+        agrees = (made - received).abs() < 5 * (known.sqrt() + of_made)
+        share = torch.where(agrees | known.isinf(), share, 0.0)
+        g = share * made + (1 - share) * received
+        of_g = torch.where(share > 0, of_made.square() * share, known).sqrt()
+        x, deviation = _input(head.gradient, variance, g, of_g, x)
+    return g, x, deviation
+
+
+def scale(head: Head, label: Tensor) -> Tensor:
+    """Return the factor that a clipped update was multiplied by, at most 1, shape (N,).
+
+    ``x`` is the ratio of two rows of received values, so no factor is in it; the received
+    bias gradient is the factor times ``softmax(W x + b) - y``.
+    """
+    floor = _ROUNDING * _rms(head.gradient, head.errors)[:, :, None]
+    variance = head.errors.square() + floor.square()
+    x, _ = _input(head.gradient, variance, *_first(head, None), torch.zeros_like(head.bias[:, :1]))
+    made = (x @ head.weight.mT + head.offset).softmax(1)
+    made = made - F.one_hot(label, made.shape[1])
+    weight = torch.where(head.bias_errors.isinf(), 0.0, 1.0)
+    total = (weight * made.square()).sum(1).clamp_min(1e-300)
+    return ((weight * made * head.bias).sum(1) / total).clamp(1e-12, 1.0)
+
+
+def _first(head: Head, own: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return ``g`` and its errors to begin with: as received, or the left singular vector."""
+    known = ~head.bias_errors.isinf()
+    if bool(known.any(1).all()):
+        return torch.where(known, head.bias, 0.0), torch.where(known, head.bias_errors, 1e150)
+    told = torch.where(head.errors.isinf(), 0.0, head.gradient)
+    u = torch.linalg.svd(told, full_matrices=False)[0][:, :, 0]
+    if own is not None:  # about as large as at an undecided model
+        sign = torch.where((u * own).sum(1, keepdim=True) > 0, -1.0, 1.0)
+        u = 0.9 * sign * u / (u * own).sum(1, keepdim=True).abs().clamp_min(1e-3)
+    return u, torch.full_like(u, _ROUNDING)
+
+
+def _input(
+    gradient: Tensor, variance: Tensor, g: Tensor, of_g: Tensor, x: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return the head's input and its standard deviation, given ``g``."""
+    weight = 1 / (variance + (of_g.unsqueeze(2) * x.unsqueeze(1)).square() + 1e-300)
+    total = (weight * g.square().unsqueeze(2)).sum(1)
+    told = total > 1e-290
+    told_gradient = torch.where(variance.isinf(), 0.0, gradient)
+    value = (weight * g.unsqueeze(2) * told_gradient).sum(1) / total.clamp_min(1e-300)
+    return torch.where(told, value, 0.0), torch.where(told, total.rsqrt(), torch.inf)
+
+
+def _rms(value: Tensor, errors: Tensor) -> Tensor:
+    """Return the root mean square of what is told, shape (N, 1)."""
+    told = ~errors.isinf()
+    squares = torch.where(told, value, 0.0).square().flatten(1).sum(1)
+    return (squares / told.flatten(1).sum(1).clamp_min(1)).sqrt().unsqueeze(1)
