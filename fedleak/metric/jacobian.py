@@ -28,7 +28,7 @@ _TOGETHER = 64
 #: Numbers that the derivatives of one call may hold together; sets how many directions.
 _ENTRIES = 6e7
 #: Rows of all layers together, per unknown, beyond which large layers are sketched.
-ROWS_PER_UNKNOWN = 6
+ROWS_PER_UNKNOWN = 4
 
 
 @dataclass

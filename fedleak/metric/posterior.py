@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -13,8 +13,8 @@ from torch import Tensor
 from fedleak.metric.jacobian import Block
 from fedleak.solvers.gaussian import cholesky
 
-#: Rows that join a QR factorisation at once, per unknown.
-_SLAB = 2
+#: Error, relative to the prior's precision, up to which the normal equations will do.
+_NORMAL = 1e-4
 
 
 @dataclass(frozen=True)
@@ -47,9 +47,6 @@ def decibels(mse: float) -> float:
 def posterior(blocks: Sequence[Block], factor: Tensor, shape: tuple[int, ...]) -> Posterior:
     """Return what is left open, to full precision.
 
-    Works on a QR factorisation of ``[J L; 1]`` with ``L L^T`` the prior's covariance: the
-    normal equations would leave nothing in float64 at the noise of float32.
-
     Parameters
     ----------
     blocks : sequence of Block
@@ -62,47 +59,50 @@ def posterior(blocks: Sequence[Block], factor: Tensor, shape: tuple[int, ...]) -
     Returns
     -------
     Posterior
+
+    Notes
+    -----
+    With ``W = J L`` the open part is ``L (1 + W^T W)^-1 L^T``. At the noise of float32 the
+    normal equations would leave nothing of it in float64: unless the noise is large, all comes
+    from an orthogonal factorisation.
     """
-    size, batch = len(factor), shape[0]
-    r = torch.eye(size * batch, dtype=factor.dtype, device=factor.device)
-    for slab in _slabs(blocks, _SLAB * len(r)):
-        r = torch.linalg.qr(torch.cat([r, whiten(slab, factor)]), mode="r")[1]
-    # Rows of L R^-1, image by image.
-    root = torch.cat(
-        [
-            torch.linalg.solve_triangular(r, pad, upper=True, left=False).square().sum(1)
-            for pad in _padded(factor, batch)
-        ]
-    )
-    open_ = torch.linalg.solve_triangular(r, torch.eye(len(r)).to(r), upper=True)
-    return Posterior(root.reshape(shape), len(r) - float(open_.square().sum()))
+    n = len(factor) * shape[0]
+    rows = torch.cat([whiten(b.rows, factor) for b in blocks] or [factor.new_zeros(0, n)])
+    if len(rows) < n:
+        left, effective = _dual(rows, factor)
+    else:
+        left, effective = _primal(rows, factor)
+    return Posterior(left.reshape(shape), effective)
+
+
+def _primal(rows: Tensor, factor: Tensor) -> tuple[Tensor, float]:
+    """Return the open variances from the triangular root of ``1 + W^T W``."""
+    n = rows.shape[1]
+    eye = torch.eye(n, dtype=rows.dtype, device=rows.device)
+    if float(rows.square().sum()) * torch.finfo(rows.dtype).eps < _NORMAL:
+        root = cholesky((rows.mT @ rows + eye).unsqueeze(0))[0].mT
+    else:
+        root = torch.linalg.qr(torch.cat([rows, eye]), mode="r")[1]
+    inverse = torch.linalg.solve_triangular(root, eye, upper=True)
+    left = (factor @ inverse.unflatten(0, (-1, len(factor)))).square().sum(2)
+    return left, n - float(inverse.square().sum())
+
+
+def _dual(rows: Tensor, factor: Tensor) -> tuple[Tensor, float]:
+    """Return the same where there are fewer rows than unknowns, from their span alone."""
+    count = len(rows)
+    eye = torch.eye(count, dtype=rows.dtype, device=rows.device)
+    q, r = torch.linalg.qr(rows.mT)
+    root = torch.linalg.qr(torch.cat([r.mT, eye]), mode="r")[1]
+    inverse = torch.linalg.solve_triangular(root, eye, upper=True)
+    span = factor @ q.unflatten(0, (-1, len(factor)))
+    known = span.square().sum(2) - (span @ inverse).square().sum(2)
+    return factor.square().sum(1) - known, count - float(inverse.square().sum())
 
 
 def whiten(rows: Tensor, factor: Tensor) -> Tensor:
     """Return rows by whitened unknowns, ``J L`` for each image of the batch, in float64."""
     return (rows.to(factor).unflatten(1, (-1, len(factor))) @ factor).flatten(1)
-
-
-def _slabs(blocks: Iterable[Block], most: int) -> Iterable[Tensor]:
-    """Yield the rows of all blocks, about ``most`` at a time."""
-    held: list[Tensor] = []
-    for block in blocks:
-        for part in block.rows.split(most):
-            held.append(part)
-            if sum(len(h) for h in held) >= most:
-                yield torch.cat(held)
-                held = []
-    if held:
-        yield torch.cat(held)
-
-
-def _padded(factor: Tensor, batch: int) -> Iterable[Tensor]:
-    """Yield the block row of ``1 kron L`` that belongs to each image."""
-    size = len(factor)
-    for b in range(batch):
-        row = factor.new_zeros(size, size * batch)
-        row[:, b * size : (b + 1) * size] = factor
-        yield row
 
 
 class Information:
