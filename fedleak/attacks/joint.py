@@ -25,6 +25,10 @@ WARM_UP, WARM_LEVEL = 80, 3e-2
 MOST_JACOBIANS, _MATCHED = 3, 0.5
 #: The same where there is no Jacobian, and where evidence is weighed.
 QUASI_LEVEL = 1e-2
+#: Variances of the prior between which the evidence decides where errors are known.
+SCALES = (0.25, 1.0, 4.0, 16.0)
+#: Where some values are exact: how much finer they count in the end, after how many Jacobians.
+FINE, POLISH = 1e-3, 1
 #: Rows beyond which a Jacobian is not built.
 DENSE_ROWS = 3 * DENSE_UNKNOWNS
 #: Memory for Jacobians and covariances at once, in entries: it sets how many updates are
@@ -47,6 +51,8 @@ class Target(ABC):
     errors: Tensor
     #: Whether what images make is affine in them: one Jacobian is then enough.
     linear: bool = False
+    #: Whether the errors are known, and not only estimated from the update.
+    calibrated: bool = False
     #: Unknowns of each update beside its images: standard normal before anything is known.
     hidden: int = 0
 
@@ -103,7 +109,7 @@ class ChainTarget(Target):
 
     def __init__(self, evidence: Evidence, solution: LinearSolution, depth: int, exact: bool):
         self.evidence, self.solution = evidence, solution
-        self.depth, self.exact = depth, exact
+        self.depth, self.exact, self.calibrated = depth, exact, evidence.defended
         self.linear = exact and depth <= 1
         names = {layer.name for layer in evidence.chain.layers[:depth]}
         self.names = [n for n in evidence.gradient if n.rpartition(".")[0] in names]
@@ -156,6 +162,7 @@ class ModuleTarget(Target):
         known += [] if self.features is None else [self.features]
         known += evidence.statistics.values()
         errors = [torch.zeros_like(k) for k in known]
+        self.calibrated = evidence.defended
         if evidence.defended:
             errors[: len(self.names)] = [evidence.errors[n] for n in self.names]
         self._known(known, errors)
@@ -309,12 +316,21 @@ def posterior(
         begin = _quasi_newton(target, prior, start, WARM_UP, max(precision, WARM_LEVEL)).images
     solver = GaussNewton(residual, begin.flatten(1))
     chosen = _follow_evidence(solver, [prior] * len(start), target.errors.clamp_min(QUASI_LEVEL))
+    if target.calibrated:
+        # A prior of s times the variance is one of errors smaller by the root of s.
+        scale = _scale(solver, chosen, errors)
+        errors = errors / scale.sqrt().unsqueeze(1)
     for n in range(MOST_JACOBIANS + 1):
         measured = solver.descend(Gaussian.stack([p.dense() for p in chosen]), errors)
         matched = ((residual(solver.x) / errors).square().mean(1) < _MATCHED).all()
         if target.linear or n == MOST_JACOBIANS or bool(matched):
             break
         solver.linearise()
+    if target.calibrated and not target.linear and bool((target.errors < FINE * precision).any()):
+        for _ in range(POLISH):
+            solver.linearise()
+            fine = target.errors.clamp_min(FINE * precision) / scale.sqrt().unsqueeze(1)
+            measured = solver.descend(Gaussian.stack([p.dense() for p in chosen]), fine)
     if type(prior).local is not Prior.local:
         covariances = measured.covariance()
         near = [p.local(x, v) for p, x, v in zip(chosen, solver.x, covariances, strict=True)]
@@ -323,12 +339,22 @@ def posterior(
     return solver, measured, chosen
 
 
+def _focus(prior: Prior, like: Tensor) -> Tensor:
+    """Return the weight of every pixel where evidence is weighed: the middle stands for all."""
+    _, *size = prior.shape
+    y, x = (torch.linspace(-1, 1, k).to(like) for k in size)
+    return (2 - y.square()[:, None] - x.square()).expand(prior.shape).flatten()
+
+
+def _scale(solver: GaussNewton, chosen: list[Prior], errors: Tensor) -> Tensor:
+    """Return the scale of each update's prior, shape (N,)."""
+    prior = Gaussian.stack([p.dense() for p in chosen])
+    return solver.scale(prior, errors, _focus(chosen[0], errors), SCALES)
+
+
 def _follow_evidence(solver: GaussNewton, priors: list[Prior], errors: Tensor) -> list[Prior]:
     """Return, for each update, the prior of the family that its evidence prefers."""
-    # The middle of the image: it stands for the rest.
-    _, *size = priors[0].shape
-    y, x = (torch.linspace(-1, 1, k).to(errors) for k in size)
-    focus = (2 - y.square()[:, None] - x.square()).expand(priors[0].shape).flatten()
+    focus = _focus(priors[0], errors)
     for stage in range(2):
         chosen = list(priors)
         for prior in {id(p): p for p in priors}.values():
