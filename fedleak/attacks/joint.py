@@ -26,7 +26,7 @@ MOST_JACOBIANS, _MATCHED = 3, 0.5
 #: The same where there is no Jacobian, and where evidence is weighed.
 QUASI_LEVEL = 1e-2
 #: Variances of the prior between which the evidence decides where errors are known.
-SCALES = (0.25, 1.0, 4.0, 16.0)
+SCALES = (0.25, 1.0, 2.0, 4.0)
 #: Where some values are exact: how much finer they count in the end, after how many Jacobians.
 FINE, POLISH = 1e-3, 1
 #: Rows beyond which a Jacobian is not built.
@@ -315,7 +315,12 @@ def posterior(
     if not target.linear:
         begin = _quasi_newton(target, prior, start, WARM_UP, max(precision, WARM_LEVEL)).images
     solver = GaussNewton(residual, begin.flatten(1))
-    chosen = _follow_evidence(solver, [prior] * len(start), target.errors.clamp_min(QUASI_LEVEL))
+    chosen = _follow_evidence(
+        solver,
+        [prior] * len(start),
+        target.errors.clamp_min(QUASI_LEVEL),
+        3 if target.calibrated else 2,
+    )
     if target.calibrated:
         # A prior of s times the variance is one of errors smaller by the root of s.
         scale = _scale(solver, chosen, errors)
@@ -352,10 +357,12 @@ def _scale(solver: GaussNewton, chosen: list[Prior], errors: Tensor) -> Tensor:
     return solver.scale(prior, errors, _focus(chosen[0], errors), SCALES)
 
 
-def _follow_evidence(solver: GaussNewton, priors: list[Prior], errors: Tensor) -> list[Prior]:
+def _follow_evidence(
+    solver: GaussNewton, priors: list[Prior], errors: Tensor, stages: int
+) -> list[Prior]:
     """Return, for each update, the prior of the family that its evidence prefers."""
     focus = _focus(priors[0], errors)
-    for stage in range(2):
+    for stage in range(stages):
         chosen = list(priors)
         for prior in {id(p): p for p in priors}.values():
             family = prior.family(stage)
