@@ -122,6 +122,8 @@ class HybridAttack(Attack):
 
     def reconstruct(self, observations: Sequence[Observation]) -> list[Reconstruction]:
         evidence = Evidence.gather(observations, self.device, simulate=self.local_training)
+        if evidence.signs and evidence.images == 1:
+            return self._match_module(evidence, "only the signs of the update are known")
         if not evidence.is_chain:
             return self._match_module(evidence, evidence.why_not_chain)
         if evidence.images == 1:

@@ -27,6 +27,8 @@ MOST_JACOBIANS, _MATCHED = 3, 0.5
 QUASI_LEVEL = 1e-2
 #: Variances of the prior between which the evidence decides where errors are known.
 SCALES = (0.25, 1.0, 2.0, 4.0)
+#: Width of the soft sign, in mean magnitudes, and the error that signs count with.
+SOFT, SOFT_ERROR = 0.5, 0.2
 #: Where some values are exact: how much finer they count in the end, after how many Jacobians.
 FINE, POLISH = 1e-3, 1
 #: Rows beyond which a Jacobian is not built.
@@ -53,6 +55,8 @@ class Target(ABC):
     linear: bool = False
     #: Whether the errors are known, and not only estimated from the update.
     calibrated: bool = False
+    #: Whether a Jacobian says enough to step by.
+    dense: bool = True
     #: Unknowns of each update beside its images: standard normal before anything is known.
     hidden: int = 0
 
@@ -182,6 +186,31 @@ class ModuleTarget(Target):
         return ModuleTarget(self.evidence.subset(index))
 
 
+class SignTarget(ModuleTarget):
+    """The signs of every gradient, where a defence leaves no more.
+
+    Of images' own gradient, each tensor is divided by its mean magnitude, so that no scale is
+    compared, and a soft step takes the place of the sign: entries near zero may well have the
+    other one.
+    """
+
+    dense = False
+
+    def __init__(self, evidence: Evidence):
+        super().__init__(evidence)
+        self.values = self.values.sign()
+        self.errors = torch.full_like(self.values, SOFT_ERROR)
+
+    def _joined(self, tensors: list[Tensor]) -> Tensor:
+        sizes = [t.flatten(1).abs().mean(1, keepdim=True).clamp_min(1e-300) for t in tensors]
+        rows = [(t.flatten(1) / s / SOFT).tanh() for t, s in zip(tensors, sizes, strict=True)]
+        joined = torch.cat(rows, 1)
+        return joined if self._kept is None else joined[:, self._kept]
+
+    def subset(self, index: Tensor) -> SignTarget:
+        return SignTarget(self.evidence.subset(index))
+
+
 def _head_input(evidence: Evidence) -> Tensor | None:
     """Return the input of a fully connected head, exact for one image: ``G = g x^T``."""
     head = evidence.replay.head
@@ -235,7 +264,7 @@ def match(
         Relative error at which a value counts as matched, at least.
     """
     n, m = batch * math.prod(prior.shape), target.values.shape[1]
-    dense = n <= DENSE_UNKNOWNS and m <= DENSE_ROWS
+    dense = target.dense and n <= DENSE_UNKNOWNS and m <= DENSE_ROWS
     if target.linear and prior.gaussian and not dense:
         return _least_squares(target, prior, start, precision)
     if not prior.gaussian or batch > 1 or not dense or target.hidden:

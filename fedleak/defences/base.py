@@ -31,9 +31,12 @@ class Defence(ABC):
     rescales : {"", "update", "tensor"}
         What is multiplied by a factor that the receiver is not told: nothing, the update as a
         whole, or every tensor by one of its own.
+    signs : bool
+        Whether only the sign of each entry is sent.
     """
 
     unit: ClassVar[str]
+    signs: ClassVar[bool] = False
 
     @property
     def rescales(self) -> Literal["", "update", "tensor"]:
