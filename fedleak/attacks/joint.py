@@ -113,7 +113,8 @@ class ChainTarget(Target):
 
     def __init__(self, evidence: Evidence, solution: LinearSolution, depth: int, exact: bool):
         self.evidence, self.solution = evidence, solution
-        self.depth, self.exact, self.calibrated = depth, exact, evidence.defended
+        self.depth, self.exact = depth, exact
+        self.calibrated = evidence.defended and not exact
         self.linear = exact and depth <= 1
         names = {layer.name for layer in evidence.chain.layers[:depth]}
         self.names = [n for n in evidence.gradient if n.rpartition(".")[0] in names]
@@ -180,7 +181,12 @@ class ModuleTarget(Target):
         names = list(self.evidence.statistics)
         if names:
             made += batch_statistics(self.evidence.replay, images, names).values()
-        return self._joined(made)
+        joined = self._joined(made)
+        if not self.evidence.rescales:
+            return joined
+        weight = self.errors.clamp_min(QUASI_LEVEL) ** -2
+        factor = (weight * joined * self.values).sum(1) / (weight * joined.square()).sum(1)
+        return joined * factor.clamp_min(1e-12).unsqueeze(1)  # that of clipping, unknown
 
     def subset(self, index: Tensor) -> ModuleTarget:
         return ModuleTarget(self.evidence.subset(index))
@@ -206,6 +212,10 @@ class SignTarget(ModuleTarget):
         rows = [(t.flatten(1) / s / SOFT).tanh() for t, s in zip(tensors, sizes, strict=True)]
         joined = torch.cat(rows, 1)
         return joined if self._kept is None else joined[:, self._kept]
+
+    def made(self, images: Tensor, hidden: Tensor | None = None) -> Tensor:
+        replayed = self.evidence.replay(images, self.evidence.labels)
+        return self._joined([replayed.gradients[n] for n in self.names])
 
     def subset(self, index: Tensor) -> SignTarget:
         return SignTarget(self.evidence.subset(index))
