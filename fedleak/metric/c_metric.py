@@ -34,10 +34,10 @@ class LayerRank:
     weight : float
         The part of the deficiency that counts in c(M).
     exact : bool
-        Whether the ranks are numerical ones. If not, ``rank`` is what generic weights and
-        errors give, which may be too large.
+        Whether ``rank`` is the numerical rank, factored or proven. If not, it is what generic
+        weights and errors give, which may be too large and is never too small.
     weight_rank, gradient_rank : int
-        The ranks of ``A`` and of ``K(e)`` alone.
+        The ranks of ``A`` and of ``K(e)`` alone; counted where the layer is too large.
     """
 
     name: str

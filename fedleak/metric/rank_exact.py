@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fedleak.metric.rank_linalg import (
     TOLERANCE,
+    count_above,
     counted,
     dense_rank,
     is_definite,
@@ -38,29 +39,28 @@ from fedleak.systems.conv import Conv
 
 @dataclass(frozen=True)
 class Effort:
-    """What a rank may cost.
+    """What the rank of one group of a layer may cost, in multiplications.
 
     Attributes
     ----------
-    most : float
-        Multiplications of one factorisation.
-    joint : bool
-        Whether to factor the two blocks together; their own ranks bound what they have
-        together, and often decide it.
+    sparse : float
+        Of the Gram matrix of ``A``; a sparse product takes about 10 ns for each.
+    dense : float
+        Of one factorisation.
+    joint : float
+        Of the factorisation of both blocks together. The blocks' own ranks bound the joint
+        one, and often decide it.
     """
 
-    most: float = np.inf
-    joint: bool = True
-
-    def allows(self, side: int) -> bool:
-        """Return whether a dense symmetric matrix of this side may be factored."""
-        return side**3 <= self.most
+    sparse: float = np.inf
+    dense: float = np.inf
+    joint: float = np.inf
 
 
-#: A certificate in a fraction of a second, and the closed form where there is none.
-FAST = Effort(2e9, joint=False)
+#: Proofs in a fraction of a second, and the closed form where there are none.
+FAST = Effort(2e8, 2e9, 2e8)
 #: Seconds for a layer.
-AFFORDABLE = Effort(6e10)
+AFFORDABLE = Effort(3e8, 6e10, 6e10)
 #: Whatever it takes.
 EXACT = Effort()
 
@@ -73,7 +73,7 @@ class Ranks:
     ----------
     weight, gradient, joint : int
     exact : bool
-        Whether these are numerical ranks. If not, ``joint`` is the least upper bound found.
+        Whether ``joint`` is the numerical rank. If not, it is the least upper bound found.
     """
 
     weight: int
@@ -150,10 +150,13 @@ class _Group:
 
     Attributes
     ----------
-    a : csr_matrix, shape (equations, channels * pixels)
-        The weight rows of what is known.
+    e : Tensor, shape (live filters, positions)
+    equations : list of int
+        What is known of each filter's outputs.
     block : Tensor, shape (live filters * offsets, pixels)
         One input channel's block of ``K(e)``.
+    all_rows, a : csr_matrix, shape (equations, channels * pixels), or None
+        The weight rows of all outputs and of what is known; None if they are too many.
     full : int
         Unknowns that any row reads.
     """
@@ -161,104 +164,113 @@ class _Group:
     def __init__(
         self, layer: Conv, group: int, e: Tensor, known: csr_matrix | None, effort: Effort
     ):
-        self.layer, self.effort = layer, effort
+        self.layer, self.effort, self.known = layer, effort, known
         self.filters, self.e = len(e), e.flatten(1)[(e != 0).flatten(1).any(1)]
-        self.known = known
-        self.all_rows = weight_rows(layer, group)
-        a = self.all_rows if known is None else known @ self.all_rows
-        self.a = a[np.diff(a.indptr) > 0]
-        self.block = gradient_block(layer, self.e)
-        self.pixels = self.block.shape[1]
-        self.channels = a.shape[1] // self.pixels
-        self.largest = largest_eigenvalue(self.a)
-        self.reached = np.bincount(self.a.indices, minlength=a.shape[1]) > 0
-        read = self.reached.reshape(self.channels, -1) | (self.block != 0).any(0).numpy()
-        self.full = int(read.sum())
+        self.classes = stride_classes(layer)
+        self.channels = layer.in_shape[0] // layer.groups
+        positions = self.e.shape[1]
+        if known is None:
+            self.equations = [positions] * self.filters
+        else:
+            place = known.indices[known.indptr[:-1]] // positions
+            self.equations = np.bincount(place, minlength=self.filters).tolist()
+        self.full = self.channels * sum(n for _, n in self.classes)
+        self.a: csr_matrix | None = None
+        if sum(self.equations) * layer.weight.shape[2] ** 2 <= effort.sparse:
+            self.all_rows = weight_rows(layer, group)
+            a = self.all_rows if known is None else known @ self.all_rows
+            self.a = a[np.diff(a.indptr) > 0]
+            self.largest = largest_eigenvalue(self.a)
 
     def ranks(self) -> Ranks:
-        weight, weight_sure = self._weight_rank()
+        """Return the ranks: proven, factored or counted, as the effort allows."""
         basis = self._basis()
-        if basis is None:
-            gradient = self.channels * generic_block(stride_classes(self.layer), len(self.e))
-        else:
-            gradient = self.channels * len(basis)
-        sure = weight_sure and basis is not None
-        if sure and (gradient == 0 or max(weight, gradient) == self.full):
-            return Ranks(weight, gradient, max(weight, gradient))
-        if weight_sure and weight == self.full:
-            return Ranks(weight, gradient, weight, False)
-        if sure and self.effort.joint and self.effort.allows(min(self.a.shape)):
-            assert basis is not None
-            return Ranks(weight, gradient, gradient + self._rest_rank(basis))
-        most = self._most(weight, gradient)
-        proven = most <= max(weight, gradient)
-        if self.known is None and weight == self.a.shape[0]:
-            proven |= is_decoupled(self.layer)
-        return Ranks(weight, gradient, max(most, weight, gradient), sure and proven)
+        generic = self.channels * generic_block(self.classes, len(self.e))
+        gradient = generic if basis is None else self.channels * len(basis)
+        weight, sure = self._weight_rank()
+        least = max(weight, gradient)
+        if self.full in (weight * sure, 0 if basis is None else gradient):
+            return Ranks(weight, gradient, self.full)
+        most = max(least, self._most(weight, gradient))
+        if basis is None or self.a is None:
+            return Ranks(weight, gradient, most, False)
+        if sure and (most == least or self._is_decoupled(weight)):
+            return Ranks(weight, gradient, most)
+        rest = self._rest_rank(self.a, basis)
+        return Ranks(weight, gradient, most if rest is None else gradient + rest, rest is not None)
+
+    def _is_decoupled(self, weight: int) -> bool:
+        """Return whether the patches share nothing: then their relations are all there are."""
+        return self.known is None and weight == sum(self.equations) and is_decoupled(self.layer)
 
     def _weight_rank(self) -> tuple[int, bool]:
         """Return the rank of ``A``, and whether it is certain."""
-        a = self.a[:, self.reached]
-        gram = (a @ a.T if a.shape[0] <= a.shape[1] else a.T @ a).tocsr()
-        if is_definite(gram, self.largest, self.effort.most):
-            return int(gram.shape[0]), True
-        if not self.effort.allows(gram.shape[0]):
-            return int(gram.shape[0]), False
+        if self.a is None:
+            return min(sum(self.equations), self.full), False
+        read = np.bincount(self.a.indices, minlength=self.a.shape[1]) > 0
+        a = self.a[:, read]
+        pixels = self.a.shape[1] // self.channels
+        if a.shape[0] <= a.shape[1]:  # in the order of each row's first pixel
+            gram, key = (a @ a.T).tocsr(), _first(self.a.indices % pixels, self.a.indptr)
+        else:
+            gram, key = (a.T @ a).tocsr(), np.flatnonzero(read) % pixels
+        side = int(gram.shape[0])
+        if is_definite(gram, self.largest, key, self.effort.dense):
+            return side, True
+        if side**3 > self.effort.dense:
+            return side, False
         rank = counted(torch.from_numpy(gram.toarray()), self.largest)
-        if rank is None:
-            rank = _svd_rank(torch.from_numpy(a.toarray()), self.largest)
-        return rank, True
+        if rank is not None:
+            return rank, True
+        if sum(a.shape) ** 3 > self.effort.dense:
+            return side, False
+        return count_above(torch.from_numpy(a.toarray()), TOLERANCE * self.largest**0.5), True
 
     def _basis(self) -> Tensor | None:
-        """Return a basis of the row space of ``K``'s block; None if it is too large."""
-        rows, pixels = self.block.shape
-        if min(rows, pixels) * rows * pixels > self.effort.most:
+        """Return a basis of the row space of ``K``'s block; None if that is too large."""
+        rows = len(self.e) * self.layer.windows.kernel[0] * self.layer.windows.kernel[1]
+        pixels = self.layer.in_shape[1] * self.layer.in_shape[2]
+        if min(rows, pixels) * rows * pixels > self.effort.dense:
             return None
-        return row_space(self.block)
+        return row_space(gradient_block(self.layer, self.e))
 
     def _most(self, weight: int, gradient: int) -> int:
         """Return an upper bound of the joint rank, which generic systems reach."""
         tied = relations(self.e, self.known, self.filters)
-        classes = stride_classes(self.layer)
-        positions = self.e.shape[1]
-        limit = positions
-        if gradient == self.channels * generic_block(classes, len(self.e)):
-            limit = min(limit, reach(classes, len(self.e)))
-        if self.known is None:
-            equations = [positions] * self.filters
-        else:
-            place = self.known.indices[self.known.indptr[:-1]] // positions
-            equations = np.bincount(place, minlength=self.filters).tolist()
-        left = sum(min(m - len(r), limit) for m, r in zip(equations, tied, strict=True))
+        limit = self.e.shape[1]
+        if gradient == self.channels * generic_block(self.classes, len(self.e)):
+            limit = min(limit, reach(self.classes, len(self.e)))
+        left = sum(min(m - len(r), limit) for m, r in zip(self.equations, tied, strict=True))
         return min(self.full, gradient + left, gradient + weight - self._shared(tied, weight))
 
     def _shared(self, tied: list[np.ndarray], weight: int) -> int:
         """Return the dimension of the relations, as rows of both ``A`` and ``K``."""
         count = sum(map(len, tied))
-        if weight == self.a.shape[0]:
+        if weight == sum(self.equations) or self.a is None:
             return count
-        if count**2 * self.all_rows.shape[1] > self.effort.most:
+        if count**2 * self.a.shape[1] > self.effort.dense:
             return 0
         size = self.e.shape[1]
         rows = [self.all_rows[g * size : (g + 1) * size].T @ r.T for g, r in enumerate(tied)]
         return dense_rank(torch.from_numpy(np.concatenate(rows, 1)))
 
-    def _rest_rank(self, basis: Tensor) -> int:
-        """Return the rank of ``A`` on the null space of ``K``."""
-        a = self.a
+    def _rest_rank(self, a: csr_matrix, basis: Tensor) -> int | None:
+        """Return the rank of ``A`` on the null space of ``K``; None if it takes too much."""
+        if min(a.shape) ** 3 > self.effort.joint:
+            return None
         if a.shape[0] <= a.shape[1]:
-            q = basis.mT.numpy()
-            starts = range(0, a.shape[1], self.pixels)
-            inside = np.concatenate([a[:, i : i + self.pixels] @ q for i in starts], 1)
-            within = torch.from_numpy(inside)
-            gram = torch.from_numpy((a @ a.T).toarray()).addmm_(within, within.mT, alpha=-1)
+            q, pixels = basis.mT.numpy(), basis.shape[1]
+            parts = [a[:, i : i + pixels] @ q for i in range(0, a.shape[1], pixels)]
+            inside = torch.from_numpy(np.concatenate(parts, 1))
+            gram = torch.from_numpy((a @ a.T).toarray()).addmm_(inside, inside.mT, alpha=-1)
         else:
             gram = torch.from_numpy((a.T @ a).toarray())
             for _ in range(2):  # from the right, then from the left
                 gram = _without(gram, basis).mT
         rank = counted(gram, self.largest)
-        if rank is None:
-            return _svd_rank(_without(torch.from_numpy(a.toarray()), basis), self.largest)
+        if rank is None and sum(a.shape) ** 3 <= self.effort.joint:
+            rest = _without(torch.from_numpy(a.toarray()), basis)
+            rank = count_above(rest, TOLERANCE * self.largest**0.5)
         return rank
 
 
@@ -268,5 +280,6 @@ def _without(m: Tensor, basis: Tensor) -> Tensor:
     return (split - (split @ basis.mT) @ basis).reshape(m.shape)
 
 
-def _svd_rank(m: Tensor, largest: float) -> int:
-    return int((torch.linalg.svdvals(m) > TOLERANCE * largest**0.5).sum())
+def _first(values: np.ndarray, starts: np.ndarray) -> np.ndarray:
+    """Return the least value of each row of a sparse matrix without empty rows."""
+    return np.minimum.reduceat(values, starts[:-1]) if len(starts) > 1 else values[:0]
