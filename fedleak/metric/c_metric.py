@@ -160,8 +160,13 @@ def _image_shape(shape: tuple[int, int, int]) -> tuple[int, int, int]:
 def _layer_rank(chain: Chain, trace: Trace, i: int, weight: float, effort: Effort) -> LayerRank:
     layer = chain.layers[i]
     assert isinstance(layer, Affine)
-    rows = binding_rows(chain, trace.inputs, i)
-    ranks = numerical_ranks(layer, trace.errors[i][0], rows, effort)
+    e = trace.errors[i][0]
+    if not bool(e.isfinite().all()):
+        raise InvalidInputError(
+            f"the gradient at layer {layer.name!r} is not finite: its weights, or those after "
+            "it, are too large for a metric"
+        )
+    ranks = numerical_ranks(layer, e, binding_rows(chain, trace.inputs, i), effort)
     return LayerRank(
         layer.name,
         "conv2d" if isinstance(layer, Conv) else "linear",

@@ -64,7 +64,7 @@ def structural_rank(layer: Affine, e: Tensor | None = None, known: Tensor | None
         blocks = [min(live * offsets, pixels) for offsets, pixels in classes]
         free = sum(pixels for _, pixels in classes) - sum(blocks)
         counts = known[g].sum(1) - _relations(used[g], known[g])
-        weight = int(counts.clamp(0, reach(classes, live)).sum())
+        weight = int(counts.clamp(0, reach(layer, live)).sum())
         rank += channels * sum(blocks) + min(channels * free, weight)
     return rank
 

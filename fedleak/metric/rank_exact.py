@@ -239,7 +239,7 @@ class _Group:
         tied = relations(self.e, self.known, self.filters)
         limit = self.e.shape[1]
         if gradient == self.channels * generic_block(self.classes, len(self.e)):
-            limit = min(limit, reach(self.classes, len(self.e)))
+            limit = min(limit, reach(self.layer, len(self.e)))
         left = sum(min(m - len(r), limit) for m, r in zip(self.equations, tied, strict=True))
         return min(self.full, gradient + left, gradient + weight - self._shared(tied, weight))
 

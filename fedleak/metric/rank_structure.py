@@ -60,25 +60,7 @@ def stride_classes(layer: Conv) -> list[tuple[int, int]]:
     An offset reads the pixels whose place, modulo the stride, is its own: the blocks of
     ``K`` fall apart by class.
     """
-    rows, columns = (_axis(layer, axis) for axis in (0, 1))
-    return [(oi * oj, pi * pj) for oi, pi in rows.values() for oj, pj in columns.values()]
-
-
-def _axis(layer: Conv, axis: int) -> dict[int, tuple[int, int]]:
-    """Return, per stride class along one axis, kernel offsets and the pixels they reach."""
-    w = layer.windows
-    size, out = layer.in_shape[1 + axis], layer.out_shape[1 + axis]
-    kernel, stride, dilation = w.kernel[axis], w.stride[axis], w.dilation[axis]
-    before = w.padding[2 - 2 * axis]
-    offsets: dict[int, int] = {}
-    pixels: dict[int, set[int]] = {}
-    for k in range(kernel):
-        offset = k * dilation
-        cls = offset % stride
-        reached = {p for o in range(out) if 0 <= (p := o * stride + offset - before) < size}
-        offsets[cls] = offsets.get(cls, 0) + bool(reached)
-        pixels.setdefault(cls, set()).update(reached)
-    return {cls: (offsets[cls], len(pixels[cls])) for cls in offsets}
+    return [(oi * oj, pi * pj) for (oi, pi), (oj, pj) in map(_sizes, _classes(layer))]
 
 
 def generic_block(classes: list[tuple[int, int]], filters: int) -> int:
@@ -86,12 +68,50 @@ def generic_block(classes: list[tuple[int, int]], filters: int) -> int:
     return sum(min(filters * o, n) for o, n in classes)
 
 
-def reach(classes: list[tuple[int, int]], filters: int) -> int:
-    """Return how many outputs of a filter the null space of a block of ``K`` can move.
+def reach(layer: Conv, filters: int) -> int:
+    """Return how many outputs of a filter the null space of a generic ``K`` can move.
 
-    They lie in the span of that null space's shifts by the kernel's offsets.
+    They lie in the span of that null space's shifts by the kernel's offsets. Stride classes
+    of one shape have the same block of ``K``, and so the same shifts.
     """
-    return sum(o * (n - min(filters * o, n)) for o, n in classes)
+    sizes = map(_sizes, set(_classes(layer)))
+    shapes = [(oi * oj, pi * pj) for (oi, pi), (oj, pj) in sizes]
+    return sum(o * (n - min(filters * o, n)) for o, n in shapes)
+
+
+# Along one axis: the shift of each offset, and the pixels reached, in steps of the stride.
+_Line = tuple[tuple[int, ...], tuple[int, ...]]
+
+
+def _sizes(pair: tuple[_Line, _Line]) -> tuple[tuple[int, int], ...]:
+    return tuple((len(shifts), len(pixels)) for shifts, pixels in pair)
+
+
+def _classes(layer: Conv) -> list[tuple[_Line, _Line]]:
+    rows, columns = (_lines(layer, axis) for axis in (0, 1))
+    return [(row, column) for row in rows for column in columns]
+
+
+def _lines(layer: Conv, axis: int) -> list[_Line]:
+    """Return the stride classes along one axis."""
+    w = layer.windows
+    size, out = layer.in_shape[1 + axis], layer.out_shape[1 + axis]
+    stride, before = w.stride[axis], w.padding[2 - 2 * axis]
+    found: dict[int, tuple[list[int], set[int]]] = {}
+    for k in range(w.kernel[axis]):
+        begin = k * w.dilation[axis] - before
+        reached = {p for o in range(out) if 0 <= (p := o * stride + begin) < size}
+        if reached:
+            begins, pixels = found.setdefault(begin % stride, ([], set()))
+            begins.append(begin)
+            pixels |= reached
+    return [
+        (
+            tuple((begin - min(pixels)) // stride for begin in begins),
+            tuple(sorted((p - min(pixels)) // stride for p in pixels)),
+        )
+        for begins, pixels in found.values()
+    ]
 
 
 def relations(e: Tensor, known: csr_matrix | None, filters: int) -> list[np.ndarray]:
