@@ -37,7 +37,8 @@ class LayerRank:
         Whether ``rank`` is the numerical rank, factored or proven. If not, it is what generic
         weights and errors give, which may be too large and is never too small.
     weight_rank, gradient_rank : int
-        The ranks of ``A`` and of ``K(e)`` alone; counted where the layer is too large.
+        The ranks of ``A`` and of ``K(e)`` alone. They are counted where the layer is too large,
+        and by ``structural`` where the other of the two decides.
     """
 
     name: str

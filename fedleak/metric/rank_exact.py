@@ -20,6 +20,7 @@ from fedleak.metric.rank_linalg import (
     count_above,
     counted,
     dense_rank,
+    gram_matrix,
     is_definite,
     largest_eigenvalue,
     row_space,
@@ -50,15 +51,18 @@ class Effort:
     joint : float
         Of the factorisation of both blocks together. The blocks' own ranks bound the joint
         one, and often decide it.
+    both : bool
+        Whether to rank either block where the other one decides.
     """
 
     sparse: float = np.inf
     dense: float = np.inf
     joint: float = np.inf
+    both: bool = True
 
 
 #: Proofs in a fraction of a second, and the closed form where there are none.
-FAST = Effort(2e8, 2e9, 2e8)
+FAST = Effort(2e8, 2e9, 2e8, both=False)
 #: Seconds for a layer.
 AFFORDABLE = Effort(3e8, 6e10, 6e10)
 #: Whatever it takes.
@@ -123,7 +127,7 @@ def numerical_ranks(
             known = rows[:, g * size : (g + 1) * size]
             known = known[np.diff(known.indptr) > 0]
         own = e[g * filters : (g + 1) * filters]
-        total += _Group(layer, g, own, known, effort).ranks()
+        total += _Group(layer, own, known, effort).ranks(g)
     return total
 
 
@@ -161,9 +165,7 @@ class _Group:
         Unknowns that any row reads.
     """
 
-    def __init__(
-        self, layer: Conv, group: int, e: Tensor, known: csr_matrix | None, effort: Effort
-    ):
+    def __init__(self, layer: Conv, e: Tensor, known: csr_matrix | None, effort: Effort):
         self.layer, self.effort, self.known = layer, effort, known
         self.filters, self.e = len(e), e.flatten(1)[(e != 0).flatten(1).any(1)]
         self.classes = stride_classes(layer)
@@ -176,21 +178,33 @@ class _Group:
             self.equations = np.bincount(place, minlength=self.filters).tolist()
         self.full = self.channels * sum(n for _, n in self.classes)
         self.a: csr_matrix | None = None
-        if sum(self.equations) * layer.weight.shape[2] ** 2 <= effort.sparse:
-            self.all_rows = weight_rows(layer, group)
-            a = self.all_rows if known is None else known @ self.all_rows
-            self.a = a[np.diff(a.indptr) > 0]
-            self.largest = largest_eigenvalue(self.a)
+        self.generic = self.channels * generic_block(self.classes, len(self.e))
 
-    def ranks(self) -> Ranks:
+    def _build(self, group: int) -> None:
+        """Set ``A`` and its Gram matrix, unless they take too much."""
+        if sum(self.equations) * self.layer.weight.shape[2] ** 2 > self.effort.sparse:
+            return
+        self.all_rows = weight_rows(self.layer, group)
+        a = self.all_rows if self.known is None else self.known @ self.all_rows
+        self.a = a[np.diff(a.indptr) > 0]
+        self.gram = gram_matrix(self.a)
+        self.largest = largest_eigenvalue(self.gram)
+
+    def ranks(self, group: int) -> Ranks:
         """Return the ranks: proven, factored or counted, as the effort allows."""
-        basis = self._basis()
-        generic = self.channels * generic_block(self.classes, len(self.e))
-        gradient = generic if basis is None else self.channels * len(basis)
+        basis = self._basis() if self.effort.both or self.generic == self.full else None
+        gradient = self.generic if basis is None else self.channels * len(basis)
+        told = basis is not None and gradient == self.full
+        if told and not self.effort.both:
+            return Ranks(min(sum(self.equations), self.full), gradient, gradient)
+        self._build(group)
         weight, sure = self._weight_rank()
-        least = max(weight, gradient)
-        if self.full in (weight * sure, 0 if basis is None else gradient):
+        if told or (sure and weight == self.full):
             return Ranks(weight, gradient, self.full)
+        if basis is None:
+            basis = self._basis()
+            gradient = self.generic if basis is None else self.channels * len(basis)
+        least = max(weight, gradient)
         most = max(least, self._most(weight, gradient))
         if basis is None or self.a is None:
             return Ranks(weight, gradient, most, False)
@@ -207,13 +221,13 @@ class _Group:
         """Return the rank of ``A``, and whether it is certain."""
         if self.a is None:
             return min(sum(self.equations), self.full), False
-        read = np.bincount(self.a.indices, minlength=self.a.shape[1]) > 0
-        a = self.a[:, read]
-        pixels = self.a.shape[1] // self.channels
+        a, gram, pixels = self.a, self.gram, self.a.shape[1] // self.channels
         if a.shape[0] <= a.shape[1]:  # in the order of each row's first pixel
-            gram, key = (a @ a.T).tocsr(), _first(self.a.indices % pixels, self.a.indptr)
+            key = _first(a.indices % pixels, a.indptr)
         else:
-            gram, key = (a.T @ a).tocsr(), np.flatnonzero(read) % pixels
+            read = np.bincount(a.indices, minlength=a.shape[1]) > 0
+            key = np.flatnonzero(read) % pixels
+            a, gram = a[:, read], gram[read][:, read]
         side = int(gram.shape[0])
         if is_definite(gram, self.largest, key, self.effort.dense):
             return side, True
@@ -238,7 +252,7 @@ class _Group:
         """Return an upper bound of the joint rank, which generic systems reach."""
         tied = relations(self.e, self.known, self.filters)
         limit = self.e.shape[1]
-        if gradient == self.channels * generic_block(self.classes, len(self.e)):
+        if gradient == self.generic:
             limit = min(limit, reach(self.layer, len(self.e)))
         left = sum(min(m - len(r), limit) for m, r in zip(self.equations, tied, strict=True))
         return min(self.full, gradient + left, gradient + weight - self._shared(tied, weight))
@@ -262,9 +276,9 @@ class _Group:
             q, pixels = basis.mT.numpy(), basis.shape[1]
             parts = [a[:, i : i + pixels] @ q for i in range(0, a.shape[1], pixels)]
             inside = torch.from_numpy(np.concatenate(parts, 1))
-            gram = torch.from_numpy((a @ a.T).toarray()).addmm_(inside, inside.mT, alpha=-1)
+            gram = torch.from_numpy(self.gram.toarray()).addmm_(inside, inside.mT, alpha=-1)
         else:
-            gram = torch.from_numpy((a.T @ a).toarray())
+            gram = torch.from_numpy(self.gram.toarray())
             for _ in range(2):  # from the right, then from the left
                 gram = _without(gram, basis).mT
         rank = counted(gram, self.largest)

@@ -19,18 +19,27 @@ from torch import Tensor
 #: says nothing about directions below it, and a Gram matrix in float64 resolves no smaller.
 TOLERANCE = 1e-7
 _ZERO, _SURE = 1e-14, 1e-11
+_SPARSE_COST = 100  # of one multiplication, in those of a dense product
 _SMALL = 500  # below this side, singular values take no time
 
 
-def largest_eigenvalue(m: csr_matrix) -> float:
-    """Return the largest eigenvalue of ``m^T m``, from below and to about a percent."""
-    if m.nnz == 0:
-        return 0.0
-    v = np.random.default_rng(0).standard_normal(m.shape[1])
+def gram_matrix(m: csr_matrix) -> csr_matrix:
+    """Return ``m m^T`` or ``m^T m``, the smaller of the two."""
+    m = m if m.shape[0] <= m.shape[1] else m.T.tocsr()
+    sparse = float(np.square(np.bincount(m.indices), dtype=np.float64).sum())
+    if m.shape[0] ** 2 * float(m.shape[1]) < _SPARSE_COST * sparse:
+        dense = torch.from_numpy(m.toarray())
+        return csr_matrix((dense @ dense.mT).numpy())
+    return (m @ m.T).tocsr()
+
+
+def largest_eigenvalue(gram: csr_matrix) -> float:
+    """Return the largest eigenvalue of a Gram matrix, from below and to a few percent."""
+    v = np.random.default_rng(0).standard_normal(gram.shape[0])
     size = 0.0
-    for _ in range(60):
-        v /= np.linalg.norm(v)
-        v = m.T @ (m @ v)
+    for _ in range(30 if gram.nnz else 0):
+        v /= max(float(np.linalg.norm(v)), 1e-300)
+        v = gram @ v
         size = float(np.linalg.norm(v))
     return size
 
