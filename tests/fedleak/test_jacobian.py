@@ -149,8 +149,8 @@ def test_information_of_layers_adds_up() -> None:
 @pytest.mark.parametrize("defence", ["noise:0.05", "prune:0.9+noise:0.02"])
 def test_matrix_free_bounds_enclose_the_dense_prediction(defence: str) -> None:
     torch.manual_seed(0)
-    shape = (3, 8, 8)
-    references = make_references(conv_chain([(6, 3, 1, 0)], shape, 10), shape, 1, defence, count=1)
+    shape = (1, 8, 8)
+    references = make_references(conv_chain([(4, 3, 2, 0)], shape, 10), shape, 1, defence, count=1)
     prior = natural_prior(shape)
     dense, free = predict(references, prior), matrix_free.estimate(references, prior)
     assert free.error_db < 2
