@@ -117,7 +117,8 @@ def estimate(
         the spread over random draws. ``floor_db`` and ``effective_dimensions`` are not known
         (NaN); ``rms`` is that of the random images.
     """
-    from fedleak.metric.prediction import Prediction, decibels
+    from fedleak.metric.posterior import decibels
+    from fedleak.metric.prediction import Prediction
 
     each, errors, spreads = [], [], []
     for n, reference in enumerate(references):

@@ -35,13 +35,21 @@ class Posterior:
 
     @property
     def psnr_db(self) -> float:
-        """Predicted PSNR in dB (peak 1): ``-10 log10`` of the mean variance."""
-        return decibels(float(self.variance.mean()))
+        """Predicted PSNR in dB (peak 1): ``-10 log10`` of an image's mean variance.
+
+        Of a batch the mean over its images, as the PSNR of an attack is.
+        """
+        return mean_decibels(self.variance.flatten(1).mean(1))
 
 
 def decibels(mse: float) -> float:
     """Return the PSNR in dB, for a peak of 1."""
     return -10 * math.log10(max(mse, 1e-300))
+
+
+def mean_decibels(mse: Tensor) -> float:
+    """Return the mean PSNR in dB of some images, given the mean square error of each."""
+    return float(-10 * mse.clamp_min(1e-300).log10().mean())
 
 
 def posterior(blocks: Sequence[Block], factor: Tensor, shape: tuple[int, ...]) -> Posterior:
@@ -171,21 +179,20 @@ class Information:
         matrix.diagonal().add_(1.0)
         inverse = torch.cholesky_inverse(cholesky(matrix.unsqueeze(0))[0])
         size, batch = len(self.factor), len(matrix) // len(self.factor)
-        left = sum(
-            float((inverse[s, s] * self._spread).sum())
-            for s in (slice(b * size, (b + 1) * size) for b in range(batch))
-        )
-        return decibels(left / len(matrix))
+        parts = [slice(b * size, (b + 1) * size) for b in range(batch)]
+        left = torch.stack([(inverse[s, s] * self._spread).sum() for s in parts])
+        return mean_decibels(left / size)
 
     @cached_property
     def _spectrum(self) -> tuple[Tensor, Tensor]:
-        """Return the eigenvalues of the total, and the mean square along each eigenvector."""
+        """Return the eigenvalues of the total, and each image's square along them."""
         values, vectors = torch.linalg.eigh(self.total)
         parts = vectors.unflatten(0, (-1, len(self.factor)))
-        return values.clamp_min(0), (self.factor @ parts).square().sum((0, 1))
+        return values.clamp_min(0), (self.factor @ parts).square().sum(1)
 
     def noised(self, strength: float) -> float:
         """Return the predicted PSNR in dB under noise on every gradient, relative to its size."""
         values, weights = self._spectrum
         level = max(strength, self.level) / self.level
-        return decibels(float((weights / (1 + values / level**2)).sum()) / len(values))
+        left = (weights / (1 + values / level**2)).sum(1)
+        return mean_decibels(left / len(self.factor))

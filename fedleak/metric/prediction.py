@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from fedleak.defences import DefenceSpec, defend, parse_defence
 from fedleak.errors import InvalidInputError
 from fedleak.metric.jacobian import Block, UpdateJacobian
-from fedleak.metric.posterior import Posterior, decibels, posterior
+from fedleak.metric.posterior import Posterior, posterior
 from fedleak.priors import GaussianPrior, Prior
 from fedleak.priors.synthetic import dead_leaves
 from fedleak.replay import Gradients, Replay
@@ -236,7 +236,7 @@ def predict(
     return Prediction(
         psnr_db=sum(each) / len(each),
         each_db=each,
-        floor_db=decibels(float(bound.variance.mean())),
+        floor_db=bound.psnr_db,
         effective_dimensions=sum(p.effective_dimensions for p in found) / len(found),
         unknowns=unknowns,
         error_db=0.0,
