@@ -95,6 +95,12 @@ class Target(ABC):
         joined = torch.cat(rows, 1)
         return joined if self._kept is None else joined[:, self._kept]
 
+    def misfit(self, images: Tensor, precision: float) -> Tensor:
+        """Return how far images are from the known values, in units of the errors, (N,)."""
+        with torch.no_grad():
+            rest = (self.made(images) - self.values) / self.errors.clamp_min(precision)
+        return rest.square().mean(1).sqrt()
+
     @abstractmethod
     def made(self, images: Tensor, hidden: Tensor | None = None) -> Tensor:
         """Return what ``images``, shape (N, B, C, H, W), make of it, shape (N, m)."""
