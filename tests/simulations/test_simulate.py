@@ -340,9 +340,8 @@ def test_a_server_that_knows_the_defence(tmp_path: Path) -> None:
     options = [*SMALL, "federation.rounds=1", "defence=clip:0.1"]
     for known in ("false", "true"):
         simulate(load_scenario(None, [*options, f"threat.defence={known}"]), tmp_path / known)
-    unaware, informed = (
-        _tables(tmp_path / known)[0]["psnr_db"].mean() for known in ("false", "true")
-    )
+    found = [_tables(tmp_path / known)[0]["psnr_db"].mean() for known in ("false", "true")]
+    unaware, informed = found
     assert informed > unaware + 3
 
 
