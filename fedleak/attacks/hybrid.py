@@ -238,7 +238,7 @@ class HybridAttack(Attack):
                     f"the model cannot be matched, which takes second derivatives: {error}"
                 ) from error
             part = with_order(part, target, found)
-            score = partial(part.misfit, precision=self.precision) if part.defended else part.fit
+            score = partial(target.misfit, precision=self.precision) if part.defended else part.fit
             images = torch.where(
                 (score(found.images) <= score(grey)).reshape(-1, 1, 1, 1, 1), found.images, grey
             )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -29,6 +30,8 @@ QUASI_LEVEL = 1e-2
 SCALES = (0.25, 1.0, 2.0, 4.0)
 #: Width of the soft sign, in mean magnitudes, and the error that signs count with.
 SOFT, SOFT_ERROR = 0.5, 0.2
+#: Relative errors, in the median, from which rough images are considered.
+ROUGH_LEVEL = 0.05
 #: Where some values are exact: how much finer they count in the end, after how many Jacobians.
 FINE, POLISH = 1e-3, 1
 #: Rows beyond which a Jacobian is not built.
@@ -94,6 +97,12 @@ class Target(ABC):
         rows = [t.flatten(1) / s for t, s in zip(tensors, self._sizes, strict=True)]
         joined = torch.cat(rows, 1)
         return joined if self._kept is None else joined[:, self._kept]
+
+    def misfit(self, images: Tensor, precision: float) -> Tensor:
+        """Return how far images are from the known values, in units of the errors, (N,)."""
+        with torch.no_grad():
+            rest = (self.made(images) - self.values) / self.errors.clamp_min(precision)
+        return rest.square().mean(1).sqrt()
 
     @abstractmethod
     def made(self, images: Tensor, hidden: Tensor | None = None) -> Tensor:
@@ -354,13 +363,14 @@ def posterior(
     if not target.linear:
         begin = _quasi_newton(target, prior, start, WARM_UP, max(precision, WARM_LEVEL)).images
     solver = GaussNewton(residual, begin.flatten(1))
-    chosen = _follow_evidence(
-        solver,
-        [prior] * len(start),
-        target.errors.clamp_min(QUASI_LEVEL),
-        3 if target.calibrated else 2,
-    )
+    level = target.errors.clamp_min(QUASI_LEVEL)
+    chosen = _follow_evidence(solver, [prior] * len(start), level, (0, 1))
     if target.calibrated:
+        # Where errors are small, what rough images would explain is the curvature of the model.
+        rough = (target.errors.median(1).values > ROUGH_LEVEL).tolist()
+        if any(rough):
+            rougher = _follow_evidence(solver, chosen, level, (2,))
+            chosen = [r if i else c for r, c, i in zip(rougher, chosen, rough, strict=True)]
         # A prior of s times the variance is one of errors smaller by the root of s.
         scale = _scale(solver, chosen, errors)
         errors = errors / scale.sqrt().unsqueeze(1)
@@ -397,11 +407,11 @@ def _scale(solver: GaussNewton, chosen: list[Prior], errors: Tensor) -> Tensor:
 
 
 def _follow_evidence(
-    solver: GaussNewton, priors: list[Prior], errors: Tensor, stages: int
+    solver: GaussNewton, priors: list[Prior], errors: Tensor, stages: Sequence[int]
 ) -> list[Prior]:
     """Return, for each update, the prior of the family that its evidence prefers."""
     focus = _focus(priors[0], errors)
-    for stage in range(stages):
+    for stage in stages:
         chosen = list(priors)
         for prior in {id(p): p for p in priors}.values():
             family = prior.family(stage)

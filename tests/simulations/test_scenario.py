@@ -67,6 +67,11 @@ def test_overrides() -> None:
     assert [d.spec.label for d in made.arms()] == ["noise-0.1"]
     short = load_scenario(None, ["defence=prune:0.5", "defence.strength=0.7"])
     assert short.defence.spec.label == "prune-0.7"
+    several = load_scenario(None, ["defence=clip:1+noise:0.1", "compare=['withhold:fc']"])
+    assert [a.spec.label for a in several.arms()] == ["clip-1+noise-0.1", "withhold-fc"]
+    named = load_scenario(None, ["defence.name=clip:1+noise:0.1"])
+    assert named.defence.spec == several.defence.spec
+    assert from_run_config(flatten(named)).defence == named.defence
 
 
 @pytest.mark.parametrize(
@@ -87,6 +92,7 @@ def test_overrides() -> None:
         (["training.batch_size=many"], "training.batch_size = 'many'"),
         (["partition.kind=random"], "partition.kind = 'random'"),
         (["defence=prune:1.5"], "strength 1.5 is not in [0, 1.0)"),
+        (["defence=dp:clip=1,noise=1,examples=4"], "training.batch_size=4"),
         (["defence.strength=0.5"], "defence 'none' has no strength"),
         (["compare=['noise:0.1', 'noise:0.1']"], "listed twice"),
         (["training.share=weights"], "set training.share=gradient or strategy.name=FedAvg"),

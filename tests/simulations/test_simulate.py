@@ -336,6 +336,24 @@ def test_labels_are_granted_by_the_threat_model_alone(tmp_path: Path) -> None:
     assert not (guessed["label_inferred"] == guessed["label_true"]).all()
 
 
+def test_a_server_that_knows_the_defence(tmp_path: Path) -> None:
+    options = [*SMALL, "federation.rounds=1", "defence=clip:0.1"]
+    for known in ("false", "true"):
+        simulate(load_scenario(None, [*options, f"threat.defence={known}"]), tmp_path / known)
+    found = [_tables(tmp_path / known)[0]["psnr_db"].mean() for known in ("false", "true")]
+    unaware, informed = found
+    assert informed > unaware + 3
+
+
+def test_dp_on_single_images_in_a_federation(tmp_path: Path) -> None:
+    options = [*SMALL, "federation.rounds=1", "training.batch_size=2", "attack.options.steps=5",
+               "defence=dp:clip=1,noise=0.1,examples=2"]  # fmt: skip
+    simulate(load_scenario(None, options), tmp_path)
+    leakage, rounds, _ = _tables(tmp_path)
+    assert rounds["failures"].sum() == 0
+    assert set(leakage["strength"]) == {"clip=1,noise=0.1,examples=2"}
+
+
 def test_epochs_use_the_images_of_the_round_again(tmp_path: Path) -> None:
     options = ["training.share=weights", "strategy.name=FedAvg", "training.local_steps=2"]
     options += ["training.batch_size=3", "training.epochs=3", "attack.options.steps=5"]

@@ -8,7 +8,7 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
-from fedleak.defences import DefenceSpec, defend
+from fedleak.defences import DefenceSpec, defend, parse_defence
 from simulations.grid import InlineGrid
 from strategies import defence_mod
 
@@ -63,3 +63,17 @@ def test_noise_differs_by_round_and_repeats_by_seed() -> None:
     first, second = _reply(spec, "gradient", 1)["w"], _reply(spec, "gradient", 2)["w"]
     assert not np.array_equal(first, second)
     assert np.array_equal(first, _reply(spec, "gradient", 1)["w"])
+
+
+@pytest.mark.parametrize("shared", ["gradient", "weights"])
+def test_compositions_are_carried(shared: str) -> None:
+    """In order: clipped, then pruned, then quantised."""
+    spec = parse_defence("clip:0.1+prune:0.5+quantise:4")
+    made = _reply(spec, shared)["w"].astype(np.float64)
+    if shared == "weights":
+        made = made - SENT["w"]
+    before = CHANGE if shared == "gradient" else (SENT["w"] + CHANGE).astype(np.float64) - SENT["w"]
+    expected = defend({"w": torch.from_numpy(before.astype(np.float64))}, spec, 0)["w"].numpy()
+    np.testing.assert_allclose(made, expected, atol=1e-7)
+    assert len(np.unique(expected)) <= 15
+    assert np.linalg.norm(expected) < 0.11

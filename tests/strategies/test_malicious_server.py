@@ -340,6 +340,7 @@ def test_bad_settings() -> None:
     described = scenario()
     for changes, words in (
         ({"threat": ThreatModel(labels=True)}, "name them by labels_of"),
+        ({"threat": ThreatModel(defence=True)}, "name it by defence"),
         ({"every": 0}, "every"),
     ):
         with pytest.raises(InvalidInputError, match=words):
