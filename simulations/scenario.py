@@ -207,6 +207,17 @@ class Defence(_Section):
         return DefenceSpec(self.name, self.strength)
 
 
+class Metric(_Section):
+    """The predicted PSNR of the clients' updates, beside what the attack makes of them."""
+
+    predict: Literal["auto", "all", "none"] = Field(
+        "auto", description="auto: of all clients where images are small, else of one a round"
+    )
+    prior_options: dict[str, float] = Field(
+        default_factory=dict, description="of the Gaussian prior that describes the images"
+    )
+
+
 class Scenario(_Section):
     """One federated run: data, clients, training, attack and defence."""
 
@@ -221,6 +232,7 @@ class Scenario(_Section):
     threat: Threat = Threat()
     attack: Attack = Attack()
     defence: Defence = Defence()
+    metric: Metric = Metric()
     compare: Annotated[
         tuple[Defence, ...], Field(description="defences to run beside, NAME:STRENGTH each")
     ] = ()
