@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from logging import DEBUG, WARNING
+from typing import Any
 
 import torch
 from flwr.common.logger import log
@@ -49,9 +50,8 @@ class UpdatePrediction:
 
     def __init__(self, scenario: Scenario, sent: Callable[[], Mapping[str, Tensor]]):
         self.scenario, self._sent = scenario, sent
-        shape = training_data(scenario).shape
-        options = {**NATURAL, **scenario.metric.prior_options}
-        self.prior = GaussianPrior(shape, **options)  # type: ignore[arg-type]
+        options: dict[str, Any] = {**NATURAL, **_image_prior(scenario)}
+        self.prior = GaussianPrior(training_data(scenario).shape, **options)
         self._round = 0
         self._replay: Replay | None = None
         self._warned = False
@@ -117,6 +117,13 @@ class UpdatePrediction:
             errors = _of_weights(errors, self._replay.parameters, local.learning_rate)
         found = predict([Reference(jacobian, sent, errors)], self.prior)
         return [decibels(float(rms.square().mean())) for rms in found.rms]
+
+
+def _image_prior(scenario: Scenario) -> dict[str, Any]:
+    """Return what the scenario says of its images: for predictions, or else for its attack."""
+    options = scenario.attack.options
+    gaussian = options.get("prior", "gaussian") == "gaussian"
+    return scenario.metric.prior_options or (options.get("prior_options", {}) if gaussian else {})
 
 
 def _of_weights(errors: Gradients, weights: Gradients, learning_rate: float) -> Gradients:

@@ -15,6 +15,7 @@ from fedleak.data import check_name
 from fedleak.defences import DefenceSpec, parse_defence
 from fedleak.errors import FedleakError, InvalidInputError, UnknownNameError, nearest
 from fedleak.models import MODELS, load_factory
+from fedleak.priors import make_prior
 from fedleak.threat import LocalTraining, ThreatModel, View
 
 SHIPPED = Path(__file__).parent / "scenarios"
@@ -211,11 +212,16 @@ class Metric(_Section):
     """The predicted PSNR of the clients' updates, beside what the attack makes of them."""
 
     predict: Literal["auto", "all", "none"] = Field(
-        "auto", description="auto: of all clients where images are small, else of one a round"
+        "auto", description="auto: all clients where images are small, else one a round"
     )
-    prior_options: dict[str, float] = Field(
-        default_factory=dict, description="of the Gaussian prior that describes the images"
+    prior_options: dict[str, Any] = Field(
+        default_factory=dict, description="the Gaussian prior of the images; else the attack's"
     )
+
+    @model_validator(mode="after")
+    def _known(self) -> Metric:
+        make_prior("gaussian", (3, 8, 8), **self.prior_options)
+        return self
 
 
 class Scenario(_Section):
