@@ -89,7 +89,7 @@ def leakage_vs_rounds(leakage: pd.DataFrame, rounds: pd.DataFrame, path: Path) -
         )
         common = {"x": "round", "hue": "defence", "hue_order": order, "palette": palette}
         _draw_leakage(leakage, top, common)
-        top.set_title("What the server reconstructs (simulated): medians of clients, quartiles")
+        top.set_title("What the server reconstructs (simulated): median of clients, quartiles")
         sns.lineplot(rounds, y="accuracy", marker="o", legend=False, ax=bottom, **common)
         bottom.set(ylabel="test accuracy", ylim=(0, 1), xlabel="round")
         bottom.xaxis.get_major_locator().set_params(integer=True)
@@ -104,7 +104,8 @@ def _draw_leakage(leakage: pd.DataFrame, axis: Axes, common: dict[str, Any]) -> 
     scored["psnr_db"] = scored["psnr_db"].astype(float).clip(upper=_CEILING_DB)
     predicted = leakage.iloc[:0]
     if "predicted_psnr_db" in leakage:  # tables of earlier versions have none
-        predicted = leakage.dropna(subset="predicted_psnr_db")
+        predicted = leakage.dropna(subset="predicted_psnr_db").copy()
+        predicted["predicted_psnr_db"] = predicted["predicted_psnr_db"].clip(upper=_CEILING_DB)
     handles = [Line2D([], [], color=c, lw=6, label=d) for d, c in common["palette"].items()]
     if not scored.empty:
         sns.lineplot(
@@ -120,16 +121,16 @@ def _draw_leakage(leakage: pd.DataFrame, axis: Axes, common: dict[str, Any]) -> 
         handles.append(Line2D([], [], color="0.3", linestyle="--", label="predicted"))
     if scored.empty:
         axis.text(0.5, 0.5, "nothing was reconstructed", transform=axis.transAxes, ha="center")
-    axis.set(ylabel="PSNR (dB)", ylim=(0, None))
+    axis.set(ylabel="PSNR (dB)", ylim=(0, 1.03 * axis.get_ylim()[1]))
     _compress(axis)
     axis.legend(handles=handles, loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
 
 
 def _compress(axis: Axes) -> None:
     """Draw what is exact to the eye in less height, where there is much of it."""
-    top = axis.get_ylim()[1]
-    if top < 1.5 * _EXACT_DB:
+    if axis.get_ylim()[1] < 1.5 * _EXACT_DB:
         return
+    top = 1.05 * _CEILING_DB
 
     def down(y: np.ndarray) -> np.ndarray:
         return np.where(y > _EXACT_DB, _EXACT_DB + (y - _EXACT_DB) / _SQUEEZE, y)

@@ -56,6 +56,15 @@ def test_noise_lowers_the_prediction(tmp_path: Path) -> None:
         assert (less > more).all()
 
 
+def test_clipping_alone_hides_nothing(tmp_path: Path) -> None:
+    """It makes the update small, and the noise that is relative to it."""
+    one = ["attack.name=linear", "federation.rounds=1"]
+    noise, _ = run(tmp_path / "noise", *one, "defence=noise:0.1")
+    clipped, _ = run(tmp_path / "clip", *one, "defence=clip:0.01+noise:0.1")
+    names = ["predicted_psnr_db"]
+    pd.testing.assert_frame_equal(noise[names], clipped[names], atol=0.3)
+
+
 def test_one_step_is_a_gradient(tmp_path: Path) -> None:
     """Shared weights are rounded at their own size, and nothing else is lost."""
     options = ["training.share=weights", "strategy.name=FedAvg"]
