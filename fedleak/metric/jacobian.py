@@ -254,6 +254,7 @@ def _patches(layer: nn.Module, x: Tensor) -> Tensor:
     if not isinstance(layer, nn.Conv2d):
         return x.reshape(len(x), 1, -1, x.shape[-1])
     (kh, kw), (sh, sw), (dh, dw) = layer.kernel_size, layer.stride, layer.dilation
+    assert not isinstance(layer.padding, str)
     (ph, pw), batch, groups = layer.padding, x.shape[1], layer.groups
     # Views of strides, copied once: F.unfold takes three times as long.
     x = F.pad(x.unflatten(2, (groups, -1)), (pw, pw, ph, ph))

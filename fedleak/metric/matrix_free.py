@@ -68,7 +68,7 @@ class _Operator:
 
         self._made = made
         with sdpa_kernel(SDPBackend.MATH):  # the others have no forward derivative
-            self._pull = vjp(made, self.images)[1]  # type: ignore[misc]
+            self._pull = vjp(made, self.images)[1]
 
     def root(self, u: Tensor) -> Tensor:
         """Return ``R u``, shape (P, B, C, H, W)."""
@@ -83,7 +83,7 @@ class _Operator:
         out = []
         with sdpa_kernel(SDPBackend.MATH):
             for part in change:
-                _, rows = jvp(self._made, (self.images,), (part,))
+                rows: dict[str, Tensor] = jvp(self._made, (self.images,), (part,))[1]
                 if noise is not None:
                     rows = {k: r + _normal(r, noise) for k, r in rows.items()}
                 out.append(self._pull(rows)[0].detach())

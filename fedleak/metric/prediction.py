@@ -36,7 +36,7 @@ def natural_prior(shape: tuple[int, int, int], device: torch.device | str = "cpu
     It describes the images, not what an attack assumes: an exponential correlation over
     the distance of two pixels, 0.96 for neighbours.
     """
-    return GaussianPrior(shape, adapt=False, device=device, **NATURAL)  # type: ignore[arg-type]
+    return GaussianPrior(shape, adapt=False, device=device, **NATURAL)
 
 
 @dataclass(frozen=True)

@@ -123,7 +123,9 @@ def conclude(table: pd.DataFrame) -> str:
         for what, part in (("", table), (", undefended", table[table["defence"] == "none"])):
             y = part["attained_psnr_db"].to_numpy()
             rho, low, high = spearman(part[column].to_numpy(), y)
-            lines.append(f"| {name}{what} ({len(part)} pairs) | {rho:.3f} | {low:.3f} ... {high:.3f} |")
+            lines.append(
+                f"| {name}{what} ({len(part)} pairs) | {rho:.3f} | {low:.3f} ... {high:.3f} |"
+            )
     predicted = table["predicted_psnr_db"].to_numpy()
     inside = (predicted >= 10) & (predicted <= 60)
     error = predicted[inside] - attained[inside]
@@ -162,7 +164,11 @@ def draw(table: pd.DataFrame, path: Path) -> None:
     axes[0].legend(title="defence")
     for name, offset in (("cnn4-v1", (8, -14)), ("cnn4-v2", (8, 6))):
         row = table[(table["network"] == name) & (table["defence"] == "none")]
-        for ax, column in ((axes[0], "predicted_psnr_db"), (axes[1], "c"), (axes[2], "c_normalised")):
+        for ax, column in (
+            (axes[0], "predicted_psnr_db"),
+            (axes[1], "c"),
+            (axes[2], "c_normalised"),
+        ):
             if len(row):
                 at = (row[column].iloc[0], row["attained_psnr_db"].iloc[0])
                 ax.annotate(name, at, offset, textcoords="offset points", fontsize=9)
@@ -197,10 +203,10 @@ def main() -> None:
         row = measure(pair, images, labels)
         with path.open("a", newline="", encoding="utf-8") as file:
             csv.writer(file).writerow([row[c] for c in COLUMNS])
-        print(row, f"{time.perf_counter() - begin:.0f} s", flush=True)  # noqa: T201
+        print(row, f"{time.perf_counter() - begin:.0f} s", flush=True)
     table = pd.read_csv(path)
     draw(table, args.out / "pairs.png")
-    print(conclude(table))  # noqa: T201
+    print(conclude(table))
 
 
 if __name__ == "__main__":
