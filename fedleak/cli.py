@@ -237,13 +237,16 @@ def _closing_table(scenario: Scenario, arms: list[Arm]) -> None:
     import pandas as pd
 
     title = f"{scenario.name} (simulated): PSNR in dB of what the server reconstructed"
-    table = Table(title=title, box=box.SIMPLE, title_justify="left", padding=(0, 1, 0, 0))
+    table = Table(
+        title=title, box=box.SIMPLE, title_justify="left", padding=(0, 1, 0, 0), show_edge=False
+    )
     rounds_last = scenario.federation.rounds
     rounds_run = f"round {rounds_last}"
-    columns = ["defence", "images", "failed", "round 1", rounds_run, "best", "labels",
+    columns = ["defence", "failed", "round 1", rounds_run, "predicted", "best", "labels",
                "accuracy", "c(M)"]  # fmt: skip
     for column in columns:
-        table.add_column(column, justify="left" if column == "defence" else "right", no_wrap=True)
+        side, narrow = "left" if column == "defence" else "right", column.startswith("round")
+        table.add_column(column, justify=side, no_wrap=not narrow)  # type: ignore[arg-type]
     for arm in arms:
         leakage = pd.read_csv(arm.out / "leakage.csv")
         rounds = pd.read_csv(arm.out / "rounds.csv")
@@ -253,10 +256,10 @@ def _closing_table(scenario: Scenario, arms: list[Arm]) -> None:
         last = rounds.iloc[-1]
         table.add_row(
             arm.defence.spec.label,
-            str(len(ok)),
-            str(len(leakage) - len(ok)),
+            f"{len(leakage) - len(ok)}/{len(leakage)}",
             number(median[1]) if 1 in median.index else "-",
             number(median[rounds_last]) if rounds_last in median.index else "-",
+            "-" if pd.isna(last["predicted_psnr_db"]) else number(last["predicted_psnr_db"]),
             number(ok["psnr_db"].max()) if len(ok) else "-",
             f"{right:.0%}" if len(ok) else "-",
             f"{last['accuracy']:.2f}",
@@ -269,8 +272,9 @@ def _closing_table(scenario: Scenario, arms: list[Arm]) -> None:
     folder = arms[0].out if len(arms) == 1 else arms[0].out.parent
     shown = near(folder)
     _console.print(
-        "Rounds: median over clients. best: the best image. labels: inferred rightly.\n"
-        f"accuracy: at the end. Look next at, in {shown}:",
+        "\nfailed: of all images. Rounds: median over clients. predicted: by the metric, for\n"
+        "the last round and an attacker who knows the defence. best: the best image.\n"
+        f"labels: inferred rightly. accuracy: at the end. Look next at, in {shown}:",
         highlight=False,
         soft_wrap=True,
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib as mpl
 
@@ -13,9 +14,13 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
+from matplotlib.axes import Axes
+from matplotlib.lines import Line2D
 
 #: Exact reconstructions have an infinite PSNR; they are drawn here.
 _CEILING_DB = 160.0
+#: Above this nobody sees a difference: the axis is compressed there, by the second number.
+_EXACT_DB, _SQUEEZE = 40.0, 5.0
 _COLUMNS = 8
 
 
@@ -58,49 +63,90 @@ def _labels(table: pd.DataFrame) -> pd.Series:
 
 
 def leakage_vs_rounds(leakage: pd.DataFrame, rounds: pd.DataFrame, path: Path) -> Path:
-    """Draw PSNR over rounds (median, quartiles) above accuracy over rounds.
+    """Draw attained and predicted PSNR over rounds above accuracy over rounds.
 
     Parameters
     ----------
     leakage : DataFrame
-        As in ``leakage.csv``.
+        As in ``leakage.csv``: medians and quartiles of the attack's PSNR are solid, medians of
+        the predicted PSNR, where there is one, dashed.
     rounds : DataFrame
         As in ``rounds.csv``; with columns ``defence`` and ``strength`` where several runs
         are overlaid.
     path : Path
         The PNG to write.
     """
-    scored = leakage[leakage["status"] == "ok"].copy()
-    scored["psnr_db"] = scored["psnr_db"].astype(float).clip(upper=_CEILING_DB)
-    scored["defence"] = _labels(scored)
+    leakage = leakage.assign(defence=_labels(leakage))
     if "defence" in rounds:
         rounds = rounds.assign(defence=_labels(rounds))
     else:
-        label = defence_label(*leakage[["defence", "strength"]].iloc[0]) if len(leakage) else "none"
-        rounds = rounds.assign(defence=label)
+        rounds = rounds.assign(defence=leakage["defence"].iloc[0] if len(leakage) else "none")
     order = list(dict.fromkeys(rounds["defence"]))
     palette = dict(zip(order, sns.color_palette("colorblind", len(order)), strict=True))
     with sns.axes_style("whitegrid"):
         figure, (top, bottom) = plt.subplots(
-            2, 1, figsize=(7, 6), sharex=True, height_ratios=(2, 1), layout="constrained"
+            2, 1, figsize=(8, 6.5), sharex=True, height_ratios=(5, 2), layout="constrained"
         )
         common = {"x": "round", "hue": "defence", "hue_order": order, "palette": palette}
-        if not scored.empty:
-            sns.lineplot(
-                scored, y="psnr_db", estimator="median", errorbar=("pi", 50), marker="o",
-                ax=top, **common,
-            )  # fmt: skip
-            top.legend(title="defence")
-        else:
-            top.text(0.5, 0.5, "nothing was reconstructed", transform=top.transAxes, ha="center")
-        top.set(ylabel="PSNR of the reconstruction (dB)", ylim=(0, None))
-        top.set_title("What the server reconstructs (simulated): median and quartiles of clients")
+        _draw_leakage(leakage, top, common)
+        top.set_title("What the server reconstructs (simulated): median of clients, quartiles")
         sns.lineplot(rounds, y="accuracy", marker="o", legend=False, ax=bottom, **common)
         bottom.set(ylabel="test accuracy", ylim=(0, 1), xlabel="round")
         bottom.xaxis.get_major_locator().set_params(integer=True)
         figure.savefig(path, dpi=150)
         plt.close(figure)
     return path
+
+
+def _draw_leakage(leakage: pd.DataFrame, axis: Axes, common: dict[str, Any]) -> None:
+    """Draw the attack's PSNR solid and the predicted one dashed, in the colour of the defence."""
+    scored = leakage[leakage["status"] == "ok"].copy()
+    scored["psnr_db"] = scored["psnr_db"].astype(float).clip(upper=_CEILING_DB)
+    predicted = leakage.iloc[:0]
+    if "predicted_psnr_db" in leakage:  # tables of earlier versions have none
+        predicted = leakage.dropna(subset="predicted_psnr_db").copy()
+        predicted["predicted_psnr_db"] = predicted["predicted_psnr_db"].clip(upper=_CEILING_DB)
+    handles = [Line2D([], [], color=c, lw=6, label=d) for d, c in common["palette"].items()]
+    if not scored.empty:
+        sns.lineplot(
+            scored, y="psnr_db", estimator="median", errorbar=("pi", 50), marker="o",
+            err_kws={"alpha": 0.15}, legend=False, ax=axis, **common,
+        )  # fmt: skip
+        handles.append(Line2D([], [], color="0.3", marker="o", label="attack"))
+    if not predicted.empty:
+        sns.lineplot(
+            predicted, y="predicted_psnr_db", estimator="median", errorbar=None,
+            linestyle="--", legend=False, ax=axis, **common,
+        )  # fmt: skip
+        handles.append(Line2D([], [], color="0.3", linestyle="--", label="predicted"))
+    if scored.empty:
+        axis.text(0.5, 0.5, "nothing was reconstructed", transform=axis.transAxes, ha="center")
+    axis.set(ylabel="PSNR (dB)", ylim=(0, 1.03 * axis.get_ylim()[1]))
+    _compress(axis)
+    axis.legend(handles=handles, loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
+
+
+def _compress(axis: Axes) -> None:
+    """Draw what is exact to the eye in less height, where there is much of it."""
+    if axis.get_ylim()[1] < 1.5 * _EXACT_DB:
+        return
+    top = 1.05 * _CEILING_DB
+
+    def down(y: np.ndarray) -> np.ndarray:
+        return np.where(y > _EXACT_DB, _EXACT_DB + (y - _EXACT_DB) / _SQUEEZE, y)
+
+    def up(y: np.ndarray) -> np.ndarray:
+        return np.where(y > _EXACT_DB, _EXACT_DB + (y - _EXACT_DB) * _SQUEEZE, y)
+
+    axis.set_yscale("function", functions=(down, up))
+    low, high = range(0, int(_EXACT_DB) + 1, 10), range(100, int(top) + 1, 50)
+    axis.set_yticks([*low, *high])
+    axis.axhspan(_EXACT_DB, top, color="0.95", zorder=0)
+    axis.text(
+        0.01, _EXACT_DB + _SQUEEZE, "nobody sees a difference here (scale compressed)", va="bottom",
+        transform=axis.get_yaxis_transform(), fontsize=8, color="0.4",
+    )  # fmt: skip
+    axis.set_ylim(0, top)
 
 
 def reconstructions(arms: Sequence[Path], path: Path) -> Path:

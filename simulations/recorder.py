@@ -13,9 +13,11 @@ import platform
 import shutil
 import subprocess
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -27,16 +29,17 @@ from fedleak.errors import InvalidInputError
 from fedleak.metric import SecurityMetric
 from fedleak.quality import score_batch
 from simulations.partition import client_images, training_data
+from simulations.prediction import UpdatePrediction
 from simulations.scenario import Scenario
 from strategies import Leak
 
 LEAKAGE = (
-    "round", "client", "image", "attack", "defence", "strength", "psnr_db", "ssim", "mse",
-    "label_true", "label_inferred", "seconds", "status", "reason",
+    "round", "client", "image", "attack", "defence", "strength", "psnr_db", "predicted_psnr_db",
+    "ssim", "mse", "label_true", "label_inferred", "seconds", "status", "reason",
 )  # fmt: skip
 ROUNDS = (
-    "round", "accuracy", "loss", "c_metric", "clients", "failures", "seconds_train",
-    "seconds_attack",
+    "round", "accuracy", "loss", "c_metric", "c_normalised", "predicted_psnr_db", "clients",
+    "failures", "seconds_train", "seconds_attack",
 )  # fmt: skip
 METRIC = ("round", "name", "kind", "unknowns", "rank", "deficiency", "weight", "exact")
 _PACKAGES = ("fedleak", "flwr", "ray", "torch", "torchvision", "numpy", "pandas")
@@ -133,6 +136,8 @@ class Recorder:
         self.out, self.scenario = out, scenario
         self.partitions: Mapping[int, int] = {}
         self.psnr: list[float] = []
+        self.predict: UpdatePrediction | None = None
+        self._predicted: list[float] = []
         self._attack_seconds = 0.0
         self._pictures: list[tuple[int, int, np.ndarray, np.ndarray, float]] = []
         self._about = about_run(scenario, engine)
@@ -159,35 +164,46 @@ class Recorder:
             rows = self._score(leak, clients)
         except Exception as error:  # an image that cannot be read, a client that is not ours
             reason = f"{leak.reason or 'not scored'}: {type(error).__name__}: {error}"
-            rows = [(c, "", "", "", "", "", "", "failed", reason) for c in clients]
+            rows = [{"client": c, "status": "failed", "reason": reason} for c in clients]
         scenario, defence = self.scenario, self.scenario.defence
-        for client, image, psnr, ssim, mse, true, inferred, status, reason in rows:
-            self._append(
-                "leakage.csv",
-                (
-                    leak.server_round, client, image, scenario.attack.name, defence.name,
-                    defence.strength, psnr, ssim, mse, true, inferred, f"{leak.seconds:.4f}",
-                    status, reason,
-                ),
-            )  # fmt: skip
+        same = {
+            "round": leak.server_round,
+            "attack": scenario.attack.name,
+            "defence": defence.name,
+            "strength": defence.strength,
+            "seconds": f"{leak.seconds:.4f}",
+        }
+        for row in rows:
+            self._append("leakage.csv", [{**same, **row}.get(c, "") for c in LEAKAGE])
 
-    def _score(self, leak: Leak, clients: list[int]) -> list[tuple[Any, ...]]:
-        """Return (client, image, psnr_db, ssim, mse, label_true, label_inferred, status, reason).
+    def _score(self, leak: Leak, clients: list[int]) -> list[dict[str, Any]]:
+        """Return what is known of each image, by column.
 
         The images of a batch, or of all clients in a sum, come back in any order.
         """
         used, truth, labels = self.truth(clients, leak.server_round)
         made = leak.reconstruction
         images, found = (None, None) if made is None else (made.images, made.labels)
-        rows: list[tuple[Any, ...]] = []
+        predicted = [math.nan] * len(used)
+        if leak.received and self.predict is not None:
+            # The attack is over: only the score is told what the truth has to do with it.
+            predicted = self.predict(leak.server_round, clients, truth, labels)
+        self._predicted += [p for p in predicted if not math.isnan(p)]
+        rows: list[dict[str, Any]] = []
         scored = score_batch(images, found, truth, labels)
-        for (client, image), true, one in zip(used, truth, scored, strict=True):
+        for (client, image), true, one, psnr in zip(used, truth, scored, predicted, strict=True):
+            row = {
+                "client": client,
+                "image": image,
+                "predicted_psnr_db": _plain(psnr),
+                "label_true": one.label,
+            }
             if one.image is None or one.quality is None:
                 reason = leak.reason or "not reconstructed"
-                rows.append((client, image, "", "", "", one.label, "", "failed", reason))
+                rows.append({**row, "status": "failed", "reason": reason})
                 continue
-            scores = (one.quality.psnr_db, one.quality.ssim, one.quality.mse)
-            rows.append((client, image, *scores, one.label, one.label_inferred, "ok", ""))
+            rows.append({**row, **asdict(one.quality), "label_inferred": one.label_inferred,
+                         "status": "ok"})  # fmt: skip
             self.psnr.append(one.quality.psnr_db)
             picture = (true.numpy(), one.image.float().numpy(), one.quality.psnr_db)
             self._pictures.append((client, image, *picture))
@@ -211,9 +227,16 @@ class Recorder:
         """Write one round's row, the metric of each layer, and the reconstructions."""
         for layer in metric.layers if metric else ():
             self._append("metric.csv", [number, *(getattr(layer, c) for c in METRIC[1:])])
-        values = {**row, "round": number, "seconds_attack": f"{self._attack_seconds:.4f}"}
+        values = {
+            **row,
+            "round": number,
+            "c_metric": metric.c if metric else math.nan,
+            "c_normalised": metric.c_normalised if metric else math.nan,
+            "predicted_psnr_db": median(self._predicted) if self._predicted else math.nan,
+            "seconds_attack": f"{self._attack_seconds:.4f}",
+        }
         self._append("rounds.csv", [_plain(values[c]) for c in ROUNDS])
-        self._attack_seconds = 0.0
+        self._attack_seconds, self._predicted = 0.0, []
         if self._pictures:
             folder = self.out / "reconstructions"
             folder.mkdir(exist_ok=True)

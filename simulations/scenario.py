@@ -15,6 +15,7 @@ from fedleak.data import check_name
 from fedleak.defences import DefenceSpec, parse_defence
 from fedleak.errors import FedleakError, InvalidInputError, UnknownNameError, nearest
 from fedleak.models import MODELS, load_factory
+from fedleak.priors import make_prior
 from fedleak.threat import LocalTraining, ThreatModel, View
 
 SHIPPED = Path(__file__).parent / "scenarios"
@@ -207,6 +208,22 @@ class Defence(_Section):
         return DefenceSpec(self.name, self.strength)
 
 
+class Metric(_Section):
+    """The predicted PSNR of the clients' updates, beside what the attack makes of them."""
+
+    predict: Literal["auto", "all", "none"] = Field(
+        "auto", description="auto: all clients where images are small, else one a round"
+    )
+    prior_options: dict[str, Any] = Field(
+        default_factory=dict, description="the Gaussian prior of the images; else the attack's"
+    )
+
+    @model_validator(mode="after")
+    def _known(self) -> Metric:
+        make_prior("gaussian", (3, 8, 8), **self.prior_options)
+        return self
+
+
 class Scenario(_Section):
     """One federated run: data, clients, training, attack and defence."""
 
@@ -221,6 +238,7 @@ class Scenario(_Section):
     threat: Threat = Threat()
     attack: Attack = Attack()
     defence: Defence = Defence()
+    metric: Metric = Metric()
     compare: Annotated[
         tuple[Defence, ...], Field(description="defences to run beside, NAME:STRENGTH each")
     ] = ()

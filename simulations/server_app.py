@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from fedleak.errors import FedleakError, InvalidInputError
 from fedleak.metric import SecurityMetric, security_metric
 from simulations.grid import OrderedGrid
 from simulations.partition import partitions, training_data
+from simulations.prediction import UpdatePrediction
 from simulations.recorder import Recorder, TruthfulCapture, prepare_folder
 from simulations.scenario import Scenario, from_run_config
 from simulations.task import evaluate, make_model, test_data
@@ -133,6 +133,7 @@ def serve(
         capture=TruthfulCapture(recorder, model) if capture else None,
     )
     clock = _RoundClock(malicious)
+    recorder.predict = UpdatePrediction(scenario, lambda: clock.arrays.to_torch_state_dict())
     images = test_data(scenario)
 
     def after_round(server_round: int, arrays: ArrayRecord) -> MetricRecord | None:
@@ -146,7 +147,6 @@ def serve(
         row = {
             "accuracy": accuracy,
             "loss": loss,
-            "c_metric": math.nan if metric is None else metric.c,
             "clients": clock.asked,
             "failures": clock.asked - checked.accepted,
             "seconds_train": f"{clock.seconds_train:.4f}",

@@ -45,6 +45,8 @@ class Leak:
         Why there is none; empty otherwise.
     seconds : float
         Time of the attack, shared evenly among clients attacked together.
+    received : bool
+        Whether there was an update to attack; False where it is missing or cannot be read.
     """
 
     server_round: int
@@ -52,6 +54,7 @@ class Leak:
     reconstruction: Reconstruction | None
     reason: str = ""
     seconds: float = 0.0
+    received: bool = True
 
     @property
     def status(self) -> str:
@@ -235,7 +238,7 @@ class MaliciousServer(DelegatingStrategy):
         if note:
             self._note(server_round, (node,), reason)
         if self.attack is not None:
-            self._report(Leak(server_round, (node,), None, reason))
+            self._report(Leak(server_round, (node,), None, reason, received=False))
 
     def _attack_groups(
         self, server_round: int, observations: dict[tuple[int, ...], Observation]

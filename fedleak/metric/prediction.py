@@ -109,16 +109,29 @@ def entry_errors(gradient: Gradients, spec: DefenceSpec, sent: Gradients) -> Gra
     Returns
     -------
     dict
-        Broadcastable to each parameter; ``inf`` where an entry says nothing.
+        In the unit of ``gradient``, broadcastable to each parameter; ``inf`` where an entry
+        says nothing.
     """
-    known = spec.errors(sent)
+    known, factors = spec.errors(sent), _factors(gradient, spec, sent)
     out = {}
     for name, g in gradient.items():
         size = g.square().mean().sqrt()
         # A gradient that is zero everywhere tells nothing to first order.
         rounding = torch.where(size > 0, ROUNDING * size, torch.inf)
-        out[name] = torch.hypot(known[name].to(g), rounding)
+        out[name] = torch.hypot(known[name].to(g) / factors[name], rounding)
     return out
+
+
+def _factors(gradient: Gradients, spec: DefenceSpec, sent: Gradients) -> Gradients:
+    """Return what the defence multiplied each tensor by, as clipping does; noise aside."""
+    if not spec.rescales:
+        return {k: g.new_ones(()) for k, g in gradient.items()}
+    inner = {k: (g * sent[k].to(g)).sum() for k, g in gradient.items()}
+    square = {k: g.square().sum() for k, g in gradient.items()}
+    if spec.rescales == "update":
+        total = torch.stack([*inner.values()]).sum(), torch.stack([*square.values()]).sum()
+        inner, square = dict.fromkeys(inner, total[0]), dict.fromkeys(square, total[1])
+    return {k: (inner[k] / square[k].clamp_min(1e-300)).clamp_min(1e-300) for k in gradient}
 
 
 def make_references(

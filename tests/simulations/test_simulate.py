@@ -193,7 +193,9 @@ def test_batches_and_any_model_are_matched_as_a_whole(tmp_path: Path) -> None:
     assert (leakage["status"] == "ok").all(), leakage["reason"].dropna().unique()
     assert len(leakage) == 4 * 3 * 4
     assert leakage["psnr_db"].notna().all()
-    assert rounds["c_metric"].isna().all()  # batch statistics: no chain
+    # Batch statistics: no chain, and no image stands for itself.
+    assert rounds["c_metric"].isna().all()
+    assert leakage["predicted_psnr_db"].isna().all()
     assert len(rounds) == 3
 
 
