@@ -7,14 +7,13 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fedleak.attacks import informed
-from fedleak.attacks.labels import NO_HEAD, infer_labels
+from fedleak.attacks.inference import head_of, observed_labels
 from fedleak.attacks.statistics import received_statistics
 from fedleak.errors import InvalidInputError, UnsupportedModelError
-from fedleak.local_training import LocalReplay, typical_on_the_way
+from fedleak.local_training import LocalReplay
 from fedleak.observation import Observation
 from fedleak.replay import Replay
 from fedleak.systems import Chain, Gradients
@@ -115,7 +114,7 @@ class Evidence:
         rescales: str = "" if first.defence is None else first.defence.rescales
         replay = Replay(first.model, first.input_shape, device=where)
         if infer:
-            labels = _labels(observations, gradient, errors, replay)
+            labels = observed_labels(observations, gradient, errors, replay)
         else:
             labels = torch.zeros(len(observations), first.images, dtype=torch.int64, device=where)
         granted = torch.tensor([o.labels is not None for o in observations], device=where)
@@ -329,24 +328,6 @@ class Evidence:
         return (total / count.clamp_min(1)).sqrt()
 
 
-def head_of(gradient: Gradients, errors: Gradients, replay: Replay) -> informed.Head | None:
-    """Return the head's part of updates whose defence is known; None without such a head."""
-    weight = f"{replay.head}.weight"
-    if replay.head is None or weight not in gradient:
-        return None
-    bias, head = f"{replay.head}.bias", replay.model.get_submodule(replay.head)
-    zero = gradient[weight].new_zeros(gradient[weight].shape[:2])
-    offset = getattr(head, "bias", None)
-    return informed.Head(
-        gradient[weight],
-        errors[weight],
-        gradient.get(bias, zero),
-        errors.get(bias, torch.full_like(zero, torch.inf)),
-        replay.parameters[weight],
-        zero[0] if offset is None else offset.detach(),
-    )
-
-
 def _unscaled(
     gradient: Gradients, errors: Gradients, labels: Tensor, replay: Replay
 ) -> tuple[Gradients, Gradients, str]:
@@ -360,95 +341,6 @@ def _unscaled(
         return {k: v / factor.reshape(-1, *[1] * (v.dim() - 1)) for k, v in parts.items()}
 
     return divided(gradient), divided(errors), ""
-
-
-def _labels(
-    observations: Sequence[Observation], gradient: Gradients, errors: Gradients, replay: Replay
-) -> Tensor:
-    images = observations[0].images
-    known = [o.labels for o in observations]
-    for labels in known:
-        if labels is not None and len(labels) != images:
-            raise InvalidInputError(f"{len(labels)} labels are known of {images} images")
-        if labels is not None and not all(0 <= y < replay.classes for y in labels):
-            raise InvalidInputError(
-                f"known labels {labels} do not lie in 0 ... {replay.classes - 1}"
-            )
-    if all(labels is not None for labels in known):
-        inferred = torch.zeros(len(known), images, dtype=torch.int64)
-    else:
-        prefix = f"{replay.head}." if replay.head else ""
-        bias = gradient.get(f"{prefix}bias") if replay.head is not None else None
-        weight = gradient.get(f"{prefix}weight") if replay.head is not None else None
-        typical = typical_probabilities(replay)
-        first = observations[0]
-        own = first.images // first.clients
-        if first.training is not None and first.training.steps(own) > 1:
-            typical = typical_on_the_way(replay, gradient, first.training, own, grey(replay))
-        if errors and images == 1:
-            inferred = _informed_labels(gradient, errors, replay)
-        else:
-            inferred = infer_labels(bias, weight, images, typical)
-        # Which client of a sum had which label is not known: spread them.
-        inferred = inferred.reshape(len(known), -1, first.clients).mT.flatten(1)
-    rows = [
-        torch.tensor(y, device=inferred.device) if y is not None else inferred[n]
-        for n, y in enumerate(known)
-    ]
-    return torch.stack(rows).to(replay.device)
-
-
-def _informed_labels(gradient: Gradients, errors: Gradients, replay: Replay) -> Tensor:
-    """Return the labels of single images, from what a known defence left, shape (N, 1).
-
-    The label's is the only negative entry of the head's bias gradient. Where it is lost,
-    the label is the one whose gradients at grey images point most in the direction of what
-    is left: all layers below the head are given ``W^T (p - y)``, mostly the label's row.
-    """
-    head = head_of(gradient, errors, replay)
-    if head is None:
-        raise UnsupportedModelError(NO_HEAD)
-    kept = torch.where(head.bias_errors.isfinite(), head.bias, 0.0)
-    least, inferred = kept.min(1, keepdim=True)
-    doubtful = (least >= 0)[:, 0]
-    if not bool(doubtful.any()):
-        return inferred
-    told = {k: e[doubtful].flatten(1).isfinite().to(kept) for k, e in errors.items()}
-    images = grey(replay)[:, None]
-    found = []
-    for y in range(replay.classes):
-        with torch.no_grad():
-            made = replay(images, torch.full((len(images), 1), y, device=kept.device)).gradients
-        cosines = torch.zeros(len(inferred[doubtful]), len(images)).to(kept)
-        for name, mask in told.items():
-            target = torch.where(mask > 0, gradient[name][doubtful].flatten(1), 0.0)
-            m = made[name].flatten(1)
-            sizes = target.norm(dim=1, keepdim=True) * (mask @ m.square().mT).sqrt()
-            cosines += target @ m.mT / sizes.clamp_min(1e-300)
-        found.append(cosines.amax(1))
-    inferred[doubtful] = torch.stack(found, 1).argmax(1, keepdim=True)
-    return inferred
-
-
-def typical_probabilities(replay: Replay) -> Tensor:
-    """Return the class probabilities to expect: half those of smooth random images, half even.
-
-    Of 18 batches of a trained network, the true label counts were by the 44th candidate with
-    such a mixture; with the model's probabilities of grey images alone, by the 104th.
-    """
-    channels, *size = replay.input_shape
-    generator = torch.Generator().manual_seed(0)
-    coarse = torch.rand(64, channels, 4, 4, generator=generator).to(replay.device, replay.dtype)
-    images = F.interpolate(coarse, tuple(size), mode="bilinear")
-    with torch.no_grad():
-        p = replay.model(images).softmax(1).mean(0)
-    return 0.5 * p + 0.5 / len(p)
-
-
-def grey(replay: Replay) -> Tensor:
-    """Return grey images of every brightness, shape (9, C, H, W)."""
-    levels = torch.linspace(0, 1, 9, dtype=replay.dtype, device=replay.device)
-    return levels.reshape(-1, 1, 1, 1).expand(-1, *replay.input_shape)
 
 
 def relative(value: Tensor, target: Tensor) -> Tensor:

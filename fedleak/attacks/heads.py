@@ -13,7 +13,8 @@ from torch import Tensor
 
 from fedleak.attacks import informed
 from fedleak.attacks.demix import Demixed, demix
-from fedleak.attacks.evidence import Evidence, head_of, typical_probabilities
+from fedleak.attacks.evidence import Evidence
+from fedleak.attacks.inference import head_of, typical_probabilities
 from fedleak.attacks.mixture import Constraint
 from fedleak.errors import UnsupportedModelError
 from fedleak.solvers import cgls

@@ -16,7 +16,7 @@ from fedleak.attacks import shared_rows
 from fedleak.attacks.base import ATTACKS, Attack, Reconstruction
 from fedleak.attacks.evidence import Evidence
 from fedleak.attacks.heads import HeadSolution, demix_heads, of_batches
-from fedleak.attacks.joint import ChainTarget, Match, match
+from fedleak.attacks.joint import Match, match
 from fedleak.attacks.linear import (
     CLEAN,
     LinearSolution,
@@ -26,6 +26,7 @@ from fedleak.attacks.linear import (
     solve_recursively,
 )
 from fedleak.attacks.local import module_target, with_order
+from fedleak.attacks.targets import ChainTarget
 from fedleak.errors import InvalidInputError, UnsupportedModelError
 from fedleak.images import read_images
 from fedleak.observation import Observation

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from fedleak.attacks.evidence import Evidence
-from fedleak.attacks.joint import Match, ModuleTarget, SignTarget, Target
+from fedleak.attacks.joint import Match
+from fedleak.attacks.targets import ModuleTarget, SignTarget, Target
 from fedleak.threat import LocalTraining
 
 

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from fedleak import make_attack
 from fedleak.attacks import HybridAttack
 from fedleak.attacks.evidence import Evidence
-from fedleak.attacks.joint import ModuleTarget, match
+from fedleak.attacks.joint import match
 from fedleak.attacks.local import LocalTarget, Shuffles
+from fedleak.attacks.targets import ModuleTarget
 from fedleak.errors import InvalidInputError
 from fedleak.local_training import LocalReplay, pace, typical_on_the_way
 from fedleak.models import conv_chain
