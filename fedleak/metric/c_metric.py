@@ -6,19 +6,40 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fedleak.errors import InvalidInputError
-from fedleak.metric.rank import exact_rank, layer_ranks, structural_rank
-from fedleak.systems import Affine, Chain
+from fedleak.metric.rank_binding import binding_rows
+from fedleak.metric.rank_exact import AFFORDABLE, EXACT, FAST, Effort, numerical_ranks
+from fedleak.systems import Affine, Chain, Trace
 from fedleak.systems.conv import Conv
 
 Method = Literal["auto", "exact", "structural"]
+_EFFORTS = {"auto": AFFORDABLE, "exact": EXACT, "structural": FAST}
 
 
 @dataclass(frozen=True)
 class LayerRank:
-    """One layer's system: ``deficiency = rank - unknowns`` is 0 when it is solvable."""
+    """One layer's system ``U = [A; K(e)]``.
+
+    Attributes
+    ----------
+    name, kind : str
+        The module's dotted name; ``"conv2d"`` or ``"linear"``.
+    unknowns : int
+        Entries of the layer's input.
+    rank : int
+    deficiency : int
+        ``rank - unknowns``: 0 when the system is solvable.
+    weight : float
+        The part of the deficiency that counts in c(M).
+    exact : bool
+        Whether ``rank`` is the numerical rank, factored or proven. If not, it is what generic
+        weights and errors give, which may be too large and is never too small.
+    weight_rank, gradient_rank : int
+        The ranks of ``A`` and of ``K(e)`` alone. They are counted where the layer is too large,
+        and by ``structural`` where the other of the two decides.
+    """
 
     name: str
     kind: str
@@ -27,6 +48,8 @@ class LayerRank:
     deficiency: int
     weight: float
     exact: bool
+    weight_rank: int
+    gradient_rank: int
 
 
 @dataclass(frozen=True)
@@ -38,12 +61,23 @@ class SecurityMetric:
     c : int
         The metric as published; 0 means that every layer's system can be solved, and the
         more negative, the more directions an attack has to guess.
+    c_normalised : float
+        The same sum without rounding, over that of a network whose gradients tell nothing:
+        ``sum_i w_i (rank_i - n_i) / sum_i w_i n_i``, from -1 to 0. It is the weighted part of
+        all layer inputs that stays open, so that wide and narrow networks, or images of
+        different sizes, can be compared; ``c`` grows with all of these.
     layers : tuple of LayerRank
-        In forward order; the head has no part in c(M).
+        The convolutions, in forward order.
+    dense : tuple of LayerRank
+        Fully connected layers below the head, with weight 0. The paper's networks have none,
+        and none could add to c(M): the gradient rows ``K(e) x = e x^T`` alone give ``x``,
+        unless no error passes the layer at all.
     """
 
     c: int
+    c_normalised: float
     layers: tuple[LayerRank, ...]
+    dense: tuple[LayerRank, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain types, for JSON."""
@@ -60,8 +94,8 @@ def security_metric(
 
     Chen & Campbell 2022, equation 10: ``d`` convolutions, ``U_i`` the system of layer
     ``i`` and ``n_i`` its unknowns. Each layer's term is rounded half to even, as the
-    published code does. Outputs that a ReLU or a pool hides give no constraint; pools are
-    not layers of their own here.
+    published code does. Of outputs that a ReLU or a pool hides, only what the next layer's
+    input tells to first order is a constraint; pools are not layers of their own here.
 
     Parameters
     ----------
@@ -70,8 +104,10 @@ def security_metric(
     input_shape : tuple of int
         Shape (C, H, W) of one image.
     method : {"auto", "exact", "structural"}
-        ``exact`` ranks the systems numerically, for a random image with a random label;
-        ``structural`` is the closed form; ``auto`` is exact for small layers.
+        ``exact`` ranks the systems numerically, for a random image with a random label.
+        ``structural`` factors each of the two blocks alone and counts what they share, which
+        often proves the rank. ``auto`` is exact but where a layer would take more than some
+        seconds. :attr:`LayerRank.exact` says which ranks are numerical.
     seed : int
         Draws the image and the label.
 
@@ -84,50 +120,62 @@ def security_metric(
     UnsupportedModelError
         If the model is not a chain of supported layers.
     InvalidInputError
-        If the method is unknown or the image shape does not fit.
+        If the method is unknown, the image shape does not fit or the model holds NaN.
     """
-    if method not in ("auto", "exact", "structural"):
+    if method not in _EFFORTS:
         raise InvalidInputError(f"method {method!r} is not one of auto, exact, structural")
-    chain = Chain.read(model, input_shape)
-    if not all(bool(p.isfinite().all()) for p in model.parameters()):
-        raise InvalidInputError("the model holds NaN or infinite weights: it has no metric")
+    chain = Chain.read(model, _image_shape(input_shape))
     generator = torch.Generator().manual_seed(seed)
     x = torch.rand(1, *chain.input_shape, generator=generator, dtype=torch.float64)
     classes = chain.head.out_shape[0]
     label = torch.randint(classes, (1,), generator=generator)
     trace = chain.trace(x.to(chain.device), label.to(chain.device))
-    convolutions = [i for i, layer in enumerate(chain.layers) if isinstance(layer, Conv)]
-    depth = len(convolutions)
-    layers, c = [], 0
-    for place, i in enumerate(convolutions):
-        layer = chain.layers[i]
-        assert isinstance(layer, Conv)
-        known, e = _binding(chain, trace.inputs, i), trace.errors[i]
-        if method == "auto":
-            ranks, exact = layer_ranks(layer, e, known)
-            rank = int(ranks[0])
-        else:
-            exact = method == "exact"
-            rank = (exact_rank if exact else structural_rank)(layer, e[0], known[0])
-        weight = (depth - place) / depth
-        deficiency = rank - layer.unknowns
-        c += round(weight * deficiency)
-        layers.append(
-            LayerRank(layer.name, "conv2d", layer.unknowns, rank, deficiency, weight, exact)
+    places = [i for i, layer in enumerate(chain.layers) if isinstance(layer, Affine)]
+    depth = sum(isinstance(chain.layers[i], Conv) for i in places)
+    layers: list[LayerRank] = []
+    dense: list[LayerRank] = []
+    for i in places:
+        convolution = isinstance(chain.layers[i], Conv)
+        weight = (depth - len(layers)) / depth if convolution else 0.0
+        found = _layer_rank(chain, trace, i, weight, _EFFORTS[method])
+        (layers if convolution else dense).append(found)
+    c = sum(round(layer.weight * layer.deficiency) for layer in layers)
+    open_ = sum(layer.weight * layer.deficiency for layer in layers)
+    total = sum(layer.weight * layer.unknowns for layer in layers)
+    return SecurityMetric(c, open_ / total if total else 0.0, tuple(layers), tuple(dense))
+
+
+def _image_shape(shape: tuple[int, int, int]) -> tuple[int, int, int]:
+    """Return the shape as integers; refuse what is not one of an image."""
+    try:
+        channels, height, width = (int(n) for n in shape)
+    except (TypeError, ValueError):
+        channels = height = width = 0
+    if min(channels, height, width) < 1:
+        raise InvalidInputError(
+            f"input shape {shape!r} is not that of one image: give (channels, height, width)"
         )
-    return SecurityMetric(c, tuple(layers))
+    return channels, height, width
 
 
-def _binding(chain: Chain, inputs: list[Tensor], i: int) -> Tensor:
-    """Return the outputs of layer ``i`` that are known when the next system's input is.
-
-    An inactive ReLU hides its input and a pool all but one pixel of each window: what is
-    hidden gives no weight constraint.
-    """
-    end = i + 1
-    while end < len(chain.layers) and not isinstance(chain.layers[end], Affine):
-        end += 1
-    known = torch.ones_like(inputs[end], dtype=torch.bool)
-    for j in reversed(range(i + 1, end)):
-        known = chain.layers[j].binds(inputs[j], inputs[j + 1], known)
-    return known
+def _layer_rank(chain: Chain, trace: Trace, i: int, weight: float, effort: Effort) -> LayerRank:
+    layer = chain.layers[i]
+    assert isinstance(layer, Affine)
+    e = trace.errors[i][0]
+    if not bool(e.isfinite().all()):
+        raise InvalidInputError(
+            f"the gradient at layer {layer.name!r} is not finite: its weights, or those after "
+            "it, are too large for a metric"
+        )
+    ranks = numerical_ranks(layer, e, binding_rows(chain, trace.inputs, i), effort)
+    return LayerRank(
+        layer.name,
+        "conv2d" if isinstance(layer, Conv) else "linear",
+        layer.unknowns,
+        ranks.joint,
+        ranks.joint - layer.unknowns,
+        weight,
+        ranks.exact,
+        ranks.weight,
+        ranks.gradient,
+    )

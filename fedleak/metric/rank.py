@@ -1,34 +1,45 @@
-"""The rank of a layer's system ``U = [A; K(e)]``: exactly, and in closed form."""
+"""The rank of a layer's system ``U = [A; K(e)]``: exact, in closed form, by probing."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from fedleak.metric.rank_exact import numerical_ranks, selection
+from fedleak.metric.rank_linalg import TOLERANCE
+from fedleak.metric.rank_structure import reach, stride_classes
 from fedleak.solvers import cgls
 from fedleak.systems import Affine, Rows
 from fedleak.systems.conv import Conv
 
-#: A singular value counts when it exceeds this part of the largest one. A float32 gradient
-#: says nothing about directions below it, and a Gram matrix in float64 resolves no smaller.
-TOLERANCE = 1e-7
+__all__ = [
+    "TOLERANCE",
+    "batch_rank",
+    "dense_system",
+    "exact_rank",
+    "layer_ranks",
+    "probed_rank",
+    "structural_rank",
+]
+
 #: :func:`layer_ranks` are exact up to this many unknowns.
 AUTO_UNKNOWNS = 600
-# An eigenvalue of a Gram matrix, relative to the largest, does not count below the first
-# bound and counts above the second; between them an SVD decides.
-_GRAM_ZERO, _GRAM_SURE = 1e-14, 1e-11
 
 
 def structural_rank(layer: Affine, e: Tensor | None = None, known: Tensor | None = None) -> int:
     """Return the rank that generic weights and a generic ``e`` give, in closed form.
 
-    With ``k`` the rank of one input channel's block of ``K``, ``u`` the pixels that the
-    kernels cover, ``C`` and ``F`` the channels in and out and ``|W|`` the weight
-    constraints, the rank is ``max(C k, min(C u, |W| + C k - F^2))`` for each group: the
-    rows of ``A`` and ``K`` share the ``F^2`` relations ``<e_f, A x|_g> = <W_g, K(e_f) x>``.
+    Let ``k`` be the rank of one input channel's block of ``K``, ``u`` the pixels that the
+    kernels cover, ``C`` and ``F`` the channels in and out. Then ``K`` has rank ``C k``, and
+    what is left to ``A`` are the ``C (u - k)`` dimensions of its null space. The rows of
+    ``A`` and ``K`` share the relations ``<e_f, A x|_g> = <W_g, K(e_f) x>``: on that null
+    space the ``P`` outputs of each filter lie across from ``rank(e) = min(F, P)`` directions.
+    They also lie in the span of the null space's shifts by the kernel's offsets. The least
+    of these counts bounds the rank from above, and generic systems reach it.
 
-    Exact on the usual layers. It over-estimates some with few filters or pixels, and where
-    the kernel equals a stride of 2 with padding: :func:`exact_rank` is the judge.
+    Exact on the usual layers. It over-estimates where padding cuts off whole patches (a
+    kernel as large as the stride), and by a few dimensions where the equations are about as
+    many as the unknowns: :func:`exact_rank` is the judge.
 
     Parameters
     ----------
@@ -46,47 +57,28 @@ def structural_rank(layer: Affine, e: Tensor | None = None, known: Tensor | None
     if not isinstance(layer, Conv):  # fully connected: K(e) x = e x^T alone gives x
         return layer.unknowns if bool(used.any()) else min(layer.unknowns, int(known.sum()))
     channels = layer.in_shape[0] // groups
+    classes = stride_classes(layer)
     rank = 0
     for g in range(groups):
-        live = used[g].any(1)
-        covered, block = _blocks(layer, int(live.sum()))
-        missed = used[g].double() @ (~known[g]).double().mT
-        relations = int((missed[live] == 0).sum())
-        joint = min(channels * covered, int(known[g].sum()) + channels * block - relations)
-        rank += max(channels * block, joint)
+        live = int(used[g].any(1).sum())
+        blocks = [min(live * offsets, pixels) for offsets, pixels in classes]
+        free = sum(pixels for _, pixels in classes) - sum(blocks)
+        counts = known[g].sum(1) - _relations(used[g], known[g])
+        weight = int(counts.clamp(0, reach(layer, live)).sum())
+        rank += channels * sum(blocks) + min(channels * free, weight)
     return rank
 
 
-def _blocks(layer: Conv, filters: int, batch: int = 1) -> tuple[int, int]:
-    """Return the pixels one channel's kernels cover, and the rank of its block of K.
+def _relations(used: Tensor, known: Tensor) -> Tensor:
+    """Return how many combinations of the ``e_f`` vanish where a filter's outputs are hidden.
 
-    The block is that of ``batch`` images beside each other.
+    Both arguments have shape (filters, positions), the result (filters,).
     """
-    rows, columns = (_axis(layer, axis) for axis in (0, 1))
-    covered = sum(p for _, p in rows.values()) * sum(p for _, p in columns.values())
-    block = sum(
-        min(filters * oi * oj, batch * pi * pj)
-        for oi, pi in rows.values()
-        for oj, pj in columns.values()
-    )
-    return covered, block
 
+    def generic_rank(e: Tensor) -> Tensor:
+        return torch.minimum(e.any(-1).sum(-1), e.any(-2).sum(-1))
 
-def _axis(layer: Conv, axis: int) -> dict[int, tuple[int, int]]:
-    """Return, per stride class along one axis, kernel offsets and the pixels they reach."""
-    w = layer.windows
-    size, out = layer.in_shape[1 + axis], layer.out_shape[1 + axis]
-    kernel, stride, dilation = w.kernel[axis], w.stride[axis], w.dilation[axis]
-    before = w.padding[2 - 2 * axis]
-    offsets: dict[int, int] = {}
-    pixels: dict[int, set[int]] = {}
-    for k in range(kernel):
-        offset = k * dilation
-        cls = offset % stride
-        reached = {p for o in range(out) if 0 <= (p := o * stride + offset - before) < size}
-        offsets[cls] = offsets.get(cls, 0) + bool(reached)
-        pixels.setdefault(cls, set()).update(reached)
-    return {cls: (offsets[cls], len(pixels[cls])) for cls in offsets}
+    return generic_rank(used) - generic_rank(used & ~known.unsqueeze(1))
 
 
 def batch_rank(layer: Affine, e: Tensor, known: Tensor) -> int:
@@ -114,7 +106,9 @@ def batch_rank(layer: Affine, e: Tensor, known: Tensor) -> int:
     rank = 0
     for g in range(groups):
         live = used[:, g].any(2).any(0)
-        covered, block = _blocks(layer, int(live.sum()), batch)
+        classes = stride_classes(layer)
+        covered = sum(pixels for _, pixels in classes)
+        block = sum(min(int(live.sum()) * o, batch * pixels) for o, pixels in classes)
         missed = torch.einsum("bfp,bgp->fg", used[:, g].double(), (~known[:, g]).double())
         relations = int((missed[live] == 0).sum())
         weight = int(known[:, g].flatten(1).sum(1).clamp(max=channels * covered).sum())
@@ -248,10 +242,6 @@ def dense_system(layer: Affine, e: Tensor) -> list[tuple[Tensor, Tensor]]:
 def exact_rank(layer: Affine, e: Tensor, known: Tensor | None = None) -> int:
     """Return the numerical rank of ``U = [A; K(e)]`` for one ``e``.
 
-    The rows of ``K`` are block diagonal over a group's input channels with identical
-    blocks, so one block is factored once; what remains is the rank of ``A`` on the null
-    space of ``K``.
-
     Parameters
     ----------
     layer : Affine
@@ -263,34 +253,6 @@ def exact_rank(layer: Affine, e: Tensor, known: Tensor | None = None) -> int:
     Returns
     -------
     int
-        Number of singular values above ``1e-7`` times the largest of their block.
+        See :func:`fedleak.metric.rank_exact.numerical_ranks`.
     """
-    groups, filters, _ = layer.weight.shape
-    channels = layer.in_shape[0] // groups
-    pixels = layer.unknowns // groups // channels
-    rank = 0
-    for g, (a, k) in enumerate(dense_system(layer, e)):
-        if known is not None:
-            a = a[known.reshape(groups, -1)[g]]
-        block = k.reshape(filters, channels, -1, channels, pixels)[:, 0, :, 0]
-        _, values, vectors = torch.linalg.svd(block.flatten(0, 1), full_matrices=False)
-        basis = vectors[values > TOLERANCE * values.max()]
-        rows = a.reshape(-1, channels, pixels)
-        rest = (rows - (rows @ basis.mT) @ basis).flatten(1)
-        rank += channels * basis.shape[0]
-        if len(a):
-            rank += _rank(rest, _gram_spectrum(a)[-1])
-    return rank
-
-
-def _gram_spectrum(m: Tensor) -> Tensor:
-    return torch.linalg.eigvalsh(m @ m.mT if m.shape[0] <= m.shape[1] else m.mT @ m)
-
-
-def _rank(m: Tensor, largest: Tensor) -> int:
-    """Return the rank of ``m``; ``largest`` is the squared singular value to compare with."""
-    spectrum = _gram_spectrum(m) / largest
-    if bool(((spectrum > _GRAM_ZERO) & (spectrum < _GRAM_SURE)).any()):
-        values = torch.linalg.svdvals(m)
-        return int((values > TOLERANCE * largest.sqrt()).sum())
-    return int((spectrum >= _GRAM_SURE).sum())
+    return numerical_ranks(layer, e, None if known is None else selection(known)).joint
