@@ -55,6 +55,8 @@ class Evidence:
         defence; else empty.
     rescales : {"", "update", "tensor"}
         What of ``gradient`` is known up to a factor only, see :class:`Defence`.
+    signs : bool
+        Whether only the signs of ``gradient`` are known to mean anything.
     statistics : dict
         Statistics of batch normalisation over the batch, shape (N, channels), where they
         are known: see :func:`fedleak.attacks.statistics.received_statistics`.
@@ -73,6 +75,7 @@ class Evidence:
     statistics: Gradients = field(default_factory=dict)
     errors: Gradients = field(default_factory=dict)
     rescales: str = ""
+    signs: bool = False
 
     @classmethod
     def gather(
@@ -136,6 +139,7 @@ class Evidence:
             statistics=received_statistics(observations, replay),
             errors=errors,
             rescales=rescales,
+            signs=first.defence is not None and first.defence.signs,
         )
 
     @cached_property

@@ -122,6 +122,10 @@ class HybridAttack(Attack):
 
     def reconstruct(self, observations: Sequence[Observation]) -> list[Reconstruction]:
         evidence = Evidence.gather(observations, self.device, simulate=self.local_training)
+        if evidence.signs:
+            return self._match_module(evidence, "only the signs of the update are known")
+        if evidence.rescales and evidence.images > 1:
+            return self._match_module(evidence, "the update is known up to a factor only")
         if not evidence.is_chain:
             return self._match_module(evidence, evidence.why_not_chain)
         if evidence.images == 1:
@@ -196,7 +200,7 @@ class HybridAttack(Attack):
         target = ChainTarget(evidence, solution, depth if clean else len(layers), clean)
         start, batch = solution.image.clamp(0, 1), evidence.images
         prior = self._prior(evidence)
-        if clean and shared_rows.covers(evidence, prior, depth):
+        if clean and not evidence.defended and shared_rows.covers(evidence, prior, depth):
             found = shared_rows.match_batch(evidence, solution, prior, self.precision)
         else:
             found = match(target, prior, start, batch, self.steps, self.precision)

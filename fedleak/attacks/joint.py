@@ -25,6 +25,12 @@ WARM_UP, WARM_LEVEL = 80, 3e-2
 MOST_JACOBIANS, _MATCHED = 3, 0.5
 #: The same where there is no Jacobian, and where evidence is weighed.
 QUASI_LEVEL = 1e-2
+#: Variances of the prior between which the evidence decides where errors are known.
+SCALES = (0.25, 1.0, 2.0, 4.0)
+#: Width of the soft sign, in mean magnitudes, and the error that signs count with.
+SOFT, SOFT_ERROR = 0.5, 0.2
+#: Where some values are exact: how much finer they count in the end, after how many Jacobians.
+FINE, POLISH = 1e-3, 1
 #: Rows beyond which a Jacobian is not built.
 DENSE_ROWS = 3 * DENSE_UNKNOWNS
 #: Memory for Jacobians and covariances at once, in entries: it sets how many updates are
@@ -47,6 +53,10 @@ class Target(ABC):
     errors: Tensor
     #: Whether what images make is affine in them: one Jacobian is then enough.
     linear: bool = False
+    #: Whether the errors are known, and not only estimated from the update.
+    calibrated: bool = False
+    #: Whether a Jacobian says enough to step by.
+    dense: bool = True
     #: Unknowns of each update beside its images: standard normal before anything is known.
     hidden: int = 0
 
@@ -104,6 +114,7 @@ class ChainTarget(Target):
     def __init__(self, evidence: Evidence, solution: LinearSolution, depth: int, exact: bool):
         self.evidence, self.solution = evidence, solution
         self.depth, self.exact = depth, exact
+        self.calibrated = evidence.defended and not exact
         self.linear = exact and depth <= 1
         names = {layer.name for layer in evidence.chain.layers[:depth]}
         self.names = [n for n in evidence.gradient if n.rpartition(".")[0] in names]
@@ -156,6 +167,7 @@ class ModuleTarget(Target):
         known += [] if self.features is None else [self.features]
         known += evidence.statistics.values()
         errors = [torch.zeros_like(k) for k in known]
+        self.calibrated = evidence.defended
         if evidence.defended:
             errors[: len(self.names)] = [evidence.errors[n] for n in self.names]
         self._known(known, errors)
@@ -169,10 +181,44 @@ class ModuleTarget(Target):
         names = list(self.evidence.statistics)
         if names:
             made += batch_statistics(self.evidence.replay, images, names).values()
-        return self._joined(made)
+        joined = self._joined(made)
+        if not self.evidence.rescales:
+            return joined
+        weight = self.errors.clamp_min(QUASI_LEVEL) ** -2
+        factor = (weight * joined * self.values).sum(1) / (weight * joined.square()).sum(1)
+        return joined * factor.clamp_min(1e-12).unsqueeze(1)  # that of clipping, unknown
 
     def subset(self, index: Tensor) -> ModuleTarget:
         return ModuleTarget(self.evidence.subset(index))
+
+
+class SignTarget(ModuleTarget):
+    """The signs of every gradient, where a defence leaves no more.
+
+    Of images' own gradient, each tensor is divided by its mean magnitude, so that no scale is
+    compared, and a soft step takes the place of the sign: entries near zero may well have the
+    other one.
+    """
+
+    dense = False
+
+    def __init__(self, evidence: Evidence):
+        super().__init__(evidence)
+        self.values = self.values.sign()
+        self.errors = torch.full_like(self.values, SOFT_ERROR)
+
+    def _joined(self, tensors: list[Tensor]) -> Tensor:
+        sizes = [t.flatten(1).abs().mean(1, keepdim=True).clamp_min(1e-300) for t in tensors]
+        rows = [(t.flatten(1) / s / SOFT).tanh() for t, s in zip(tensors, sizes, strict=True)]
+        joined = torch.cat(rows, 1)
+        return joined if self._kept is None else joined[:, self._kept]
+
+    def made(self, images: Tensor, hidden: Tensor | None = None) -> Tensor:
+        replayed = self.evidence.replay(images, self.evidence.labels)
+        return self._joined([replayed.gradients[n] for n in self.names])
+
+    def subset(self, index: Tensor) -> SignTarget:
+        return SignTarget(self.evidence.subset(index))
 
 
 def _head_input(evidence: Evidence) -> Tensor | None:
@@ -228,7 +274,7 @@ def match(
         Relative error at which a value counts as matched, at least.
     """
     n, m = batch * math.prod(prior.shape), target.values.shape[1]
-    dense = n <= DENSE_UNKNOWNS and m <= DENSE_ROWS
+    dense = target.dense and n <= DENSE_UNKNOWNS and m <= DENSE_ROWS
     if target.linear and prior.gaussian and not dense:
         return _least_squares(target, prior, start, precision)
     if not prior.gaussian or batch > 1 or not dense or target.hidden:
@@ -308,13 +354,27 @@ def posterior(
     if not target.linear:
         begin = _quasi_newton(target, prior, start, WARM_UP, max(precision, WARM_LEVEL)).images
     solver = GaussNewton(residual, begin.flatten(1))
-    chosen = _follow_evidence(solver, [prior] * len(start), target.errors.clamp_min(QUASI_LEVEL))
+    chosen = _follow_evidence(
+        solver,
+        [prior] * len(start),
+        target.errors.clamp_min(QUASI_LEVEL),
+        3 if target.calibrated else 2,
+    )
+    if target.calibrated:
+        # A prior of s times the variance is one of errors smaller by the root of s.
+        scale = _scale(solver, chosen, errors)
+        errors = errors / scale.sqrt().unsqueeze(1)
     for n in range(MOST_JACOBIANS + 1):
         measured = solver.descend(Gaussian.stack([p.dense() for p in chosen]), errors)
         matched = ((residual(solver.x) / errors).square().mean(1) < _MATCHED).all()
         if target.linear or n == MOST_JACOBIANS or bool(matched):
             break
         solver.linearise()
+    if target.calibrated and not target.linear and bool((target.errors < FINE * precision).any()):
+        for _ in range(POLISH):
+            solver.linearise()
+            fine = target.errors.clamp_min(FINE * precision) / scale.sqrt().unsqueeze(1)
+            measured = solver.descend(Gaussian.stack([p.dense() for p in chosen]), fine)
     if type(prior).local is not Prior.local:
         covariances = measured.covariance()
         near = [p.local(x, v) for p, x, v in zip(chosen, solver.x, covariances, strict=True)]
@@ -323,13 +383,25 @@ def posterior(
     return solver, measured, chosen
 
 
-def _follow_evidence(solver: GaussNewton, priors: list[Prior], errors: Tensor) -> list[Prior]:
+def _focus(prior: Prior, like: Tensor) -> Tensor:
+    """Return the weight of every pixel where evidence is weighed: the middle stands for all."""
+    _, *size = prior.shape
+    y, x = (torch.linspace(-1, 1, k).to(like) for k in size)
+    return (2 - y.square()[:, None] - x.square()).expand(prior.shape).flatten()
+
+
+def _scale(solver: GaussNewton, chosen: list[Prior], errors: Tensor) -> Tensor:
+    """Return the scale of each update's prior, shape (N,)."""
+    prior = Gaussian.stack([p.dense() for p in chosen])
+    return solver.scale(prior, errors, _focus(chosen[0], errors), SCALES)
+
+
+def _follow_evidence(
+    solver: GaussNewton, priors: list[Prior], errors: Tensor, stages: int
+) -> list[Prior]:
     """Return, for each update, the prior of the family that its evidence prefers."""
-    # The middle of the image: it stands for the rest.
-    _, *size = priors[0].shape
-    y, x = (torch.linspace(-1, 1, k).to(errors) for k in size)
-    focus = (2 - y.square()[:, None] - x.square()).expand(priors[0].shape).flatten()
-    for stage in range(2):
+    focus = _focus(priors[0], errors)
+    for stage in range(stages):
         chosen = list(priors)
         for prior in {id(p): p for p in priors}.values():
             family = prior.family(stage)

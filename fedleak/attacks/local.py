@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fedleak.attacks.evidence import Evidence
-from fedleak.attacks.joint import Match, ModuleTarget, Target
+from fedleak.attacks.joint import Match, ModuleTarget, SignTarget, Target
 from fedleak.threat import LocalTraining
 
 
@@ -111,6 +111,8 @@ class LocalTarget(Target):
 
 def module_target(evidence: Evidence) -> Target:
     """Return what images must reproduce: through all local steps where they are simulated."""
+    if evidence.signs and evidence.simulated is None:
+        return SignTarget(evidence)
     return ModuleTarget(evidence) if evidence.simulated is None else LocalTarget(evidence)
 
 

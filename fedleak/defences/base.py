@@ -31,9 +31,12 @@ class Defence(ABC):
     rescales : {"", "update", "tensor"}
         What is multiplied by a factor that the receiver is not told: nothing, the update as a
         whole, or every tensor by one of its own.
+    signs : bool
+        Whether only the sign of each entry is sent.
     """
 
     unit: ClassVar[str]
+    signs: ClassVar[bool] = False
 
     @property
     def rescales(self) -> Literal["", "update", "tensor"]:
@@ -121,14 +124,14 @@ def make_defence(name: str, strength: float | str) -> Defence:
                 raise UnknownNameError(f"parameter of defence {name!r}", key, keys)
             named[key] = value
     else:
-        named[keys[0]] = repr(strength)
+        named[keys[0]] = f"{strength:.17g}"
     return kind(**{key: _value(name, types[key], value) for key, value in named.items()})
 
 
 def _value(defence: str, kind: Any, text: str) -> Any:
     """Read one parameter."""
     if get_origin(kind) is tuple:
-        return tuple(part.strip() for part in text.split(",") if part.strip() not in ("", "0.0"))
+        return () if text == "0" else tuple(filter(None, text.split(",")))
     if get_origin(kind) is Literal:
         if text not in get_args(kind):
             raise UnknownNameError(f"value for defence {defence!r}", text, get_args(kind))

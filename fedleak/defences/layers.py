@@ -27,7 +27,8 @@ class Withholding(Defence):
     ----------
     layers : tuple of str
         Names of modules or parameters (``conv1``, ``features.0``, ``fc.bias``), or ``first``
-        and ``last``: the layers of the first and last parameter.
+        and ``last``: the layers of the first and last parameter. 0 alone is no layer, so
+        that of a network whose first layer is called 0 it is ``first``.
     """
 
     layers: tuple[str, ...] = ()

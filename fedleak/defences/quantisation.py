@@ -77,6 +77,7 @@ class Sign(Defence):
 
     size: float = 0.0
     scale: Literal["mean", "fixed"] = "mean"
+    signs = True
     unit = "magnitude, relative to each tensor's mean magnitude"
 
     def __post_init__(self) -> None:

@@ -107,6 +107,11 @@ class DefenceSpec:
         found = {part.rescales for part in self.parts}
         return "tensor" if "tensor" in found else "update" if "update" in found else ""
 
+    @property
+    def signs(self) -> bool:
+        """Whether only the sign of each entry is sent."""
+        return any(part.signs for part in self.parts)
+
     def check(self, names: Sequence[str]) -> None:
         """Raise InvalidInputError if the defence does not fit updates with these names."""
         for part in self.parts:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from scipy.linalg import lapack
 from scipy.sparse import csr_matrix
 from scipy.sparse.csgraph import reverse_cuthill_mckee
 from torch import Tensor
@@ -70,16 +69,35 @@ def is_definite(
     if key is not None:
         orders.append(np.argsort(key, kind="stable"))
     places = [_inverse(order)[np.stack([entries.row, entries.col])] for order in orders]
-    row, column = min(places, key=lambda at: int((at[0] - at[1]).max()))
-    below = row - column
-    width, n = int(below.max()), gram.shape[0]
-    if n * float(width) ** 2 > most:
+    widths = [int((row - column).max()) for row, column in places]
+    best = int(np.argmin(widths))
+    if gram.shape[0] * float(widths[best]) ** 2 > most:
         return False
-    lower = below >= 0
-    bands = np.zeros((width + 1, n), order="F")
-    bands[below[lower], column[lower]] = entries.data[lower]
-    bands[0] -= _SURE * largest
-    return bool(lapack.dpbtrf(bands, lower=1, overwrite_ab=1)[1] == 0)
+    ordered = csr_matrix((entries.data, tuple(places[best])), gram.shape)
+    return _has_cholesky(ordered, max(widths[best], 64), _SURE * largest)
+
+
+def _has_cholesky(m: csr_matrix, width: int, shift: float) -> bool:
+    """Return whether ``m - shift I`` is positive definite; ``m`` has this half band width.
+
+    Block by block: torch's products keep to its number of threads, which LAPACK's banded
+    routine under scipy does not.
+    """
+    n, above = m.shape[0], torch.zeros(0)
+    for begin in range(0, n, width):
+        end = min(begin + width, n)
+        rows = m[begin : min(end + width, n)]
+        block = torch.from_numpy(rows[:, begin:end].toarray())
+        size = end - begin
+        corner = block[:size]
+        corner.diagonal().sub_(shift)
+        if begin:
+            corner.addmm_(above, above.mT, alpha=-1)
+        factor, info = torch.linalg.cholesky_ex(corner)
+        if int(info) != 0:
+            return False
+        above = torch.linalg.solve_triangular(factor.mT, block[size:], upper=True, left=False)
+    return True
 
 
 def _inverse(order: np.ndarray) -> np.ndarray:

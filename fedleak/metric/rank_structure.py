@@ -147,5 +147,5 @@ def _within(basis: np.ndarray, rows: csr_matrix) -> np.ndarray:
         return basis[:0]
     gram = (rows @ rows.T + 1e-13 * identity(rows.shape[0])).tocsc()
     outside = basis.T - rows.T @ splu(gram).solve(rows @ basis.T)
-    _, values, vectors = np.linalg.svd(outside, full_matrices=False)
-    return vectors[values < _OUTSIDE] @ basis
+    _, values, vectors = torch.linalg.svd(torch.from_numpy(outside), full_matrices=False)
+    return vectors[values < _OUTSIDE].numpy() @ basis

@@ -100,6 +100,33 @@ class GaussNewton:
             smoothness; as many rows drawn at random lie apart, and do not. Where there are
             more rows than unknowns, only all of them tell the finest detail.
         """
+        rows, target, deviation = self._weighed(deviation, focus)
+        found = [Measurements(rows, deviation, p).log_evidence(target) for p in priors]
+        return torch.stack(found).nan_to_num(-torch.inf).argmax(0)
+
+    def scale(
+        self, prior: Gaussian, deviation: Tensor, focus: Tensor, scales: Sequence[float]
+    ) -> Tensor:
+        """Return what the prior's variances must be multiplied by, for each update.
+
+        The errors are taken for known, so that what they do not explain is the images'.
+
+        Parameters
+        ----------
+        prior, deviation, focus
+            As for :meth:`choose`.
+        scales : sequence of float
+            The one with the greatest evidence is returned.
+        """
+        rows, target, deviation = self._weighed(deviation, focus)
+        found = [
+            Measurements(rows, deviation / s**0.5, prior).log_evidence(target, s) for s in scales
+        ]
+        best = torch.stack(found).nan_to_num(-torch.inf).argmax(0)
+        return torch.tensor(scales, dtype=target.dtype, device=target.device)[best]
+
+    def _weighed(self, deviation: Tensor, focus: Tensor | None) -> tuple[Rows, Tensor, Tensor]:
+        """Return the rows that evidence is weighed on, their target and deviation."""
         target = self._target()
         m, n = self._rows.jacobian.shape[1:]
         if focus is None or not EVIDENCE_ROWS < m <= n:
@@ -114,8 +141,7 @@ class GaussNewton:
                 self._focused = index, Rows(part)
             index, rows = self._focused
             target, deviation = target.gather(1, index), deviation.gather(1, index)
-        found = [Measurements(rows, deviation, p).log_evidence(target) for p in priors]
-        return torch.stack(found).nan_to_num(-torch.inf).argmax(0)
+        return rows, target, deviation
 
     def descend(self, prior: Gaussian, deviation: Tensor, steps: int = 6) -> Measurements:
         """Step to the posterior mean, and on with the same Jacobian while that pays.

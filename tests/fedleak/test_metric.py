@@ -357,3 +357,13 @@ def test_bad_input() -> None:
         security_metric(model, (1, 8, 8))
     with pytest.raises(UnsupportedModelError, match="fully connected"):
         security_metric(nn.Sequential(nn.Conv2d(1, 2, 3)), (1, 8, 8))
+
+
+def test_the_benchmark_ranks_the_same_systems() -> None:
+    from tests.benchmarks import metric
+
+    torch.manual_seed(0)
+    tiny = conv_chain([(4, 3, 1, 0), (3, 3, 2, 0)], (3, 12, 12), 5)
+    row = metric.measure(("tiny", tiny), repeats=1, size=12)
+    assert row["agree"]
+    assert metric.together([row])["ratio"] > 0
