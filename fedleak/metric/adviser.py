@@ -118,7 +118,8 @@ def _withhold(reference: Reference, told: Information, target_db: float) -> Advi
         fewer = [c for c in chosen if c != name]
         if reached < target_db and (without := left(fewer)) < target_db:
             chosen, reached = fewer, without
-    modules = [m for s in sent if s in chosen for m in groups[s].modules]
+    chosen = [s for s in sent if s in chosen]
+    modules = [m for s in chosen for m in groups[s].modules]
     kept = [s for s in sent if s not in chosen]
     gradient = reference.jacobian.gradient
     count = sum(gradient[p].numel() for c in chosen for p in groups[c].parameters)
