@@ -14,6 +14,7 @@ from fedleak.metric.attribution import (
     blocks_at,
     combined,
     groups_of,
+    prunable,
     pruned_errors,
     relative_errors,
 )
@@ -135,7 +136,10 @@ def _withhold(reference: Reference, told: Information, target_db: float) -> Advi
 
 def _prune(
     reference: Reference, factor: Tensor, blocks: Sequence[Block], target_db: float
-) -> Advice:
+) -> Advice | None:
+    if not prunable(reference):
+        return None
+
     def left(share: float) -> float:
         made = blocks_at(reference, pruned_errors(reference, share), blocks)
         return posterior(made, factor, tuple(reference.jacobian.images.shape)).psnr_db

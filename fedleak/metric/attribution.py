@@ -21,6 +21,9 @@ from fedleak.replay import Gradients
 LEVEL = 1e-4
 #: What a layer alone is pruned by, and noised with.
 PRUNED, NOISED = 0.9, 0.1
+#: Entries of the update times unknowns beyond which nothing is pruned: errors that differ from
+#: entry to entry take the derivative of every entry, one by one.
+PRUNABLE = 4e9
 #: Layers told apart, at most; and unknowns from which there are fewer, as each holds a matrix.
 GROUPS, MANY = 12, 3072
 
@@ -38,7 +41,7 @@ class LayerLeak:
         Entries of its gradient: weights and biases.
     withheld_db, pruned_db, noised_db : float
         What is lost if it alone is withheld, pruned by 0.9, or given noise of 0.1 of the
-        size of its gradients.
+        size of its gradients. Pruning is not tried (None) on the largest networks.
     alone_db : float
         Predicted PSNR if nothing else were sent.
     """
@@ -47,7 +50,7 @@ class LayerLeak:
     modules: tuple[str, ...]
     entries: int
     withheld_db: float
-    pruned_db: float
+    pruned_db: float | None
     noised_db: float
     alone_db: float
 
@@ -135,6 +138,12 @@ def _factors(before: Gradients, after: Gradients) -> dict[str, float]:
     return out
 
 
+def prunable(reference: Reference) -> bool:
+    """Say whether pruned updates of this model can be judged in reasonable time."""
+    entries = sum(g.numel() for g in reference.jacobian.gradient.values())
+    return entries * reference.jacobian.images.numel() <= PRUNABLE
+
+
 def pruned_errors(reference: Reference, share: float) -> Gradients:
     """Return the errors of a reference's update that is pruned on top of its defence."""
     spec = DefenceSpec("prune", share)
@@ -192,7 +201,9 @@ def attribute(
     nothing = decibels(float(factor.square().sum()) / len(factor))
     whole = told.psnr_db() if told.layers else nothing
     floor = relative_errors(gradient, LEVEL)
-    pruned = _changed(reference, combined(pruned_errors(reference, PRUNED), floor), blocks)
+    pruned: Sequence[Block] | None = None
+    if prunable(reference):
+        pruned = _changed(reference, combined(pruned_errors(reference, PRUNED), floor), blocks)
     noise = combined(reference.errors, relative_errors(gradient, NOISED), floor)
     scales = _noise_scales(reference, floor, noise)
     noised: Sequence[Block] = []
@@ -209,14 +220,19 @@ def attribute(
             under_noise = told.psnr_db({name: scales[name]})
         else:
             under_noise = told.exchanged(name, _one(noised, name, factor))
-        lost = (
-            told.psnr_db({name: 0.0}),
-            told.exchanged(name, _one(pruned, name, factor)),
-            under_noise,
+        lost_pruned = None
+        if pruned is not None:
+            lost_pruned = max(whole - told.exchanged(name, _one(pruned, name, factor)), 0.0)
+        leak = LayerLeak(
+            name=name,
+            modules=group.modules,
+            entries=entries,
+            withheld_db=max(whole - told.psnr_db({name: 0.0}), 0.0),
+            pruned_db=lost_pruned,
+            noised_db=max(whole - under_noise, 0.0),
+            alone_db=told.alone(name),
         )
-        withheld, pruned_by, noised_by = (max(whole - v, 0.0) for v in lost)
-        alone = told.alone(name)
-        leaks.append(LayerLeak(name, group.modules, entries, withheld, pruned_by, noised_by, alone))
+        leaks.append(leak)
     return Attribution(whole, nothing, LEVEL, tuple(leaks))
 
 

@@ -12,6 +12,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from fedleak.console import number
 from fedleak.errors import InvalidInputError
 from fedleak.metric.auditing import Audit
 from fedleak.metric.auditing import audit as run
@@ -199,7 +200,7 @@ def _attribution(result: Audit) -> Table:
     )
     for x in found.layers:
         values = (x.alone_db, x.withheld_db, x.pruned_db, x.noised_db)
-        table.add_row(x.name, str(x.entries), *(f"{v:.1f}" for v in values))
+        table.add_row(x.name, str(x.entries), *map(number, values))
     return table
 
 

@@ -77,7 +77,7 @@ def _decibels(audit: Audit, axis: Axes) -> None:
     series = (
         ("alone, above the prior", [x.alone_db - found.nothing_db for x in found.layers]),
         ("lost if withheld", [x.withheld_db for x in found.layers]),
-        (f"lost if pruned by {PRUNED:g}", [x.pruned_db for x in found.layers]),
+        (f"lost if pruned by {PRUNED:g}", [x.pruned_db or 0.0 for x in found.layers]),
         (f"lost under noise {NOISED:g}", [x.noised_db for x in found.layers]),
     )
     height = 0.8 / len(series)

@@ -77,4 +77,5 @@ def _help(audit: Audit) -> str:
             f"No single change that was tried brings it under {target:g} dB; the nearest is: "
             f"{best.what} ({best.predicted_psnr_db:.1f} dB)."
         )
-    return f"No change towards {target:g} dB was tried: {audit.why_no_attribution}."
+    why = audit.why_no_attribution or "the update tells nothing that could be left out"
+    return f"No change towards {target:g} dB was tried: {why}."
