@@ -44,6 +44,9 @@ class LayerLeak:
         size of its gradients. Pruning is not tried (None) on the largest networks.
     alone_db : float
         Predicted PSNR if nothing else were sent.
+    sketched : bool
+        Whether fewer random combinations stand for its entries, as in large networks: then
+        it may tell more alone, and cost less withheld.
     """
 
     name: str
@@ -53,6 +56,7 @@ class LayerLeak:
     pruned_db: float | None
     noised_db: float
     alone_db: float
+    sketched: bool
 
 
 @dataclass(frozen=True)
@@ -214,7 +218,7 @@ def attribute(
         name = group.name
         entries = sum(gradient[k].numel() for k in group.parameters)
         if name not in told.layers:  # a defence withholds it, or its gradient is zero
-            leaks.append(LayerLeak(name, group.modules, entries, 0.0, 0.0, 0.0, nothing))
+            leaks.append(LayerLeak(name, group.modules, entries, 0.0, 0.0, 0.0, nothing, False))
             continue
         if name in scales:
             under_noise = told.psnr_db({name: scales[name]})
@@ -231,6 +235,7 @@ def attribute(
             pruned_db=lost_pruned,
             noised_db=max(whole - under_noise, 0.0),
             alone_db=told.alone(name),
+            sketched=any(b.sketched for b in blocks if b.name in group.parameters),
         )
         leaks.append(leak)
     return Attribution(whole, nothing, LEVEL, tuple(leaks))

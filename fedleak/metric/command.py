@@ -193,14 +193,17 @@ def _ranks(result: Audit, model: str) -> Table:
 def _attribution(result: Audit) -> Table:
     assert result.attribution is not None
     found = result.attribution
+    sketched = any(x.sketched for x in found.layers)
     table = _table(
         f"What each layer tells, in dB: {found.psnr_db:.1f} together, {found.nothing_db:.1f} "
-        f"without any (gradients known to {found.level:g})",
+        f"without any (gradients known to {found.level:g})"
+        + ("; ~: of random combinations of its entries" if sketched else ""),
         ("layer", "entries", "alone", "lost if withheld", "pruned 0.9", "noised 0.1"),
     )
     for x in found.layers:
-        values = (x.alone_db, x.withheld_db, x.pruned_db, x.noised_db)
-        table.add_row(x.name, str(x.entries), *map(number, values))
+        lost = (x.withheld_db, x.pruned_db, x.noised_db)
+        alone = f"{'~' if x.sketched else ''}{x.alone_db:.1f}"
+        table.add_row(x.name, str(x.entries), alone, *map(number, lost))
     return table
 
 

@@ -74,17 +74,19 @@ def _decibels(audit: Audit, axis: Axes) -> None:
     found = audit.attribution
     assert found is not None
     place = np.arange(len(found.layers))
-    series = (
-        ("alone, above the prior", [x.alone_db - found.nothing_db for x in found.layers]),
-        ("lost if withheld", [x.withheld_db for x in found.layers]),
-        (f"lost if pruned by {PRUNED:g}", [x.pruned_db or 0.0 for x in found.layers]),
-        (f"lost under noise {NOISED:g}", [x.noised_db for x in found.layers]),
-    )
-    height = 0.8 / len(series)
-    for n, ((label, values), colour) in enumerate(
-        zip(series, sns.color_palette("colorblind", len(series)), strict=True)
-    ):
-        axis.barh(place + (n - 1.5) * height, values, height, label=label, color=colour)
+    series: dict[str, list[float | None]] = {
+        "alone, above the prior": [x.alone_db - found.nothing_db for x in found.layers],
+        "lost if withheld": [x.withheld_db for x in found.layers],
+        f"lost if pruned by {PRUNED:g}": [x.pruned_db for x in found.layers],
+        f"lost under noise {NOISED:g}": [x.noised_db for x in found.layers],
+    }
+    drawn = {k: [v for v in values if v is not None] for k, values in series.items()}
+    drawn = {k: v for k, v in drawn.items() if len(v) == len(found.layers)}
+    height = 0.8 / len(drawn)
+    colours = dict(zip(series, sns.color_palette("colorblind", len(series)), strict=True))
+    for n, (label, values) in enumerate(drawn.items()):
+        offset = (n - (len(drawn) - 1) / 2) * height
+        axis.barh(place + offset, values, height, label=label, color=colours[label])
     axis.set_yticks(place, [x.name for x in found.layers], fontsize=8)
     axis.set(xlabel="dB of predicted PSNR")
     axis.set_title(
