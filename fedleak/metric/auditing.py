@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from fedleak.defences import DefenceSpec, parse_defence
@@ -17,6 +18,7 @@ from fedleak.metric.attribution import Attribution, attribute, information
 from fedleak.metric.c_metric import SecurityMetric, security_metric
 from fedleak.metric.influence import Influence, influence
 from fedleak.metric.matrix_free import estimate
+from fedleak.metric.posterior import decibels
 from fedleak.metric.prediction import (
     DENSE_UNKNOWNS,
     Prediction,
@@ -31,6 +33,8 @@ from fedleak.priors import Prior
 
 #: Unknowns of a batch above which one reference must do.
 _MANY = 2048
+#: Pixels whose variance stands for those of all, under the prior alone.
+_PIXELS = 64
 
 
 @dataclass(frozen=True, eq=False)
@@ -197,12 +201,11 @@ def audit(
     why: str | None = None
     attribution: Attribution | None = None
     advice: tuple[Advice, ...] = ()
-    factor = prior.dense().factor
     if matrix_free or unknowns > DENSE_UNKNOWNS:
         prediction = estimate(found, prior)
         why = "the prediction is matrix-free: no Jacobian is held in memory to take apart"
     else:
-        prediction, attribution, advice = _dense(found, prior, factor, target_db)
+        prediction, attribution, advice = _dense(found, prior, target_db)
         if target_db is not None and prediction.psnr_db >= target_db:
             advice += redesign(model, shape, prior, target_db, linearised, batch_size, seed)
     metric, why_no_c = _c(model, shape, seed)
@@ -221,15 +224,16 @@ def audit(
         why_no_attribution=why,
         target_db=target_db,
         advice=advice,
-        prior_db=-10 * math.log10(float(factor.square().sum()) / len(factor)),
+        prior_db=_prior_db(prior),
         seconds=time.perf_counter() - begin,
     )
 
 
 def _dense(
-    references: Sequence[Reference], prior: Prior, factor: Tensor, target_db: float | None
+    references: Sequence[Reference], prior: Prior, target_db: float | None
 ) -> tuple[Prediction, Attribution, tuple[Advice, ...]]:
     """Return what needs the Jacobian in memory."""
+    factor = prior.dense().factor
     first, *others = references
     blocks = first.blocks()
     prediction = predict(references, prior, [blocks, *(r.blocks() for r in others)])
@@ -248,6 +252,16 @@ def _c(
         return security_metric(model, shape, seed=seed), None
     except FedleakError as error:
         return None, str(error)
+
+
+def _prior_db(prior: Prior) -> float:
+    """Return the PSNR of the prior's mean, from pixels all over the image."""
+    n = math.prod(prior.shape)
+    index = torch.linspace(0, n - 1, min(n, _PIXELS)).long()
+    units = torch.zeros(len(index), n, dtype=torch.float64, device=prior.mean.device)
+    units[torch.arange(len(index)), index] = 1.0
+    rows = prior.root_adjoint(units.reshape(-1, *prior.shape))
+    return decibels(float(rows.square().sum()) / len(index))
 
 
 def image_shape(shape: Sequence[int]) -> tuple[int, int, int]:

@@ -158,10 +158,10 @@ def show(result: Audit, model: str, console: Console) -> None:
     )  # fmt: skip
     console.print(
         f"\nPredicted {prediction.psnr_db:.1f} dB (peak 1); directions known: {known} of "
-        f"{prediction.unknowns}; Cramer-Rao: no attack exceeds {_db(prediction.floor_db)} on "
-        "average under this prior; inversion influence function: attacks without a prior stay "
-        f"below {_db(result.i2f.psnr_db)}. "
-        f"{result.prior}, {result.references} reference(s), {result.seconds:.0f} s",
+        f"{prediction.unknowns}. Bounds: {_db(prediction.floor_db)} for any attack, averaged over "
+        f"images of this prior (Cramer-Rao, estimated at {result.references} reference(s)); "
+        f"{_db(result.i2f.psnr_db)} for attacks without a prior (inversion influence function). "
+        f"{result.prior}, {result.seconds:.0f} s",
         highlight=False,
     )
 
