@@ -171,11 +171,11 @@ def _noise(
     if present is None:
         strength, reached = _smallest(STRENGTHS, anew, target_db)
     else:
-        # ``told`` holds the present error as its level.
-        relative = math.hypot(present, LEVEL) / LEVEL
+        floored = math.hypot(present, LEVEL)
 
         def spectral(strength: float) -> float:
-            return told.noised(math.hypot(1.0, strength / (relative * LEVEL)) * LEVEL)
+            # ``told`` takes strengths in units of the present error, as if that were its level.
+            return told.noised(LEVEL * math.hypot(1.0, strength / floored))
 
         strength, reached = _bisected(spectral, target_db)
     return Advice(

@@ -208,6 +208,9 @@ def test_advice_holds_when_it_is_taken(defence: str) -> None:
             near = 0.3 if advice.kind == "noise" else 0.02
             assert taken == pytest.approx(advice.predicted_psnr_db, abs=near)
     withheld, _, noise = found
+    if defence == "noise:0.01":
+        taken = predicted(tiny(), f"noise:{math.hypot(0.01, float(noise.strength))}")
+        assert taken == pytest.approx(noise.predicted_psnr_db, abs=0.3)
     assert noise.reached
     assert "still sent" in withheld.cost
 
