@@ -11,6 +11,7 @@ nothing of directions that the gradient does not tell.
 from __future__ import annotations
 
 import math
+import time
 from dataclasses import asdict, dataclass
 
 import torch
@@ -24,8 +25,9 @@ from fedleak.metric.posterior import decibels
 from fedleak.metric.prediction import Reference
 from fedleak.replay import Gradients
 
-#: Power iterations end where the eigenvalue grows by less than this part of it, or there.
-_TOLERANCE, _ITERATIONS = 1e-4, 60
+#: Power iterations end where the eigenvalue grows by less than this part of it, or after so many
+#: steps or seconds.
+_TOLERANCE, _ITERATIONS, _SECONDS = 1e-4, 60, 30.0
 
 
 @dataclass(frozen=True)
@@ -89,10 +91,12 @@ def influence(reference: Reference, seed: int = 0) -> Influence:
             generator = torch.Generator().manual_seed(seed)
             v = torch.randn(images.shape, generator=generator, dtype=torch.float64).to(images)
             largest, v = 0.0, v / v.norm()
+            end = time.perf_counter() + _SECONDS
             for _ in range(_ITERATIONS):
                 v = back(jvp(gradient, (images,), (v,))[1])
                 before, largest = largest, float(v.norm())
-                if largest <= (1 + _TOLERANCE) * before:
+                settled = largest <= (1 + _TOLERANCE) * before
+                if settled or time.perf_counter() > end:
                     break
                 v = v / largest
     except (NotImplementedError, RuntimeError) as error:
