@@ -7,6 +7,8 @@ from fedleak.metric.auditing import Audit
 
 #: Predicted PSNR in dB from which on images are recovered so well.
 INDISTINGUISHABLE, RECOGNISABLE, BLURRED = 40.0, 20.0, 14.0
+#: Numerical uncertainty in dB beyond which a prediction says nothing.
+_UNKNOWN = 5.0
 
 LIMITS = (
     "This is a linearised prediction, for one honest-but-curious server that sees one update, "
@@ -37,8 +39,11 @@ def verdict(audit: Audit) -> str:
         f"{psnr:.1f} dB for {each}, where {audit.prior_db:.1f} dB can be guessed without any "
         "update, above 40 dB nobody sees a difference, and under 14 dB little is left."
     ]
-    if audit.prediction.error_db:
-        said.append(f"The number is known to about {audit.prediction.error_db:.1f} dB.")
+    error = audit.prediction.error_db
+    if error > _UNKNOWN:
+        said.append(f"But it is known to {error:.0f} dB alone: take it for no finding.")
+    elif error:
+        said.append(f"The number is known to about {error:.1f} dB.")
     if leak := worst(audit):
         said.append(
             f"Layer {leak.name} tells most: alone it gives {leak.alone_db:.1f} dB "
