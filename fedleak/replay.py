@@ -169,7 +169,20 @@ def _deterministic(model: nn.Module) -> nn.Module:
             module.forward = partial(_normalised, module)
         if hasattr(module, "inplace"):
             module.inplace = False
+        # The same functions of what torch can derive twice, and forwards.
+        if isinstance(module, nn.Hardswish):
+            module.forward = _hardswish  # type: ignore[assignment]
+        elif isinstance(module, nn.Hardsigmoid):
+            module.forward = _hardsigmoid  # type: ignore[assignment]
     return model
+
+
+def _hardsigmoid(x: Tensor) -> Tensor:
+    return (x / 6 + 0.5).clamp(0, 1)
+
+
+def _hardswish(x: Tensor) -> Tensor:
+    return x * _hardsigmoid(x)
 
 
 def _normalised(module: nn.modules.batchnorm._NormBase, x: Tensor) -> Tensor:

@@ -119,7 +119,7 @@ class Information:
     Parameters
     ----------
     blocks : sequence of Block
-        Rows in units of the entries' own size (:func:`fedleak.metric.audit.relative_errors`).
+        Rows in units of the entries' own size (:func:`fedleak.metric.attribution.relative_errors`).
     factor : Tensor, float64, shape (n / B, n / B)
         Lower triangular factor of the prior's covariance.
     level : float

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fedleak import laboratory
+from fedleak.attacks.hybrid import HybridAttack
 from fedleak.errors import InvalidInputError, UnsupportedModelError
 from fedleak.replay import Replay
 from fedleak.solvers import jacobian
@@ -258,3 +260,46 @@ def test_images_and_outputs_that_do_not_fit() -> None:
 
     with pytest.raises(InvalidInputError, match="not tuple"):
         Replay(Two(), SHAPE)
+
+
+class Mobile(nn.Module):
+    """Activations and squeezing as in mobile networks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.squeeze = nn.Conv2d(2, 4, 3), nn.Linear(4, 4)
+        self.swish, self.gate = nn.Hardswish(inplace=True), nn.Hardsigmoid()
+        self.head = nn.Linear(48, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.swish(5 * self.first(x))
+        return self.head((h * self.gate(self.squeeze(h.mean((2, 3))))[..., None, None]).flatten(1))
+
+
+def test_hard_activations_are_the_same_and_have_two_derivatives() -> None:
+    torch.manual_seed(0)
+    model = Mobile().double().eval()
+    replay = Replay(model, SHAPE)
+    images, labels = _batch(1, 2)
+    images = 8 * images - 4  # beyond both ends of the linear part
+    assert torch.allclose(replay.model(images[0]), model(images[0]), atol=1e-12)
+    made = replay(images, labels).gradients
+    loss = F.cross_entropy(model(images[0]), labels[0])
+    for name, g in zip(made, torch.autograd.grad(loss, list(model.parameters())), strict=True):
+        assert torch.allclose(made[name][0], g, atol=1e-12)
+    assert isinstance(model.swish, nn.Hardswish)
+    assert "forward" not in vars(model.swish)  # the user's own is left as it was
+
+    def made_of(x: Tensor) -> Tensor:
+        gradients = replay(x.reshape(1, *images.shape[1:]), labels).gradients
+        return torch.cat([g.flatten(1) for g in gradients.values()], 1)
+
+    rows = jacobian(made_of, images.reshape(1, -1))
+    assert float(rows.abs().max()) > 0
+
+
+def test_hard_activations_can_be_attacked() -> None:
+    torch.manual_seed(0)
+    model, x = Mobile().eval(), torch.rand(1, *SHAPE)
+    trials = laboratory.reconstruct(model, x, [3], HybridAttack(steps=60), labels_known=True)
+    assert trials.trials[0].reconstruction.fit < 0.1

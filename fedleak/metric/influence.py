@@ -1,0 +1,110 @@
+"""The inversion influence function: how far an update's perturbation moves its inversion.
+
+Zhang et al., "Understanding Deep Gradient Leakage via Inversion Influence Functions",
+NeurIPS 2023 (arXiv 2309.13016), equation 7: an attacker who matches a perturbed gradient
+ends at a distance from the image of at least ``||J d|| / lambda_max(J J^T)``, to first
+order, with ``J`` the derivative of the gradient by image (theirs is the transpose of ours)
+and ``d`` the perturbation. No prior enters: it compares defences of one model, and says
+nothing of directions that the gradient does not tell.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import asdict, dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.func import functional_call, grad, jvp
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from fedleak.errors import UnsupportedModelError
+from fedleak.metric.posterior import decibels
+from fedleak.metric.prediction import Reference
+from fedleak.replay import Gradients
+
+#: Power iterations end where the eigenvalue grows by less than this part of it, or after so many
+#: steps or seconds.
+_TOLERANCE, _ITERATIONS, _SECONDS = 1e-4, 60, 30.0
+
+
+@dataclass(frozen=True)
+class Influence:
+    """The lower bound of the inversion influence function.
+
+    Attributes
+    ----------
+    rms : float
+        Least distance of a reconstruction from the images, root mean square per pixel.
+    psnr_db : float
+        The same as a PSNR (peak 1) in dB: attacks that match the gradient alone stay below.
+    eigenvalue : float
+        Largest eigenvalue of ``J J^T``, by power iteration: from below.
+    """
+
+    rms: float
+    psnr_db: float
+    eigenvalue: float
+
+    def to_dict(self) -> dict[str, float]:
+        """Return plain types, for JSON."""
+        return asdict(self)
+
+
+def influence(reference: Reference, seed: int = 0) -> Influence:
+    """Return the bound for what the defence, and rounding to float32, did to an update.
+
+    Parameters
+    ----------
+    reference : Reference
+        A batch, and what a client would send of it.
+    seed : int
+        Draws the first direction of the power iteration.
+
+    Raises
+    ------
+    UnsupportedModelError
+        If an operator of the model has no second derivative.
+    """
+    jacobian = reference.jacobian
+    replay, images, labels = jacobian.replay, jacobian.images, jacobian.labels
+
+    def gradient(x: Tensor) -> Gradients:
+        def loss(parameters: Gradients) -> Tensor:
+            return F.cross_entropy(functional_call(replay.model, parameters, (x,)), labels)
+
+        return grad(loss)(replay.parameters)
+
+    def back(cotangents: Gradients) -> Tensor:
+        def product(x: Tensor) -> Tensor:
+            made = gradient(x)
+            return torch.stack([(made[k] * c).sum() for k, c in cotangents.items()]).sum()
+
+        return grad(product)(images)
+
+    moved = {k: reference.sent[k].float().to(g) - g for k, g in jacobian.gradient.items()}
+    try:
+        with sdpa_kernel(SDPBackend.MATH):  # the others have no second derivative
+            pulled = float(back(moved).norm())
+            generator = torch.Generator().manual_seed(seed)
+            v = torch.randn(images.shape, generator=generator, dtype=torch.float64).to(images)
+            largest, v = 0.0, v / v.norm()
+            end = time.perf_counter() + _SECONDS
+            for _ in range(_ITERATIONS):
+                v = back(jvp(gradient, (images,), (v,))[1])
+                before, largest = largest, float(v.norm())
+                settled = largest <= (1 + _TOLERANCE) * before
+                if settled or time.perf_counter() > end:
+                    break
+                v = v / largest
+    except (NotImplementedError, RuntimeError) as error:
+        if "forward AD" not in str(error) and "not implemented" not in str(error):
+            raise
+        raise UnsupportedModelError(
+            f"the metric takes derivatives of the update, which this model has not: {error}"
+        ) from error
+    # Gradients that do not depend on the images leave everything open.
+    rms = pulled / largest / math.sqrt(images.numel()) if largest > 0 else math.inf
+    return Influence(rms, decibels(rms**2) if rms < math.inf else -math.inf, largest)
