@@ -162,7 +162,8 @@ def audit(
         Asks for advice how to come below it.
     matrix_free : bool
         Bound the prediction from products with the Jacobian, within minutes for any model,
-        and leave attribution and advice out. Large batches always are.
+        and leave attribution and advice out. Large batches always are, and models of which
+        many parameters are neither of a fully connected layer nor of a convolution.
 
     Returns
     -------
@@ -201,7 +202,7 @@ def audit(
     why: str | None = None
     attribution: Attribution | None = None
     advice: tuple[Advice, ...] = ()
-    if matrix_free or unknowns > DENSE_UNKNOWNS:
+    if matrix_free or unknowns > DENSE_UNKNOWNS or not found[0].jacobian.affordable:
         prediction = estimate(found, prior)
         why = "the prediction is matrix-free: no Jacobian is held in memory to take apart"
     else:

@@ -30,6 +30,10 @@ _ENTRIES = 6e7
 #: Rows of all layers together, per unknown, beyond which large layers are sketched.
 ROWS_PER_UNKNOWN = 4
 
+#: Entries of gradients that are no products of two factors, times unknowns, up to which all
+#: their derivatives are taken.
+WHOLE_ENTRIES = 2e10
+
 
 @dataclass
 class Block:
@@ -89,6 +93,12 @@ class UpdateJacobian:
             del self._layers[name]
         own = {_parameter(k, kind) for k in self._layers for kind in ("weight", "bias")}
         self._direct = {k: p for k, p in replay.parameters.items() if k not in own}
+
+    @property
+    def affordable(self) -> bool:
+        """Whether all rows can be taken in minutes: few gradients come whole, entry by entry."""
+        whole = sum(p.numel() for p in self._direct.values())
+        return whole * self.images.numel() <= WHOLE_ENTRIES
 
     def _is_product(self, name: str) -> bool:
         """Say whether a layer's gradient is what its calls explain: nothing else uses it."""
@@ -158,7 +168,8 @@ class UpdateJacobian:
                 for reader in self._readers(name, layer, errors)
             ]
             readers += [
-                _Direct(name, errors[name].expand_as(p)) for name, p in self._direct.items()
+                _Direct(name, _uniform(errors[name], p), p.numel())
+                for name, p in self._direct.items()
             ]
         readers = [r for r in readers if r.entries]
         _share_rows(readers, ROWS_PER_UNKNOWN * n, seed)
@@ -202,15 +213,21 @@ class UpdateJacobian:
             full = _parameter(name, kind)
             if parameter is None or full not in self.replay.parameters:
                 continue
-            spread = errors[full].expand(parameter.shape)
+            spread = _uniform(errors[full], parameter)
             positions, inputs, outputs = x.shape[-2], x.shape[-1], e.shape[-1]
             few = 2 * positions * (inputs + outputs) < inputs * outputs
             if kind == "bias":
-                yield _Bias(full, name, spread, layer)
-            elif few and bool((spread == spread.flatten()[0]).all()):
+                yield _Bias(full, name, spread, layer, parameter.numel())
+            elif few and spread.numel() == 1:
                 yield _Reduced(full, name, spread, layer, x, e)
             else:
                 yield _Full(full, name, spread, layer, x, e)
+
+
+def _uniform(spread: Tensor, parameter: Tensor) -> Tensor:
+    """Return one number where all entries have the same error, else one for each."""
+    first = spread.flatten()[:1]
+    return first if bool((spread == first).all()) else spread.expand(parameter.shape)
 
 
 def _parameter(layer: str, kind: str) -> str:
@@ -280,16 +297,17 @@ class _Reader(ABC):
     name, layer : str
         The parameter, and its module.
     spread : Tensor
-        Standard deviation of the error of each entry.
+        Standard deviation of the error of each entry: one for all, or one for each.
+    entries : int
+        Of the parameter.
     """
 
-    def __init__(self, name: str, layer: str, spread: Tensor):
+    def __init__(self, name: str, layer: str, spread: Tensor, entries: int):
         self.name, self.layer = name, layer
         told = spread.isfinite().flatten()
-        self.entries = int(told.sum())
+        self.entries = entries if spread.numel() == 1 and bool(told) else int(told.sum())
         self.index = None if bool(told.all()) else told.nonzero().flatten()
-        weight = 1 / spread.flatten()[told]
-        self.weight = weight[:1] if bool((weight == weight[:1]).all()) else weight
+        self.weight = 1 / spread.flatten()[told]
         self.size = self.kept = self.entries
         self.signs: Tensor | None = None
 
@@ -324,8 +342,8 @@ class _Reader(ABC):
 class _Direct(_Reader):
     """A parameter whose gradient is taken as it is."""
 
-    def __init__(self, name: str, spread: Tensor):
-        super().__init__(name, name.rpartition(".")[0], spread)
+    def __init__(self, name: str, spread: Tensor, entries: int):
+        super().__init__(name, name.rpartition(".")[0], spread, entries)
 
     def coordinates(self, change: dict[str, Any]) -> Tensor:
         return change["direct"][self.name]
@@ -334,8 +352,8 @@ class _Direct(_Reader):
 class _Bias(_Reader):
     """The bias of a layer: the sum of what came back."""
 
-    def __init__(self, name: str, layer: str, spread: Tensor, module: nn.Module):
-        super().__init__(name, layer, spread)
+    def __init__(self, name: str, layer: str, spread: Tensor, module: nn.Module, entries: int):
+        super().__init__(name, layer, spread, entries)
         self.module = module
 
     def coordinates(self, change: dict[str, Any]) -> Tensor:
@@ -348,7 +366,8 @@ class _Full(_Reader):
     def __init__(
         self, name: str, layer: str, spread: Tensor, module: nn.Module, x: Tensor, e: Tensor
     ):
-        super().__init__(name, layer, spread)
+        entries = e.shape[1] * e.shape[3] * x.shape[3]
+        super().__init__(name, layer, spread, entries)
         self.module, self.x, self.e = module, x, e
 
     def coordinates(self, change: dict[str, Any]) -> Tensor:

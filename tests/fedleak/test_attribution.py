@@ -58,7 +58,8 @@ def explicit_db(rows: dict[str, Tensor], errors: Gradients, batch: int) -> float
     for name, j in rows.items():
         weight = errors[name].expand(len(j)) if errors[name].dim() == 0 else errors[name].flatten()
         precision = precision + j.T @ (j / weight.square()[:, None])
-    return -10 * math.log10(float(torch.linalg.inv(precision).diagonal().mean()))
+    variance = torch.linalg.inv(precision).diagonal().unflatten(0, (batch, -1))
+    return -10 * float(variance.mean(1).log10().mean())
 
 
 def predicted(model: nn.Module, defence: str = "none", batch: int = 1) -> float:
