@@ -19,6 +19,7 @@ from rich.table import Table
 from fedleak.capture.command import attack as attack_command
 from fedleak.console import near, number, read_options
 from fedleak.errors import FedleakError, InvalidInputError
+from fedleak.evaluation import evaluate
 from fedleak.paper import paper
 
 if TYPE_CHECKING:
@@ -55,6 +56,7 @@ def _root(
 
 app.command()(paper)
 app.command("attack")(attack_command)
+app.command()(evaluate)
 
 
 @app.command()
