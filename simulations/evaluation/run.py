@@ -94,6 +94,9 @@ def evaluate(
         if on_progress is not None:
             on_progress(count, len(cells))
     book.write()
+    from simulations.evaluation.plots import plot_evaluation  # seaborn takes seconds to import
+
+    plot_evaluation(folder, [c for c in cells if finished(folder, c) is not None])
     return Evaluated(folder, pd.read_csv(folder / TABLE), skipped)
 
 
