@@ -92,11 +92,14 @@ def frontier(table: pd.DataFrame, path: Path, title: str = "") -> None:
                 xerr=group["accuracy_ci"], yerr=group["psnr_db_median_informed_ci"],
                 color=palette[str(name)], marker="o", lw=1.2, elinewidth=1, capsize=2,
             )  # fmt: skip
+            left = list(palette).index(str(name)) % 2  # neighbours are often of two defences
             for row in group.itertuples():
                 axis.annotate(
-                    "none" if name == "none" else _strength(row.strength),
+                    "" if name == "none" else _strength(row.strength),
                     (float(row.accuracy), float(row.psnr_db_median_informed)),  # type: ignore[arg-type]
-                    xytext=(6, 5), textcoords="offset points", fontsize=8, color="0.25",
+                    xytext=(-6 if left else 6, 5), textcoords="offset points", fontsize=8,
+                    color=palette[str(name)], ha="right" if left else "left", zorder=5,
+                    bbox={"boxstyle": "square,pad=0.1", "fc": "white", "ec": "none", "alpha": 0.7},
                 )  # fmt: skip
         handles = _handles(palette)
         handles.append(Line2D([], [], color="0.6", lw=6, alpha=0.5, label="Pareto front"))
@@ -143,8 +146,8 @@ def leakage_vs_rounds(rounds: pd.DataFrame, path: Path, title: str = "") -> None
             lines, columns, figsize=(max(7.0, 4.3 * columns), 3.4 * lines + 0.6), squeeze=False,
             sharey=True, sharex=True, layout="constrained",
         )  # fmt: skip
-        _fit(axes[0, 0], rounds[psnr].max(), "y")
         for axis, name in zip(axes.flat, names, strict=False):
+            _fit(axis, rounds[psnr].max(), "y")
             arms = rounds[rounds["defence"] == name]
             strengths = list(dict.fromkeys(arms["strength"]))
             colours = sns.color_palette("flare", len(strengths))
