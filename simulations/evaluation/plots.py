@@ -345,7 +345,8 @@ def _strength(value: object) -> str:
 
 def _fit(axis: Axes, values: pd.Series, which: Any) -> None:
     """Choose the scale of PSNR: compressed where images are exact to the eye."""
-    top = min(float(values.max()), CEILING_DB) if len(values) else 40.0
+    known = values.dropna()
+    top = min(float(known.max()), CEILING_DB) if len(known) else 40.0
     if top > 60:
         compress(axis, which)
     else:

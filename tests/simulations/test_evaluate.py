@@ -184,6 +184,13 @@ def test_sweep_files(tmp_path: Path) -> None:
         load_sweep("noise-pruning", ["seeds=[1, 1]"])
 
 
+def test_without_predictions_the_columns_are_empty(tmp_path: Path) -> None:
+    small = {**SMALL, "metric": {"predict": "none"}}
+    table = evaluate(_sweep(set=small), tmp_path).table
+    assert table[["predicted_psnr_db", "cramer_rao_db", "epsilon"]].isna().all(axis=None)
+    assert (tmp_path / "predicted_vs_attained.png").is_file()
+
+
 def test_a_foreign_folder_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "mine.txt").write_text("")
     with pytest.raises(InvalidInputError, match="holds no evaluation"):
