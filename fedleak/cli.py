@@ -19,6 +19,7 @@ from rich.table import Table
 from fedleak.capture.command import attack as attack_command
 from fedleak.console import near, number, read_options
 from fedleak.errors import FedleakError, InvalidInputError
+from fedleak.evaluation import evaluate
 from fedleak.metric.command import audit
 from fedleak.paper import paper
 
@@ -57,6 +58,7 @@ def _root(
 app.command()(paper)
 app.command()(audit)
 app.command("attack")(attack_command)
+app.command()(evaluate)
 
 
 @app.command()

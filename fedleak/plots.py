@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import matplotlib as mpl
 
@@ -18,7 +18,7 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
 #: Exact reconstructions have an infinite PSNR; they are drawn here.
-_CEILING_DB = 160.0
+CEILING_DB = 160.0
 #: Above this nobody sees a difference: the axis is compressed there, by the second number.
 _EXACT_DB, _SQUEEZE = 40.0, 5.0
 _COLUMNS = 8
@@ -101,11 +101,11 @@ def leakage_vs_rounds(leakage: pd.DataFrame, rounds: pd.DataFrame, path: Path) -
 def _draw_leakage(leakage: pd.DataFrame, axis: Axes, common: dict[str, Any]) -> None:
     """Draw the attack's PSNR solid and the predicted one dashed, in the colour of the defence."""
     scored = leakage[leakage["status"] == "ok"].copy()
-    scored["psnr_db"] = scored["psnr_db"].astype(float).clip(upper=_CEILING_DB)
+    scored["psnr_db"] = scored["psnr_db"].astype(float).clip(upper=CEILING_DB)
     predicted = leakage.iloc[:0]
     if "predicted_psnr_db" in leakage:  # tables of earlier versions have none
         predicted = leakage.dropna(subset="predicted_psnr_db").copy()
-        predicted["predicted_psnr_db"] = predicted["predicted_psnr_db"].clip(upper=_CEILING_DB)
+        predicted["predicted_psnr_db"] = predicted["predicted_psnr_db"].clip(upper=CEILING_DB)
     handles = [Line2D([], [], color=c, lw=6, label=d) for d, c in common["palette"].items()]
     if not scored.empty:
         sns.lineplot(
@@ -130,7 +130,16 @@ def _compress(axis: Axes) -> None:
     """Draw what is exact to the eye in less height, where there is much of it."""
     if axis.get_ylim()[1] < 1.5 * _EXACT_DB:
         return
-    top = 1.05 * _CEILING_DB
+    compress(axis)
+    axis.text(
+        0.01, _EXACT_DB + _SQUEEZE, "nobody sees a difference here (scale compressed)", va="bottom",
+        transform=axis.get_yaxis_transform(), fontsize=8, color="0.4",
+    )  # fmt: skip
+
+
+def compress(axis: Axes, which: Literal["x", "y"] = "y") -> None:
+    """Draw PSNR above 40 dB, where nobody sees a difference, on a fifth of the scale."""
+    top = 1.05 * CEILING_DB
 
     def down(y: np.ndarray) -> np.ndarray:
         return np.where(y > _EXACT_DB, _EXACT_DB + (y - _EXACT_DB) / _SQUEEZE, y)
@@ -138,15 +147,12 @@ def _compress(axis: Axes) -> None:
     def up(y: np.ndarray) -> np.ndarray:
         return np.where(y > _EXACT_DB, _EXACT_DB + (y - _EXACT_DB) * _SQUEEZE, y)
 
-    axis.set_yscale("function", functions=(down, up))
     low, high = range(0, int(_EXACT_DB) + 1, 10), range(100, int(top) + 1, 50)
-    axis.set_yticks([*low, *high])
-    axis.axhspan(_EXACT_DB, top, color="0.95", zorder=0)
-    axis.text(
-        0.01, _EXACT_DB + _SQUEEZE, "nobody sees a difference here (scale compressed)", va="bottom",
-        transform=axis.get_yaxis_transform(), fontsize=8, color="0.4",
-    )  # fmt: skip
-    axis.set_ylim(0, top)
+    set_scale = axis.set_yscale if which == "y" else axis.set_xscale
+    set_scale("function", functions=(down, up))
+    axis.set(**{f"{which}ticks": [*low, *high], f"{which}lim": (0, top)})
+    span = axis.axhspan if which == "y" else axis.axvspan
+    span(_EXACT_DB, top, color="0.95", zorder=0)
 
 
 def reconstructions(arms: Sequence[Path], path: Path) -> Path:

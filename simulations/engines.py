@@ -129,7 +129,7 @@ def _run_arm(
     report = None if on_progress is None else (lambda progress: on_progress(arm, progress))
     server = build_server_app(scenario, recorder, report, capture)
     client = client_app or build_client_app(lambda context: scenario)
-    run = _run_inline if engine == "inline" else _run_ray
+    run = run_inline if engine == "inline" else _run_ray
     try:
         run(server, client, scenario.federation.clients)
     except BaseException as error:
@@ -141,7 +141,8 @@ def _run_arm(
     plot_run(arm.out)
 
 
-def _run_inline(server: Any, client: Any, clients: int) -> None:
+def run_inline(server: Any, client: Any, clients: int) -> None:
+    """Run a Flower server with its clients in this process."""
     from flwr.app import Context, RecordDict
 
     from simulations.grid import InlineGrid

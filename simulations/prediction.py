@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from logging import DEBUG, WARNING
 from typing import Any
 
@@ -13,8 +14,8 @@ from torch import Tensor
 
 from fedleak.defences import defend
 from fedleak.errors import FedleakError, UnsupportedModelError
-from fedleak.metric.jacobian import UpdateJacobian
-from fedleak.metric.posterior import decibels
+from fedleak.metric.jacobian import Block, UpdateJacobian
+from fedleak.metric.posterior import decibels, posterior
 from fedleak.metric.prediction import (
     DENSE_UNKNOWNS,
     NATURAL,
@@ -53,6 +54,8 @@ class UpdatePrediction:
         options: dict[str, Any] = {**NATURAL, **_image_prior(scenario)}
         self.prior = GaussianPrior(training_data(scenario).shape, **options)
         self._round = 0
+        self._information: list[Block] = []
+        self._pixels: tuple[int, ...] = ()
         self._replay: Replay | None = None
         self._warned = False
 
@@ -90,7 +93,7 @@ class UpdatePrediction:
         """Apply ``metric.predict``."""
         first, self._round = server_round != self._round, server_round
         if first:
-            self._replay = None
+            self._replay, self._information = None, []
         mode = self.scenario.metric.predict
         few = unknowns <= EVERY_CLIENT or (first and unknowns <= DENSE_UNKNOWNS)
         return mode == "all" or (mode == "auto" and few)
@@ -115,8 +118,38 @@ class UpdatePrediction:
         errors = entry_errors(jacobian.gradient, spec, sent)
         if local is not None:
             errors = _of_weights(errors, self._replay.parameters, local.learning_rate)
-        found = predict([Reference(jacobian, sent, errors)], self.prior)
+        reference = Reference(jacobian, sent, errors)
+        if images.numel() > EVERY_CLIENT:
+            found = predict([reference], self.prior)
+        else:
+            blocks = reference.blocks()
+            found = predict([reference], self.prior, [blocks])
+            self._keep(blocks, tuple(images.shape))
         return [decibels(float(rms.square().mean())) for rms in found.rms]
+
+    def _keep(self, blocks: Sequence[Block], pixels: tuple[int, ...]) -> None:
+        """Keep what an update tells, as a triangle: as many rows as there are pixels."""
+        rows = torch.cat([b.rows.double() for b in blocks])
+        root = torch.linalg.qr(rows, mode="r")[1]
+        self._information.append(Block("update", "update", root, len(rows)))
+        self._pixels = pixels
+
+    def bound(self, server_round: int) -> float:
+        """Return the Bayesian Cramer-Rao bound of a round in dB; NaN where it is not defined.
+
+        From the mean information of all the updates that were predicted in the round, as
+        :attr:`fedleak.metric.prediction.Prediction.floor_db` of so many references: no attack has
+        a greater mean PSNR, for images that follow the prior.
+        """
+        if server_round != self._round or not self._information:
+            return math.nan
+        share = len(self._information) ** -0.5
+        blocks = [replace(b, rows=share * b.rows) for b in self._information]
+        try:
+            return posterior(blocks, self.prior.dense().factor, self._pixels).psnr_db
+        except Exception as error:  # a measurement must not end the training
+            log(WARNING, "round %s: the Cramer-Rao bound failed: %r", server_round, error)
+            return math.nan
 
 
 def _image_prior(scenario: Scenario) -> dict[str, Any]:

@@ -38,8 +38,8 @@ LEAKAGE = (
     "ssim", "mse", "label_true", "label_inferred", "seconds", "status", "reason",
 )  # fmt: skip
 ROUNDS = (
-    "round", "accuracy", "loss", "c_metric", "c_normalised", "predicted_psnr_db", "clients",
-    "failures", "seconds_train", "seconds_attack",
+    "round", "accuracy", "loss", "c_metric", "c_normalised", "predicted_psnr_db", "cramer_rao_db",
+    "clients", "failures", "bytes_sent", "seconds_train", "seconds_attack",
 )  # fmt: skip
 METRIC = ("round", "name", "kind", "unknowns", "rank", "deficiency", "weight", "exact")
 _PACKAGES = ("fedleak", "flwr", "ray", "torch", "torchvision", "numpy", "pandas")
@@ -233,6 +233,7 @@ class Recorder:
             "c_metric": metric.c if metric else math.nan,
             "c_normalised": metric.c_normalised if metric else math.nan,
             "predicted_psnr_db": median(self._predicted) if self._predicted else math.nan,
+            "cramer_rao_db": math.nan if self.predict is None else self.predict.bound(number),
             "seconds_attack": f"{self._attack_seconds:.4f}",
         }
         self._append("rounds.csv", [_plain(values[c]) for c in ROUNDS])

@@ -305,29 +305,46 @@ def load_scenario(
         If the file is missing or no TOML, a key unknown, or a value not allowed; the
         message names the key and, for names, the nearest known one.
     """
-    table: dict[str, Any] = {}
-    if source is not None:
-        path = Path(source)
-        if not path.suffix and (SHIPPED / f"{source}.toml").is_file():
-            path = SHIPPED / f"{source}.toml"
-        if not path.is_file():
-            shipped = sorted(p.stem for p in SHIPPED.glob("*.toml"))
-            raise InvalidInputError(
-                f"there is no scenario {str(source)!r}{nearest(str(source), shipped)}"
-            )
-        try:
-            table = tomllib.loads(path.read_text(encoding="utf-8"))
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise InvalidInputError(f"scenario {str(path)!r} is not valid TOML: {error}") from error
-        table.setdefault("name", re.sub(r"[^A-Za-z0-9._-]+", "-", path.stem).strip("-.") or "run")
-    for override in overrides:
-        key, equals, text = override.partition("=")
-        if not equals or not key.strip():
-            raise InvalidInputError(f"--set {override!r}: write section.key=value")
-        _put(table, key.strip(), _value(text.strip()))
+    table = override({} if source is None else read_table(source), overrides)
     if seed is not None:
         table["seed"] = seed
     return make_scenario(table)
+
+
+def read_table(
+    source: str | Path, folder: Path = SHIPPED, kind: str = "scenario"
+) -> dict[str, Any]:
+    """Read a TOML file, or one that is shipped in ``folder``, by its name; unchecked.
+
+    Raises
+    ------
+    InvalidInputError
+        If it is missing or no TOML.
+    """
+    path = Path(source)
+    if not path.suffix and (folder / f"{source}.toml").is_file():
+        path = folder / f"{source}.toml"
+    if not path.is_file():
+        shipped = sorted(p.stem for p in folder.glob("*.toml"))
+        raise InvalidInputError(
+            f"there is no {kind} {str(source)!r}{nearest(str(source), shipped)}"
+        )
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise InvalidInputError(f"{kind} {str(path)!r} is not valid TOML: {error}") from error
+    table.setdefault("name", re.sub(r"[^A-Za-z0-9._-]+", "-", path.stem).strip("-.") or "run")
+    return table
+
+
+def override(table: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
+    """Put each ``"section.key=value"`` into a nested table, and return it."""
+    for text in overrides:
+        key, equals, value = text.partition("=")
+        if not equals or not key.strip():
+            raise InvalidInputError(f"--set {text!r}: write section.key=value")
+        _put(table, key.strip(), _value(value.strip()))
+    return table
 
 
 def make_scenario(table: Mapping[str, Any]) -> Scenario:
@@ -341,8 +358,7 @@ def make_scenario(table: Mapping[str, Any]) -> Scenario:
     try:
         return Scenario.model_validate(dict(table))
     except ValidationError as error:
-        problems = [_explain(e) for e in error.errors()]
-        raise InvalidInputError("invalid scenario: " + "; ".join(problems)) from error
+        raise InvalidInputError("invalid scenario: " + explain(error, Scenario)) from error
 
 
 def flatten(scenario: Scenario) -> dict[str, str | int | float | bool]:
@@ -391,10 +407,15 @@ def _value(text: str) -> Any:
         return text  # a bare word: --set data.name=CIFAR10
 
 
-def _explain(error: Any) -> str:
+def explain(error: ValidationError, root: type[BaseModel]) -> str:
+    """Return what is wrong with a table, in one line."""
+    return "; ".join(_explain(e, root) for e in error.errors())
+
+
+def _explain(error: Any, root: type[BaseModel]) -> str:
     where = ".".join(str(part) for part in error["loc"])
     if error["type"] == "extra_forbidden":
-        section: Any = Scenario
+        section: Any = root
         for part in error["loc"][:-1]:
             place = getattr(section, "model_fields", {}).get(part)
             section = place.annotation if place is not None else Defence  # in `compare`

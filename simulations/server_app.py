@@ -25,6 +25,7 @@ from simulations.prediction import UpdatePrediction
 from simulations.recorder import Recorder, TruthfulCapture, prepare_folder
 from simulations.scenario import Scenario, from_run_config
 from simulations.task import evaluate, make_model, test_data
+from simulations.traffic import Traffic
 from strategies import DelegatingStrategy, FedSGD, MaliciousServer, RejectInvalid
 
 
@@ -80,12 +81,13 @@ def make_strategy(scenario: Scenario) -> Strategy:
 
 
 class _RoundClock(DelegatingStrategy):
-    """Notes what each round was given and how long the clients took."""
+    """Notes what each round was given, how long the clients took, and what they sent."""
 
-    def __init__(self, strategy: Strategy):
+    def __init__(self, strategy: Strategy, scenario: Scenario):
         super().__init__(strategy)
         self.arrays = ArrayRecord()
         self.asked = 0
+        self.traffic = Traffic(scenario)
         self.seconds_train = 0.0
         self._begin = 0.0
 
@@ -100,6 +102,8 @@ class _RoundClock(DelegatingStrategy):
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         self.seconds_train = time.perf_counter() - self._begin
+        replies = list(replies)
+        self.traffic.measure(self.arrays, replies)
         return super().aggregate_train(server_round, replies)
 
 
@@ -109,16 +113,67 @@ def serve(
     recorder: Recorder,
     on_progress: OnProgress | None = None,
     capture: bool = False,
+    informed: Recorder | None = None,
 ) -> None:
-    """Run all rounds of a scenario on a grid, and record what leaks, or capture it."""
+    """Run all rounds of a scenario on a grid, and record what leaks, or capture it.
+
+    With ``informed`` a second attacker, who knows the defence, is given the same updates, and
+    its leaks go to that recorder.
+    """
     model = make_model(scenario)
     ordered = OrderedGrid(grid, scenario.federation.clients, scenario.seed)
     names = [n for n, p in model.named_parameters() if p.requires_grad]
     shares_gradient = scenario.training.share == "gradient"
     checked = RejectInvalid(make_strategy(scenario), names if shares_gradient else None)
+    attacked: Strategy = checked
+    if informed is not None:
+        attacked = _attacker(attacked, informed, model)
+    attacked = _attacker(attacked, recorder, model, capture)
+    clock = _RoundClock(attacked, scenario)
+    recorder.predict = UpdatePrediction(scenario, lambda: clock.arrays.to_torch_state_dict())
+    recorders = [r for r in (recorder, informed) if r is not None]
+    images = test_data(scenario)
+
+    def after_round(server_round: int, arrays: ArrayRecord) -> MetricRecord | None:
+        if server_round == 0:
+            for one in recorders:
+                one.partitions = ordered.partitions
+            return None
+        model.load_state_dict(clock.arrays.to_torch_state_dict())
+        metric = _metric(model, training_data(scenario).shape, scenario.seed)
+        model.load_state_dict(arrays.to_torch_state_dict())
+        accuracy, loss = evaluate(model, images)
+        row = {
+            "accuracy": accuracy,
+            "loss": loss,
+            "clients": clock.asked,
+            "failures": clock.asked - checked.accepted,
+            "bytes_sent": clock.traffic.bytes_sent,
+            "seconds_train": f"{clock.seconds_train:.4f}",
+        }
+        for one in recorders:
+            one.round(server_round, row, metric)
+        if on_progress is not None:
+            rounds = scenario.federation.rounds
+            on_progress(Progress(server_round, rounds, accuracy, recorder.psnr))
+        return MetricRecord({"accuracy": accuracy, "loss": loss})
+
+    clock.start(
+        grid=ordered,
+        initial_arrays=ArrayRecord(model.state_dict()),
+        num_rounds=scenario.federation.rounds,
+        evaluate_fn=after_round,
+    )
+
+
+def _attacker(
+    strategy: Strategy, recorder: Recorder, model: nn.Module, capture: bool = False
+) -> MaliciousServer:
+    """Wrap a strategy by the attacker of a recorder's scenario."""
+    scenario = recorder.scenario
     options = {**scenario.attack.options, "device": scenario.attack.device}
-    malicious = MaliciousServer(
-        checked,
+    return MaliciousServer(
+        strategy,
         model,
         training_data(scenario).shape,
         None if scenario.attack.none else make_attack(scenario.attack.name, **options),
@@ -131,37 +186,6 @@ def serve(
         max_clients=scenario.attack.clients,
         on_leak=recorder.leak,
         capture=TruthfulCapture(recorder, model) if capture else None,
-    )
-    clock = _RoundClock(malicious)
-    recorder.predict = UpdatePrediction(scenario, lambda: clock.arrays.to_torch_state_dict())
-    images = test_data(scenario)
-
-    def after_round(server_round: int, arrays: ArrayRecord) -> MetricRecord | None:
-        if server_round == 0:
-            recorder.partitions = ordered.partitions
-            return None
-        model.load_state_dict(clock.arrays.to_torch_state_dict())
-        metric = _metric(model, training_data(scenario).shape, scenario.seed)
-        model.load_state_dict(arrays.to_torch_state_dict())
-        accuracy, loss = evaluate(model, images)
-        row = {
-            "accuracy": accuracy,
-            "loss": loss,
-            "clients": clock.asked,
-            "failures": clock.asked - checked.accepted,
-            "seconds_train": f"{clock.seconds_train:.4f}",
-        }
-        recorder.round(server_round, row, metric)
-        if on_progress is not None:
-            rounds = scenario.federation.rounds
-            on_progress(Progress(server_round, rounds, accuracy, recorder.psnr))
-        return MetricRecord({"accuracy": accuracy, "loss": loss})
-
-    clock.start(
-        grid=ordered,
-        initial_arrays=ArrayRecord(model.state_dict()),
-        num_rounds=scenario.federation.rounds,
-        evaluate_fn=after_round,
     )
 
 
@@ -181,13 +205,14 @@ def build_server_app(
     recorder: Recorder,
     on_progress: OnProgress | None = None,
     capture: bool = False,
+    informed: Recorder | None = None,
 ) -> ServerApp:
-    """Return a server that runs one scenario into one recorder."""
+    """Return a server that runs one scenario; see :func:`serve`."""
     app = ServerApp()
 
     @app.main()
     def main(grid: Grid, context: Context) -> None:
-        serve(grid, scenario, recorder, on_progress, capture)
+        serve(grid, scenario, recorder, on_progress, capture, informed)
 
     return app
 

@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import os
 import random
-import signal
 import zlib
-from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import lru_cache
-from multiprocessing.connection import Connection, wait
+from functools import lru_cache, partial
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import nn
 
+from fedleak import workers
 from fedleak.attacks import Attack, make_attack, run_attack
 from fedleak.capture.reader import Capture, Captured
-from fedleak.errors import InvalidInputError
 from fedleak.observation import Observation
 
 #: Why a failure may be gone the next time: a file was damaged, or the worker ended.
@@ -162,95 +157,8 @@ def run_processes(
     work: Work, chunks: Sequence[Chunk], jobs: int
 ) -> Iterator[tuple[Chunk, list[Result]]]:
     """Attack in ``jobs`` processes; one that ends costs the chunk it had, and is replaced."""
-    waiting = deque(chunks)
-    workers = [_Worker(work) for _ in range(min(jobs, len(chunks)))]
-    try:
-        for worker in workers:
-            worker.give(waiting.popleft())
-        while busy := [w for w in workers if w.chunk is not None]:
-            ready = wait([w.pipe for w in busy])
-            for worker in [w for w in busy if w.pipe in ready]:
-                chunk = worker.chunk
-                assert chunk is not None
-                results = worker.take()
-                if waiting:
-                    worker.give(waiting.popleft())
-                yield chunk, results
-    finally:
-        for worker in workers:
-            worker.end()
-
-
-class _Worker:
-    """A process that attacks one chunk at a time.
-
-    A pool of the standard library would not say which chunk a process had when it ended.
-    """
-
-    def __init__(self, work: Work):
-        self.work, self.chunk = work, None
-        self._start()
-
-    def _start(self) -> None:
-        # A fork of a process that has used torch's threads or a GPU would hang.
-        context = multiprocessing.get_context("spawn")
-        self.pipe, theirs = context.Pipe()
-        self.process = context.Process(target=_serve, args=(theirs, self.work), daemon=True)
-        self.process.start()
-        theirs.close()  # so that the end of the process is the end of the pipe
-
-    chunk: Chunk | None
-
-    def give(self, chunk: Chunk) -> None:
-        if not self.process.is_alive():
-            self.end()
-            self._start()
-        self.chunk = chunk
-        self.pipe.send(chunk)
-
-    def take(self) -> list[Result]:
-        chunk, self.chunk = self.chunk, None
-        assert chunk is not None
-        try:
-            found: list[Result] | str = self.pipe.recv()
-        except (EOFError, OSError):
-            self.process.join()
-            found = _how_it_ended(self.process.exitcode)
-        return crashed(chunk, found) if isinstance(found, str) else found
-
-    def end(self) -> None:
-        self.process.kill()
-        self.process.join()
-        self.pipe.close()
-
-
-def _serve(pipe: Connection, work: Work) -> None:
-    """Answer chunks until the other side is gone."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the one who asks
-    while True:
-        try:
-            chunk = pipe.recv()
-            try:
-                answer: list[Result] | str = attack_chunk(work, chunk)
-            except Exception as error:
-                answer = f"{type(error).__name__}: {error}"
-            pipe.send(answer)
-        except (EOFError, OSError):
-            return
-
-
-def _how_it_ended(code: int | None) -> str:
-    if code is not None and code < 0:
-        name = signal.Signals(-code).name
-        return f"the worker process was ended by {name}" + (
-            "; out of memory? use fewer --jobs" if name == "SIGKILL" else ""
-        )
-    return f"the worker process ended with exit code {code}"
-
-
-def crashed(chunk: Chunk, reason: str) -> list[Result]:
-    """Return the results of a chunk whose worker ended."""
-    return [Result(name, reason=reason, retry="crashed") for name in chunk.names]
+    for chunk, found in workers.run_processes(partial(attack_chunk, work), chunks, jobs):
+        yield chunk, _or_crashed(chunk, found)
 
 
 def run_ray(work: Work, chunks: Sequence[Chunk]) -> Iterator[tuple[Chunk, list[Result]]]:
@@ -258,34 +166,12 @@ def run_ray(work: Work, chunks: Sequence[Chunk]) -> Iterator[tuple[Chunk, list[R
 
     Every node must see the capture under the same path.
     """
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    try:
-        import ray
-    except ImportError as error:
-        raise InvalidInputError(
-            f"engine 'ray' needs Ray ({error}); install it, or use --jobs N"
-        ) from error
-    ours = not ray.is_initialized()
-    if ours:
-        local = {} if os.environ.get("RAY_ADDRESS") else {"include_dashboard": False}
-        try:
-            ray.init(log_to_driver=False, logging_level="error", **local)
-        except Exception as error:
-            raise InvalidInputError(f"Ray cannot be started: {error}; use --jobs N") from error
     gpus = 1 if work.device.startswith("cuda") else 0
-    remote = ray.remote(num_cpus=work.threads, num_gpus=gpus, max_retries=0)(attack_chunk)
-    try:
-        asked = {remote.remote(work, chunk): chunk for chunk in chunks}
-        while asked:
-            (done,), _ = ray.wait(list(asked), num_returns=1)
-            chunk = asked.pop(done)
-            try:
-                results = ray.get(done)
-            except Exception as error:  # the worker ended, or raised
-                reason = f"the worker on Ray failed: {type(error).__name__}: {error}"
-                results = crashed(chunk, " ".join(reason.split())[:500])
-            yield chunk, results
-    finally:
-        if ours:
-            ray.shutdown()
+    for chunk, found in workers.run_ray(partial(attack_chunk, work), chunks, work.threads, gpus):
+        yield chunk, _or_crashed(chunk, found)
+
+
+def _or_crashed(chunk: Chunk, found: list[Result] | workers.Crash) -> list[Result]:
+    if isinstance(found, workers.Crash):
+        return [Result(name, reason=found.reason, retry="crashed") for name in chunk.names]
+    return found

@@ -1,0 +1,1 @@
+"""Sweeps over defences: what each one costs, and what it really buys."""

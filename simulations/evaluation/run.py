@@ -1,0 +1,174 @@
+"""Run a sweep: resumable, in one process, in several, or on Ray; the same everywhere."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import pandas as pd
+
+from fedleak import workers
+from fedleak.capture.manifest import now, package_versions, to_json, write_atomically
+from fedleak.errors import InvalidInputError, UnknownNameError
+from simulations.evaluation.cell import Outcome, clear_interrupted, finished, run_cell
+from simulations.evaluation.sweep import Cell, Sweep
+from simulations.evaluation.table import COLUMNS, ROUND_COLUMNS, Row, cell_rows, failed_row
+
+Engine = Literal["local", "ray"]
+ENGINES = ("local", "ray")
+TABLE, ROUNDS, ABOUT = "evaluation.csv", "rounds.csv", "sweep.json"
+#: ``on_progress(finished, all)``, in cells; first with those that were done already.
+OnProgress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True, eq=False)
+class Evaluated:
+    """What came of a sweep.
+
+    Attributes
+    ----------
+    folder : Path
+    table : DataFrame
+        As ``evaluation.csv``.
+    skipped : int
+        Cells that an earlier call had finished.
+    """
+
+    folder: Path
+    table: pd.DataFrame
+    skipped: int
+
+
+def evaluate(
+    sweep: Sweep,
+    out: Path | str | None = None,
+    *,
+    jobs: int = 1,
+    engine: Engine = "local",
+    confirmed: bool = False,
+    on_progress: OnProgress | None = None,
+) -> Evaluated:
+    """Run the cells of a sweep that are not finished, and write the tables and pictures.
+
+    Parameters
+    ----------
+    sweep : Sweep
+    out : path, optional
+        By default ``results/runs/NAME``. Cells that are finished in it are kept, also those of
+        another sweep: the same cell is not run twice.
+    jobs : int
+        Processes. With more than one, a script that calls this needs the usual
+        ``if __name__ == "__main__":``.
+    engine : {"local", "ray"}
+        ``ray`` uses the cluster at ``RAY_ADDRESS`` where that is set; all nodes must see
+        ``out`` under the same path.
+    confirmed : bool
+        Run also more than ``sweep.max_cells`` cells.
+    on_progress : callable, optional
+
+    Raises
+    ------
+    FedleakError
+        If anything in the sweep cannot run; no cell has run then.
+    """
+    if jobs < 1:
+        raise InvalidInputError(f"jobs must be at least 1, not {jobs}")
+    if engine not in ENGINES:
+        raise UnknownNameError("engine", engine, ENGINES)
+    if engine == "ray" and jobs > 1:
+        raise InvalidInputError("jobs are processes here; with engine 'ray', Ray decides")
+    cells = _checked(sweep, confirmed)
+    folder = (Path(out) if out is not None else Path("results/runs") / sweep.name).absolute()
+    _prepare(folder, sweep)
+    book = _Book(folder, sweep, cells)
+    skipped = len(book.rows)
+    todo = [c for c in cells if c.key not in book.rows]
+    if on_progress is not None:
+        on_progress(skipped, len(cells))
+    for count, (cell, found) in enumerate(_run(folder, todo, jobs, engine), skipped + 1):
+        book.add(cell, found if isinstance(found, Outcome) else Outcome("failed", found.reason))
+        book.write()
+        if on_progress is not None:
+            on_progress(count, len(cells))
+    book.write()
+    from simulations.evaluation.plots import plot_evaluation  # seaborn takes seconds to import
+
+    plot_evaluation(folder, [c for c in cells if finished(folder, c) is not None])
+    return Evaluated(folder, pd.read_csv(folder / TABLE), skipped)
+
+
+def _checked(sweep: Sweep, confirmed: bool) -> list[Cell]:
+    """Return the cells, once everything that they need is known to be there."""
+    from simulations.server_app import check
+
+    cells = sweep.cells()
+    if len(cells) > sweep.max_cells and not confirmed:
+        raise InvalidInputError(
+            f"sweep {sweep.name!r} makes {len(cells)} cells, more than max_cells = "
+            f"{sweep.max_cells}; say --yes to run them all, or raise max_cells"
+        )
+    for scenario in sweep.grid():
+        check(scenario)
+    return cells
+
+
+def _prepare(folder: Path, sweep: Sweep) -> None:
+    try:
+        if folder.exists() and any(folder.iterdir()) and not (folder / ABOUT).is_file():
+            raise InvalidInputError(
+                f"--out {str(folder)!r} is not empty and holds no evaluation; use another"
+            )
+        about = {
+            "sweep": sweep.model_dump(mode="json"),
+            "simulated": True,
+            "started": now(),
+            "versions": package_versions(),
+        }
+        write_atomically(folder / ABOUT, to_json(about))
+    except OSError as error:
+        raise InvalidInputError(f"--out {str(folder)!r} cannot be used: {error}") from error
+    clear_interrupted(folder)
+
+
+def _run(
+    folder: Path, cells: Sequence[Cell], jobs: int, engine: Engine
+) -> Iterator[tuple[Cell, Outcome | workers.Crash]]:
+    function: Callable[[Cell], Outcome] = partial(run_cell, str(folder))
+    if not cells:
+        return iter(())
+    if engine == "ray":
+        training, attack = cells[0].scenario.training, cells[0].scenario.attack
+        gpus = 1 if attack.device.startswith("cuda") else 0
+        return workers.run_ray(function, cells, training.threads, gpus)
+    if jobs > 1:
+        return workers.run_processes(function, cells, jobs)
+    return ((cell, function(cell)) for cell in cells)
+
+
+class _Book:
+    """The rows of all cells that are finished, or failed in this call, in the sweep's order."""
+
+    def __init__(self, folder: Path, sweep: Sweep, cells: Sequence[Cell]):
+        self.folder, self.sweep, self.cells = folder, sweep, cells
+        self.rows: dict[str, tuple[Row, list[Row]]] = {}
+        for cell in cells:
+            outcome = finished(folder, cell)
+            if outcome is not None:
+                self.add(cell, outcome)
+
+    def add(self, cell: Cell, outcome: Outcome) -> None:
+        if outcome.status == "ok":
+            self.rows[cell.key] = cell_rows(self.folder, cell, outcome, self.sweep)
+        else:
+            self.rows[cell.key] = failed_row(cell, outcome), []
+
+    def write(self) -> None:
+        found = [self.rows[c.key] for c in self.cells if c.key in self.rows]
+        rounds: list[Any] = [row for _, rows in found for row in rows]
+        for name, rows, columns in ((TABLE, [row for row, _ in found], COLUMNS),
+                                    (ROUNDS, rounds, ROUND_COLUMNS)):  # fmt: skip
+            text = pd.DataFrame(rows, columns=list(columns)).to_csv(index=False)
+            write_atomically(self.folder / name, text.encode())

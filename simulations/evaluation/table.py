@@ -1,0 +1,137 @@
+"""One row for each cell and seed: what its defence cost, and what was still recovered."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from fedleak.defences.accountant import epsilon
+from simulations.evaluation.cell import CELLS, INFORMED, UNAWARE, Outcome
+from simulations.evaluation.sweep import Cell, Sweep
+
+_ATTACKED = (
+    "psnr_db_median", "psnr_db_worst", "ssim_median", "ssim_worst", "identified", "label_accuracy",
+    "failed",
+)  # fmt: skip
+COLUMNS = (
+    "scenario", "data", "model", "defence", "strength", "seed", "rounds", "accuracy", "loss",
+    "images",
+    *(f"{name}_{who}" for name in _ATTACKED for who in (UNAWARE, INFORMED)),
+    "c_metric", "predicted_psnr_db", "cramer_rao_db", "epsilon", "bytes_sent", "seconds",
+    "status", "reason",
+)  # fmt: skip
+#: Of each attacked round of a cell.
+ROUND_COLUMNS = (
+    "scenario", "data", "model", "defence", "strength", "seed", "round", "accuracy",
+    "psnr_db_unaware", "psnr_db_informed", "predicted_psnr_db",
+)  # fmt: skip
+_DIGITS = 6
+
+Row = dict[str, Any]
+
+
+def describe(cell: Cell) -> Row:
+    """Return what tells a cell from the others."""
+    s = cell.scenario
+    return {
+        "scenario": s.name, "data": s.data.name, "model": s.model.name,
+        "defence": s.defence.spec.name, "strength": s.defence.spec.strength, "seed": s.seed,
+    }  # fmt: skip
+
+
+def failed_row(cell: Cell, outcome: Outcome) -> Row:
+    """Return the row of a cell that did not finish."""
+    return dict.fromkeys(COLUMNS, "") | describe(cell) | {
+        "rounds": cell.scenario.federation.rounds, "status": "failed", "reason": outcome.reason,
+    }  # fmt: skip
+
+
+def cell_rows(out: Path, cell: Cell, outcome: Outcome, sweep: Sweep) -> tuple[Row, list[Row]]:
+    """Return the row of a finished cell, and one for each of its attacked rounds.
+
+    Parameters
+    ----------
+    out : Path
+        Folder of the evaluation.
+    cell : Cell
+    outcome : Outcome
+    sweep : Sweep
+        For the threshold, and the delta of epsilon: neither needs another run.
+    """
+    folder, scenario = out / CELLS / cell.key, cell.scenario
+    rounds = pd.read_csv(folder / UNAWARE / "rounds.csv")
+    unaware = pd.read_csv(folder / UNAWARE / "leakage.csv")
+    informed = unaware  # no defence: there is nothing more to know
+    if (folder / INFORMED).is_dir():
+        informed = pd.read_csv(folder / INFORMED / "leakage.csv")
+    attacked: Row = {}
+    for who, leakage in ((UNAWARE, unaware), (INFORMED, informed)):
+        found = _attacked(leakage, sweep.threshold_db)
+        attacked |= {f"{name}_{who}": found[name] for name in _ATTACKED}
+    last = rounds.iloc[-1]
+    spec, number = scenario.defence.spec, scenario.federation.rounds
+    private = epsilon(spec, number, delta=sweep.delta)
+    row = describe(cell) | attacked | {
+        "rounds": number,
+        "accuracy": last["accuracy"],
+        "loss": last["loss"],
+        "images": len(unaware),
+        "c_metric": rounds["c_metric"].median(),
+        "predicted_psnr_db": unaware["predicted_psnr_db"].median(),
+        "cramer_rao_db": rounds["cramer_rao_db"].median(),
+        "epsilon": math.nan if private is None else private,
+        "bytes_sent": rounds["bytes_sent"].mean(),
+        "seconds": outcome.seconds,
+        "status": outcome.status,
+        "reason": _most_frequent(pd.concat([unaware, informed])),
+    }  # fmt: skip
+    by_round = _by_round(cell, rounds, unaware, informed)
+    return {c: _plain(row[c]) for c in COLUMNS}, by_round
+
+
+def _attacked(leakage: pd.DataFrame, threshold_db: float) -> Mapping[str, float]:
+    """Return what one attacker recovered; medians are of the images that were reconstructed."""
+    ok = leakage[leakage["status"] == "ok"]
+    right = ok["label_true"] == ok["label_inferred"]
+    return {
+        "psnr_db_median": ok["psnr_db"].median(),
+        "psnr_db_worst": ok["psnr_db"].max(),
+        "ssim_median": ok["ssim"].median(),
+        "ssim_worst": ok["ssim"].max(),
+        "identified": (ok["psnr_db"] >= threshold_db).sum() / max(len(leakage), 1),
+        "label_accuracy": right.sum() / max(len(leakage), 1),
+        "failed": len(leakage) - len(ok),
+    }
+
+
+def _by_round(
+    cell: Cell, rounds: pd.DataFrame, unaware: pd.DataFrame, informed: pd.DataFrame
+) -> list[Row]:
+    accuracy = rounds.set_index("round")["accuracy"]
+    rows = []
+    for number, group in unaware.groupby("round"):
+        known = informed[informed["round"] == number]
+        row = describe(cell) | {
+            "round": number,
+            "accuracy": accuracy.get(number, math.nan),
+            "psnr_db_unaware": group["psnr_db"].median(),
+            "psnr_db_informed": known["psnr_db"].median(),
+            "predicted_psnr_db": group["predicted_psnr_db"].median(),
+        }
+        rows.append({c: _plain(row[c]) for c in ROUND_COLUMNS})
+    return rows
+
+
+def _most_frequent(leakage: pd.DataFrame) -> str:
+    reasons = leakage.loc[leakage["status"] != "ok", "reason"].value_counts()
+    return str(reasons.index[0]) if len(reasons) else ""
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, float):
+        return "" if math.isnan(value) else round(float(value), _DIGITS)
+    return value
