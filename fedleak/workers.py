@@ -14,6 +14,9 @@ from typing import Any, Generic, TypeVar
 
 from fedleak.errors import InvalidInputError
 
+#: Seconds that an idle process has to end by itself.
+_GOODBYE = 10.0
+
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -95,9 +98,11 @@ class _Worker(Generic[Item, Result]):
         return found
 
     def end(self) -> None:
+        self.pipe.close()
+        if not self.busy:  # then the end of the pipe ends it, and it tidies up
+            self.process.join(_GOODBYE)
         self.process.kill()
         self.process.join()
-        self.pipe.close()
 
 
 def _serve(pipe: Connection, function: Callable[[Any], Any]) -> None:

@@ -62,8 +62,12 @@ def solve(head: Head, label: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     for _ in range(_ROUNDS):
         typical = _rms(x.unsqueeze(1), deviation.unsqueeze(1))
         spread = torch.where(deviation.isinf(), typical, deviation)
-        p = (x @ head.weight.mT + head.offset).softmax(1)
+        logits = x @ head.weight.mT
+        p = (logits + head.offset).softmax(1)
         of_logits = (spread.square() @ head.weight.square().mT).sqrt()
+        # The error of g along g is one factor of all features: it does not average out.
+        factor = (of_g * g).norm(dim=1) / g.square().sum(1).clamp_min(1e-300)
+        of_logits = torch.hypot(of_logits, factor[:, None] * logits.abs())
         of_made = ((1 - p) * p * of_logits).clamp_min(_ROUNDING) + 1e-300
         made = p - own
         known = head.bias_errors.square() + (_ROUNDING * head.bias).square() + 1e-300

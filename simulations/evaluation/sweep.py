@@ -157,8 +157,10 @@ def load_sweep(source: str | Path, overrides: Iterable[str] = ()) -> Sweep:
 
 
 def _unaware(scenario: Scenario) -> Scenario:
+    """Return a cell's scenario, whichever process runs it, wherever."""
     threat = scenario.threat.model_copy(update={"defence": False})
-    return scenario.model_copy(update={"threat": threat})
+    data = scenario.data.model_copy(update={"root": str(Path(scenario.data.root).absolute())})
+    return scenario.model_copy(update={"threat": threat, "data": data})
 
 
 def _merged(table: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
