@@ -50,7 +50,7 @@ DEFENCES = (
     "noise:0.001", "noise:0.01", "noise:0.1", "noise:0.5",
     "prune:0.5", "prune:0.9", "prune:0.99", "quantise:4", "sign:1",
 )  # fmt: skip
-DEFENDED = ("cnn2-v1", "cnn2-v2", "cnn4-v1")
+DEFENDED = ("cnn2-v2", "cnn4-v1", "cnn2-v1")
 COLUMNS = (
     "network", "defence", "c", "c_normalised", "predicted_psnr_db", "attained_psnr_db",
     "attained_sd_db", "images", "fit",

@@ -119,6 +119,7 @@ def test_a_failing_metric_does_not_end_the_run(
         raise ArithmeticError("no convergence")
 
     monkeypatch.setattr(prediction, "predict", broken)
+    caplog.set_level("WARNING", "flwr")  # the command line of other tests quiets it
     leakage, rounds = run(tmp_path)
     assert (leakage["status"] == "ok").all()
     assert leakage["predicted_psnr_db"].isna().all()
