@@ -164,8 +164,8 @@ def leakage_vs_rounds(rounds: pd.DataFrame, path: Path, title: str = "") -> None
         for axis in axes.flat[len(names) :]:
             axis.set_visible(False)
         figure.suptitle(
-            f"Leakage over the rounds: {title}\nsolid: informed attacker, dotted: unaware; "
-            "bands: 95 % confidence over seeds", fontsize=11,
+            f"Leakage over the rounds: {title}\ndotted: unaware attacker; solid: informed, "
+            "with 95 % confidence over seeds", fontsize=11,
         )  # fmt: skip
         figure.savefig(path, dpi=150)
         plt.close(figure)
@@ -178,7 +178,8 @@ def _line(axis: Axes, rows: pd.DataFrame, column: str, colour: Any, style: str) 
     mean = per_round.mean()
     half = per_round.agg(_half_width)
     axis.plot(mean.index, mean, style, color=colour, marker="o", ms=3.5, lw=1.5)
-    axis.fill_between(mean.index, mean - half, mean + half, color=colour, alpha=0.15, lw=0)
+    if style == "-":  # bands of both hide each other
+        axis.fill_between(mean.index, mean - half, mean + half, color=colour, alpha=0.15, lw=0)
 
 
 def predicted(table: pd.DataFrame, path: Path, title: str = "") -> None:
