@@ -66,7 +66,7 @@ def frontier(table: pd.DataFrame, path: Path, title: str = "") -> None:
     """Draw what an informed attacker recovers against accuracy; the Pareto front is a line.
 
     Points are means over seeds, with 95 % confidence intervals; points of one defence are
-    joined in the order of their strengths.
+    joined in the order of their strengths, where these are numbers.
 
     Parameters
     ----------
@@ -87,10 +87,12 @@ def frontier(table: pd.DataFrame, path: Path, title: str = "") -> None:
             solid_joinstyle="round", solid_capstyle="round", zorder=1,
         )  # fmt: skip
         for name, group in points.groupby("defence", sort=False):
+            ordered = pd.to_numeric(group["strength"], errors="coerce").notna().all()
             axis.errorbar(
                 group["accuracy"], group["psnr_db_median_informed"],
                 xerr=group["accuracy_ci"], yerr=group["psnr_db_median_informed_ci"],
-                color=palette[str(name)], marker="o", lw=1.2, elinewidth=1, capsize=2,
+                color=palette[str(name)], marker="o", lw=1.2 if ordered else 0, elinewidth=1,
+                capsize=2,
             )  # fmt: skip
             left = list(palette).index(str(name)) % 2  # neighbours are often of two defences
             for row in group.itertuples():
@@ -164,8 +166,8 @@ def leakage_vs_rounds(rounds: pd.DataFrame, path: Path, title: str = "") -> None
         for axis in axes.flat[len(names) :]:
             axis.set_visible(False)
         figure.suptitle(
-            f"Leakage over the rounds: {title}\nsolid: informed attacker, dotted: unaware; "
-            "bands: 95 % confidence over seeds", fontsize=11,
+            f"Leakage over the rounds: {title}\ndotted: unaware attacker; solid: informed, "
+            "with 95 % confidence over seeds", fontsize=11,
         )  # fmt: skip
         figure.savefig(path, dpi=150)
         plt.close(figure)
@@ -178,7 +180,8 @@ def _line(axis: Axes, rows: pd.DataFrame, column: str, colour: Any, style: str) 
     mean = per_round.mean()
     half = per_round.agg(_half_width)
     axis.plot(mean.index, mean, style, color=colour, marker="o", ms=3.5, lw=1.5)
-    axis.fill_between(mean.index, mean - half, mean + half, color=colour, alpha=0.15, lw=0)
+    if style == "-":  # bands of both hide each other
+        axis.fill_between(mean.index, mean - half, mean + half, color=colour, alpha=0.15, lw=0)
 
 
 def predicted(table: pd.DataFrame, path: Path, title: str = "") -> None:
@@ -233,8 +236,8 @@ def pictures(folder: Path, cells: Sequence[Cell], path: Path, title: str = "") -
     title : str
     """
     tiles = list(_tiles(folder, cells))
-    columns = min(_TILES, len(tiles))
-    lines = math.ceil(len(tiles) / columns)
+    lines = max(1, math.ceil(len(tiles) / _TILES))
+    columns = max(1, math.ceil(len(tiles) / lines))
     figure, axes = plt.subplots(
         2 * lines, columns, figsize=(1.35 * columns + 0.6, 3.1 * lines + 0.5), squeeze=False,
         layout="constrained",
