@@ -29,6 +29,7 @@ from fedleak.metric import security_metric
 from fedleak.metric.prediction import make_references, natural_prior, predict
 from fedleak.models import PAPER_NETWORKS, conv_chain
 from fedleak.paper.photographs import photographs
+from fedleak.plots import compress
 
 SHAPE = (3, 32, 32)
 #: (filters, kernel, stride, padding) of each convolution, from narrow to wide, shallow to deep.
@@ -145,35 +146,33 @@ def draw(table: pd.DataFrame, path: Path) -> None:
 
     shown = table.assign(kind=table["defence"].str.partition(":")[0])
     sns.set_theme(style="whitegrid", context="notebook")
-    figure, axes = plt.subplots(1, 3, figsize=(15, 5), sharey=True)
+    figure, axes = plt.subplots(1, 3, figsize=(15, 5.5))
     for ax, column, title in (
-        (axes[0], "predicted_psnr_db", "predicted PSNR in dB"),
+        (axes[0], "predicted_psnr_db", "predicted PSNR (dB)"),
         (axes[1], "c", "c(M), as published"),
         (axes[2], "c_normalised", "c(M), normalised"),
     ):
         sns.scatterplot(
             shown, x=column, y="attained_psnr_db", hue="kind", style="kind", s=70, ax=ax,
-            palette="colorblind", legend=ax is axes[0],
+            palette="colorblind", legend=ax is axes[0], alpha=0.85,
         )  # fmt: skip
+        compress(ax, "y")
         rho, low, high = spearman(table[column].to_numpy(), table["attained_psnr_db"].to_numpy())
         ax.set_title(f"Spearman {rho:.2f} ({low:.2f} ... {high:.2f})")
-        ax.set_xlabel(title)
-        ax.set_ylabel("PSNR that the attack attains, in dB")
-    ends = [10, 165]
-    axes[0].plot(ends, ends, color="0.6", linewidth=1, zorder=0)
-    axes[0].legend(title="defence")
-    for name, offset in (("cnn4-v1", (8, -14)), ("cnn4-v2", (8, 6))):
-        row = table[(table["network"] == name) & (table["defence"] == "none")]
-        for ax, column in (
-            (axes[0], "predicted_psnr_db"),
-            (axes[1], "c"),
-            (axes[2], "c_normalised"),
-        ):
-            if len(row):
-                at = (row[column].iloc[0], row["attained_psnr_db"].iloc[0])
-                ax.annotate(name, at, offset, textcoords="offset points", fontsize=9)
+        ax.set(xlabel=title, ylabel="PSNR that the attack attains (dB)")
+        for name, offset in (("cnn4-v1", (14, -22)), ("cnn4-v2", (14, 16))):
+            row = table[(table["network"] == name) & (table["defence"] == "none")]
+            for x, y in zip(row[column], row["attained_psnr_db"], strict=True):
+                ax.annotate(
+                    name, (x, y), offset, textcoords="offset points", fontsize=10,
+                    arrowprops={"arrowstyle": "-", "color": "0.3"},
+                )  # fmt: skip
+    compress(axes[0], "x")
+    axes[0].plot([10, 165], [10, 165], color="0.6", linewidth=1, zorder=0)
+    axes[0].legend(title="defence", loc="upper left")
+    figure.suptitle("What a metric says without an attack, and what the attack then attains")
     figure.tight_layout()
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=100)
     plt.close(figure)
 
 
