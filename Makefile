@@ -15,13 +15,15 @@ test: install
 slow: install
 	$(BIN)/pytest -m slow
 
-# Ratios against dense linear algebra and the published attacks; takes about half an hour.
+# Ratios against dense linear algebra and the published attacks; takes about an hour.
 bench: install
 	$(BIN)/python -m tests.benchmarks.linear
 	$(BIN)/python -m tests.benchmarks.hybrid
 	$(BIN)/python -m tests.benchmarks.batches
 	$(BIN)/python -m tests.benchmarks.fedavg
 	$(BIN)/python -m tests.benchmarks.fedavg --memory
+	$(BIN)/python -m tests.benchmarks.metric
+	$(BIN)/python -m tests.benchmarks.pairs
 
 lint: install
 	$(BIN)/ruff check .
