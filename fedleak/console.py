@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from fedleak.errors import InvalidInputError
+
+if TYPE_CHECKING:
+    from fedleak.workers import OnProgress
 
 
 def read_options(
@@ -45,3 +53,45 @@ def number(value: float | None) -> str:
 def near(path: Path) -> Path:
     """Return a path as seen from here, where it is below."""
     return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+
+
+@contextmanager
+def resumable(doing: str, unit: str, console: Console, quiet: bool = False) -> Iterator[OnProgress]:
+    """Show a bar for work that keeps what is done; when stopped, say how much that is.
+
+    Parameters
+    ----------
+    doing, unit : str
+        As ``attacking``, ``updates``.
+    console : Console
+        Where it is not a terminal, nothing is shown.
+    quiet : bool
+    """
+    done = [0, 0]
+    bar = Progress(
+        TextColumn(doing),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn(unit),
+        TimeRemainingColumn(),
+        console=console,
+        disable=quiet or not console.is_terminal,
+    )
+    task = bar.add_task("")
+
+    def on_progress(finished: int, total: int) -> None:
+        if done[1] != total:
+            bar.reset(task, total=total, completed=finished)  # what was kept says nothing of speed
+        done[:] = finished, total
+        bar.update(task, completed=finished)
+
+    try:
+        with bar:
+            yield on_progress
+    except KeyboardInterrupt:
+        typer.echo(
+            f"fedleak: stopped; {done[0]} of {done[1]} {unit} are done and kept, and the same "
+            "command goes on from there",
+            err=True,
+        )
+        raise typer.Exit(130) from None

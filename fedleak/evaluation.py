@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich import box
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from fedleak.console import near, number
+from fedleak.console import near, number, resumable
 
 if TYPE_CHECKING:
     import pandas as pd
 
-    from simulations.evaluation.run import Evaluated, OnProgress
+    from simulations.evaluation.run import Evaluated
     from simulations.evaluation.sweep import Sweep
 
 _console = Console()
@@ -54,47 +52,14 @@ def evaluate(
 
     loaded = load_sweep(sweep, set_ or ())
     quiet_flower(verbose)
-    done = [0, 0]
-    try:
-        with _display(done) as on_progress:
-            evaluated = run(
-                loaded, out, jobs=jobs, engine=engine, confirmed=yes,  # type: ignore[arg-type]
-                on_progress=on_progress,
-            )  # fmt: skip
-    except KeyboardInterrupt:
-        typer.echo(
-            f"fedleak: stopped; {done[0]} of {done[1]} cells are finished and kept, and the same "
-            "command goes on from there",
-            err=True,
-        )
-        raise typer.Exit(130) from None
+    with resumable("evaluating", "cells", _console) as on_progress:
+        evaluated = run(
+            loaded, out, jobs=jobs, engine=engine, confirmed=yes,  # type: ignore[arg-type]
+            on_progress=on_progress,
+        )  # fmt: skip
     _report(evaluated, loaded)
     if (evaluated.table["status"] != "ok").any():
         raise typer.Exit(1)
-
-
-@contextmanager
-def _display(done: list[int]) -> Iterator[OnProgress]:
-    """Show a bar; nothing where the output is not a terminal. ``done`` follows it."""
-    bar = Progress(
-        TextColumn("evaluating"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("cells"),
-        TimeRemainingColumn(),
-        console=_console,
-        disable=not _console.is_terminal,
-    )
-    task = bar.add_task("")
-
-    def on_progress(finished: int, total: int) -> None:
-        if not bar.tasks[task].total or done[1] != total:
-            bar.reset(task, total=total, completed=finished)  # what was kept says nothing of speed
-        done[:] = finished, total
-        bar.update(task, completed=finished)
-
-    with bar:
-        yield on_progress
 
 
 def _report(evaluated: Evaluated, sweep: Sweep) -> None:

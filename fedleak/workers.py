@@ -10,15 +10,35 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Literal, TypeVar
 
-from fedleak.errors import InvalidInputError
+from fedleak.errors import InvalidInputError, UnknownNameError
 
+#: ``local`` is this process, or several of this machine.
+Engine = Literal["local", "ray"]
+ENGINES = ("local", "ray")
+#: ``on_progress(finished, all)``, in items; first with those that were done already.
+OnProgress = Callable[[int, int], None]
 #: Seconds that an idle process has to end by itself.
 _GOODBYE = 10.0
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+
+
+def check_engine(engine: str, jobs: int) -> None:
+    """Refuse an engine that does not exist, and jobs that make no sense with it.
+
+    Raises
+    ------
+    InvalidInputError
+    """
+    if jobs < 1:
+        raise InvalidInputError(f"jobs must be at least 1, not {jobs}")
+    if engine not in ENGINES:
+        raise UnknownNameError("engine", engine, ENGINES)
+    if engine == "ray" and jobs > 1:
+        raise InvalidInputError("jobs are processes here; with engine 'ray', Ray decides")
 
 
 @dataclass(frozen=True)

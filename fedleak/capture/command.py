@@ -5,20 +5,18 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich import box
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from fedleak.console import near, number, read_options
+from fedleak.console import near, number, read_options, resumable
 
 if TYPE_CHECKING:
-    from fedleak.capture.run import Attacked, OnProgress
+    from fedleak.capture.run import Attacked
 
 _console = Console()
 
@@ -64,44 +62,13 @@ def attack(
     from fedleak.capture.run import attack_capture
 
     options = read_options(option or (), prior, public)
-    done = [0, 0]
-    try:
-        with _display(done, quiet=json_) as on_progress:
-            attacked = attack_capture(
-                capture, attack, options, out, model=model, device=device, jobs=jobs,
-                engine=engine, threads=threads, together=together,  # type: ignore[arg-type]
-                limit=limit, overwrite=overwrite, on_progress=on_progress,
-            )  # fmt: skip
-    except KeyboardInterrupt:
-        typer.echo(
-            f"fedleak: stopped; {done[0]} of {done[1]} updates are done and kept, and the same "
-            "command goes on from there",
-            err=True,
-        )
-        raise typer.Exit(130) from None
+    with resumable("attacking", "updates", _console, quiet=json_) as on_progress:
+        attacked = attack_capture(
+            capture, attack, options, out, model=model, device=device, jobs=jobs,
+            engine=engine, threads=threads, together=together,  # type: ignore[arg-type]
+            limit=limit, overwrite=overwrite, on_progress=on_progress,
+        )  # fmt: skip
     _report(attacked, attack, json_)
-
-
-@contextmanager
-def _display(done: list[int], quiet: bool) -> Iterator[OnProgress]:
-    """Show a bar; nothing where the output is not a terminal. ``done`` follows it."""
-    bar = Progress(
-        TextColumn("attacking"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("updates"),
-        TimeRemainingColumn(),
-        console=_console,
-        disable=quiet or not _console.is_terminal,
-    )
-    task = bar.add_task("")
-
-    def on_progress(finished: int, total: int) -> None:
-        done[:] = finished, total
-        bar.update(task, completed=finished, total=total)
-
-    with bar:
-        yield on_progress
 
 
 def _report(attacked: Attacked, attack: str, json_: bool) -> None:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import pandas as pd
 
@@ -18,13 +18,9 @@ from fedleak.capture.manifest import sha256
 from fedleak.capture.reader import Capture
 from fedleak.capture.store import Results
 from fedleak.capture.table import write_table
-from fedleak.errors import InvalidInputError, UnknownNameError
+from fedleak.errors import InvalidInputError
 from fedleak.images import SUFFIXES
-
-Engine = Literal["local", "ray"]
-ENGINES = ("local", "ray")
-#: ``on_progress(finished, all)``, in updates; first with those that were done already.
-OnProgress = Callable[[int, int], None]
+from fedleak.workers import Engine, OnProgress, check_engine
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,14 +102,11 @@ def attack_capture(
     FedleakError
         If the capture, the attack or the folder cannot be used; nothing is attacked then.
     """
-    for name, value, least in (("jobs", jobs, 1), ("threads", threads, 1),
-                               ("together", together, 1), ("limit", limit, 0)):  # fmt: skip
+    check_engine(engine, jobs)
+    for name, value, least in (("threads", threads, 1), ("together", together, 1),
+                               ("limit", limit, 0)):  # fmt: skip
         if value < least:
             raise InvalidInputError(f"{name} must be at least {least}, not {value}")
-    if engine not in ENGINES:
-        raise UnknownNameError("engine", engine, ENGINES)
-    if engine == "ray" and jobs > 1:
-        raise InvalidInputError("jobs are processes here; with engine 'ray', Ray decides")
     capture = Capture(folder, model)
     chosen = dict(options or {})
     if "device" in chosen:

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from fedleak.defences import DefenceSpec, defend
 from fedleak.metric.groups import Group, group_layers
-from fedleak.metric.jacobian import Block
 from fedleak.metric.posterior import Information, decibels
 from fedleak.metric.prediction import Reference
+from fedleak.metric.rows import Block
 from fedleak.replay import Gradients
 
 #: Relative error of every gradient, at least: sums of squares in float64 resolve no less.

@@ -18,9 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.func import functional_call, grad, jvp
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from fedleak.errors import UnsupportedModelError
+from fedleak.metric.derivatives import derivable
 from fedleak.metric.posterior import decibels
 from fedleak.metric.prediction import Reference
 from fedleak.replay import Gradients
@@ -85,26 +84,19 @@ def influence(reference: Reference, seed: int = 0) -> Influence:
         return grad(product)(images)
 
     moved = {k: reference.sent[k].float().to(g) - g for k, g in jacobian.gradient.items()}
-    try:
-        with sdpa_kernel(SDPBackend.MATH):  # the others have no second derivative
-            pulled = float(back(moved).norm())
-            generator = torch.Generator().manual_seed(seed)
-            v = torch.randn(images.shape, generator=generator, dtype=torch.float64).to(images)
-            largest, v = 0.0, v / v.norm()
-            end = time.perf_counter() + _SECONDS
-            for _ in range(_ITERATIONS):
-                v = back(jvp(gradient, (images,), (v,))[1])
-                before, largest = largest, float(v.norm())
-                settled = largest <= (1 + _TOLERANCE) * before
-                if settled or time.perf_counter() > end:
-                    break
-                v = v / largest
-    except (NotImplementedError, RuntimeError) as error:
-        if "forward AD" not in str(error) and "not implemented" not in str(error):
-            raise
-        raise UnsupportedModelError(
-            f"the metric takes derivatives of the update, which this model has not: {error}"
-        ) from error
+    with derivable():
+        pulled = float(back(moved).norm())
+        generator = torch.Generator().manual_seed(seed)
+        v = torch.randn(images.shape, generator=generator, dtype=torch.float64).to(images)
+        largest, v = 0.0, v / v.norm()
+        end = time.perf_counter() + _SECONDS
+        for _ in range(_ITERATIONS):
+            v = back(jvp(gradient, (images,), (v,))[1])
+            before, largest = largest, float(v.norm())
+            settled = largest <= (1 + _TOLERANCE) * before
+            if settled or time.perf_counter() > end:
+                break
+            v = v / largest
     # Gradients that do not depend on the images leave everything open.
     rms = pulled / largest / math.sqrt(images.numel()) if largest > 0 else math.inf
     return Influence(rms, decibels(rms**2) if rms < math.inf else -math.inf, largest)

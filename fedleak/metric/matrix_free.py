@@ -23,8 +23,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 from torch.func import jvp, vjp
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from fedleak.metric.derivatives import derivable
 from fedleak.priors import Prior
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ class _Operator:
             return {k: g[0] * self.weights[k] for k, g in replayed.gradients.items()}
 
         self._made = made
-        with sdpa_kernel(SDPBackend.MATH):  # the others have no forward derivative
+        with derivable():
             self._pull = vjp(made, self.images)[1]
 
     def root(self, u: Tensor) -> Tensor:
@@ -81,7 +81,7 @@ class _Operator:
         """Return ``A^T (A u + noise)``, for ``u`` of shape (P, B, *latent)."""
         change = self.root(u).to(self.images)
         out = []
-        with sdpa_kernel(SDPBackend.MATH):
+        with derivable():
             for part in change:
                 rows: dict[str, Tensor] = jvp(self._made, (self.images,), (part,))[1]
                 if noise is not None:

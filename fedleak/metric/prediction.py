@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from fedleak.defences import DefenceSpec, defend, parse_defence
 from fedleak.errors import InvalidInputError
-from fedleak.metric.jacobian import Block, UpdateJacobian
+from fedleak.metric.jacobian import UpdateJacobian
 from fedleak.metric.posterior import Posterior, posterior
+from fedleak.metric.rows import Block
 from fedleak.priors import GaussianPrior, Prior
 from fedleak.priors.synthetic import dead_leaves
 from fedleak.replay import Gradients, Replay

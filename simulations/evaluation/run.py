@@ -6,22 +6,19 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import pandas as pd
 
 from fedleak import workers
 from fedleak.capture.manifest import now, package_versions, to_json, write_atomically
-from fedleak.errors import InvalidInputError, UnknownNameError
+from fedleak.errors import InvalidInputError
+from fedleak.workers import Engine, OnProgress
 from simulations.evaluation.cell import Outcome, clear_interrupted, finished, run_cell
 from simulations.evaluation.sweep import Cell, Sweep
 from simulations.evaluation.table import COLUMNS, ROUND_COLUMNS, Row, cell_rows, failed_row
 
-Engine = Literal["local", "ray"]
-ENGINES = ("local", "ray")
 TABLE, ROUNDS, ABOUT = "evaluation.csv", "rounds.csv", "sweep.json"
-#: ``on_progress(finished, all)``, in cells; first with those that were done already.
-OnProgress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,12 +71,7 @@ def evaluate(
     FedleakError
         If anything in the sweep cannot run; no cell has run then.
     """
-    if jobs < 1:
-        raise InvalidInputError(f"jobs must be at least 1, not {jobs}")
-    if engine not in ENGINES:
-        raise UnknownNameError("engine", engine, ENGINES)
-    if engine == "ray" and jobs > 1:
-        raise InvalidInputError("jobs are processes here; with engine 'ray', Ray decides")
+    workers.check_engine(engine, jobs)
     cells = _checked(sweep, confirmed)
     folder = (Path(out) if out is not None else Path("results/runs") / sweep.name).absolute()
     _prepare(folder, sweep)

@@ -14,9 +14,10 @@ from torch.func import jacrev
 from fedleak.errors import InvalidInputError
 from fedleak.metric import jacobian as jacobian_module
 from fedleak.metric import matrix_free
-from fedleak.metric.jacobian import Block, UpdateJacobian
+from fedleak.metric.jacobian import UpdateJacobian
 from fedleak.metric.posterior import Information, posterior
 from fedleak.metric.prediction import make_references, natural_prior, predict
+from fedleak.metric.rows import Block
 from fedleak.models import conv_chain
 from fedleak.replay import Replay
 
