@@ -26,7 +26,8 @@ from fedleak.attacks.linear import (
     solve_recursively,
 )
 from fedleak.attacks.local import module_target, with_order
-from fedleak.attacks.targets import ChainTarget
+from fedleak.attacks.targets import ChainTarget, Target
+from fedleak.attacks.whole_update import UpdateTarget
 from fedleak.errors import InvalidInputError, UnsupportedModelError
 from fedleak.images import read_images
 from fedleak.observation import Observation
@@ -198,7 +199,11 @@ class HybridAttack(Attack):
     ) -> Match:
         """Match the first ``depth`` layers to what is known above; all of them under noise."""
         layers = evidence.chain.layers
-        target = ChainTarget(evidence, solution, depth if clean else len(layers), clean)
+        target: Target
+        if clean or evidence.images > 1 or not evidence.defended:
+            target = ChainTarget(evidence, solution, depth if clean else len(layers), clean)
+        else:
+            target = UpdateTarget(evidence, solution)
         start, batch = solution.image.clamp(0, 1), evidence.images
         prior = self._prior(evidence)
         if clean and not evidence.defended and shared_rows.covers(evidence, prior, depth):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,12 +20,11 @@ WARM_UP, WARM_LEVEL = 80, 3e-2
 #: Jacobians taken, at most, and the mean square error (in units of the errors allowed) below
 #: which the first was good enough: at the solution it is about 0.1.
 MOST_JACOBIANS, _MATCHED = 3, 0.5
-#: Variances of the prior between which the evidence decides where errors are known.
-SCALES = (0.25, 1.0, 2.0, 4.0)
-#: Relative errors, in the median, from which rough images are considered.
-ROUGH_LEVEL = 0.05
-#: Where some values are exact: how much finer they count in the end, after how many Jacobians.
-FINE, POLISH = 1e-3, 1
+#: Root mean square error, in units of known errors, above which the truth was not found: there
+#: it is 1.
+MISSED = 1.2
+#: Where values are known better than ``precision``: how much finer they count in the end.
+FINE = 1e-3
 #: Rows beyond which a Jacobian is not built.
 DENSE_ROWS = 3 * DENSE_UNKNOWNS
 #: Memory for Jacobians and covariances at once, in entries: it sets how many updates are
@@ -139,43 +137,51 @@ def _least_squares(target: Target, prior: Prior, start: Tensor, precision: float
 def _gauss_newton(target: Target, prior: Prior, start: Tensor, precision: float) -> Match:
     """Match by Gauss-Newton, the prior following the evidence of each update."""
     solver, _, chosen = posterior(target, prior, start, precision)
-    return Match(solver.x.reshape(start.shape), "gauss-newton", [str(p) for p in chosen])
+    images, names = solver.x.reshape(start.shape), [str(p) for p in chosen]
+    if not target.calibrated or target.linear:
+        return Match(images, "gauss-newton", names)
+    # A confident model is far from linear: from the prior's mean some end in a wrong valley.
+    missed = target.misfit(images, precision)
+    lost = (missed > MISSED).nonzero().flatten()
+    if len(lost):
+        part = target.subset(lost)
+        solver, _, chosen = posterior(part, prior, start[lost], precision, start[lost])
+        again = solver.x.reshape(-1, *start.shape[1:])
+        better = part.misfit(again, precision) < missed[lost]
+        images[lost[better]] = again[better]
+        for i in better.nonzero().flatten().tolist():
+            names[int(lost[i])] = str(chosen[i])
+    return Match(images, "gauss-newton", names)
 
 
 def posterior(
-    target: Target, prior: Prior, start: Tensor, precision: float
+    target: Target, prior: Prior, start: Tensor, precision: float, begin: Tensor | None = None
 ) -> tuple[GaussNewton, Measurements, list[Prior]]:
-    """Return the solver at the most probable images, the measurements, and the priors chosen."""
+    """Return the solver at the most probable images, the measurements, and the priors chosen.
+
+    It begins at ``begin``; else, where the images act on the target in other than linear ways,
+    where a quasi-Newton solver came to from the prior's mean.
+    """
 
     def residual(x: Tensor) -> Tensor:
         return target.made(x.reshape(start.shape)) - target.values
 
-    begin, errors = start, target.errors.clamp_min(precision)
-    if not target.linear:
-        begin = _quasi_newton(target, prior, start, WARM_UP, max(precision, WARM_LEVEL)).images
-    solver = GaussNewton(residual, begin.flatten(1))
-    level = target.errors.clamp_min(QUASI_LEVEL)
-    chosen = _follow_evidence(solver, [prior] * len(start), level, (0, 1))
-    if target.calibrated:
-        # Where errors are small, what rough images would explain is the curvature of the model.
-        rough = (target.errors.median(1).values > ROUGH_LEVEL).tolist()
-        if any(rough):
-            rougher = _follow_evidence(solver, chosen, level, (2,))
-            chosen = [r if i else c for r, c, i in zip(rougher, chosen, rough, strict=True)]
-        # A prior of s times the variance is one of errors smaller by the root of s.
-        scale = _scale(solver, chosen, errors)
-        errors = errors / scale.sqrt().unsqueeze(1)
+    errors = target.errors.clamp_min(precision)
+    if begin is None and not target.linear:
+        level = max(precision, WARM_LEVEL)
+        begin = _quasi_newton(target, prior, start, WARM_UP, level).images
+    solver = GaussNewton(residual, (start if begin is None else begin).flatten(1))
+    chosen = _follow_evidence(solver, [prior] * len(start), target.errors.clamp_min(QUASI_LEVEL))
+    expected = Gaussian.stack([p.dense() for p in chosen])
     for n in range(MOST_JACOBIANS + 1):
-        measured = solver.descend(Gaussian.stack([p.dense() for p in chosen]), errors)
+        measured = solver.descend(expected, errors)
         matched = ((residual(solver.x) / errors).square().mean(1) < _MATCHED).all()
         if target.linear or n == MOST_JACOBIANS or bool(matched):
             break
         solver.linearise()
-    if target.calibrated and not target.linear and bool((target.errors < FINE * precision).any()):
-        for _ in range(POLISH):
-            solver.linearise()
-            fine = target.errors.clamp_min(FINE * precision) / scale.sqrt().unsqueeze(1)
-            measured = solver.descend(Gaussian.stack([p.dense() for p in chosen]), fine)
+    if target.calibrated and not target.linear and bool((target.errors < precision).any()):
+        solver.linearise()
+        measured = solver.descend(expected, target.errors.clamp_min(FINE * precision))
     if type(prior).local is not Prior.local:
         covariances = measured.covariance()
         near = [p.local(x, v) for p, x, v in zip(chosen, solver.x, covariances, strict=True)]
@@ -191,18 +197,10 @@ def _focus(prior: Prior, like: Tensor) -> Tensor:
     return (2 - y.square()[:, None] - x.square()).expand(prior.shape).flatten()
 
 
-def _scale(solver: GaussNewton, chosen: list[Prior], errors: Tensor) -> Tensor:
-    """Return the scale of each update's prior, shape (N,)."""
-    prior = Gaussian.stack([p.dense() for p in chosen])
-    return solver.scale(prior, errors, _focus(chosen[0], errors), SCALES)
-
-
-def _follow_evidence(
-    solver: GaussNewton, priors: list[Prior], errors: Tensor, stages: Sequence[int]
-) -> list[Prior]:
+def _follow_evidence(solver: GaussNewton, priors: list[Prior], errors: Tensor) -> list[Prior]:
     """Return, for each update, the prior of the family that its evidence prefers."""
     focus = _focus(priors[0], errors)
-    for stage in stages:
+    for stage in (0, 1):
         chosen = list(priors)
         for prior in {id(p): p for p in priors}.values():
             family = prior.family(stage)
