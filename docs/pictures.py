@@ -43,7 +43,7 @@ def digits(count: int = 6) -> tuple[Tensor, Tensor]:
     return images.batch(CHOSEN[:count])
 
 
-def network(*convolutions: tuple[int, int, int, int]) -> nn.Module:
+def network(*convolutions: tuple[int, int, int, int]) -> nn.Sequential:
     torch.manual_seed(0)
     return conv_chain(convolutions, SHAPE).eval()
 
@@ -147,7 +147,7 @@ def batch() -> None:
     model = network((6, 3, 1, 0))
     images, labels = digits(4)
     loss = F.cross_entropy(model(images), labels)
-    (g,) = torch.autograd.grad(loss, [model.fc.weight])  # type: ignore[arg-type]
+    (g,) = torch.autograd.grad(loss, [model[-1].weight])
     features = model[:-1](images).detach()
     # What a map of the head's input looks like as an image, for the eye alone.
     mixtures = torch.linalg.svd(g.detach(), full_matrices=False)[2][:4]
