@@ -13,6 +13,8 @@ from mkdocs.structure.pages import Page
 ROOT = Path(__file__).parent.parent
 #: Of ``[text](target)`` and ``![text](target)``, the target without its anchor.
 _LINK = re.compile(r"(\]\()(?![a-z]+:|#|/)([^)#\s]+)")
+#: ``:class:`Name``` in a docstring.
+_ROLE = re.compile(r":(?:class|func|meth|attr|mod):<code>~?([\w.]+)</code>")
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
@@ -39,3 +41,15 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         return match[1] + away
 
     return _LINK.sub(moved, markdown)
+
+
+def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Show what docstrings refer to: a link where it is on the site, else its name."""
+
+    def shown(match: re.Match[str]) -> str:
+        name = match[1].rpartition(".")[2]
+        if not match[1].startswith(("fedleak.", "strategies.")):
+            return f"<code>{match[1]}</code>"
+        return f'<autoref optional identifier="{match[1]}"><code>{name}</code></autoref>'
+
+    return _ROLE.sub(shown, html)
