@@ -25,7 +25,7 @@ bench: install
 	$(BIN)/python -m tests.benchmarks.metric
 	$(BIN)/python -m tests.benchmarks.pairs
 
-# The documentation, into site/: open site/index.html.
+# The documentation, into site/: open site/index.html. To search in it: python3 -m http.server -d site
 docs: install
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 

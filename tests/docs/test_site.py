@@ -10,6 +10,14 @@ from pathlib import Path
 
 import pytest
 
+import fedleak
+import fedleak.attacks
+import fedleak.capture
+import fedleak.defences
+import fedleak.metric
+import fedleak.priors
+import strategies
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -35,3 +43,13 @@ def test_pictures_are_small_and_used() -> None:
     for picture in (ROOT / "docs" / "pictures").iterdir():
         assert picture.stat().st_size < 150_000, picture
         assert f"pictures/{picture.name})" in pages, picture
+
+
+def test_every_public_name_is_in_the_reference() -> None:
+    pages = "".join(p.read_text() for p in (ROOT / "docs" / "api").glob("*.md"))
+    shown = set(re.findall(r"^::: .*?(\w+)$", pages, re.MULTILINE))
+    shown |= {"Quality", "score", "FedleakError"}  # in modules that are shown as a whole
+    of = (fedleak, fedleak.attacks, fedleak.capture, fedleak.defences, fedleak.metric,
+          fedleak.priors, strategies)  # fmt: skip
+    public = {n for m in of for n in m.__all__ if callable(getattr(m, n))}
+    assert public - shown == set()
