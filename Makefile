@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test slow bench lint format install clean
+.PHONY: demo test slow bench docs lint format install clean
 
 demo: install
 	$(BIN)/fedleak simulate demo --out results/runs/demo --overwrite
@@ -25,6 +25,10 @@ bench: install
 	$(BIN)/python -m tests.benchmarks.metric
 	$(BIN)/python -m tests.benchmarks.pairs
 
+# The documentation, into site/: open site/index.html. To search in it: python3 -m http.server -d site
+docs: install
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -44,4 +48,4 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	@touch $@
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -1,5 +1,6 @@
 """Flower plug-ins: the malicious server, FedSGD, reply checks and defence mods."""
 
+from fedleak.threat import LocalTraining
 from strategies.defence_mod import choosing_defence_mod, defence_mod
 from strategies.delegate import DelegatingStrategy
 from strategies.fedsgd import FedSGD
@@ -10,6 +11,7 @@ __all__ = [
     "DelegatingStrategy",
     "FedSGD",
     "Leak",
+    "LocalTraining",
     "MaliciousServer",
     "RejectInvalid",
     "choosing_defence_mod",

@@ -142,9 +142,10 @@ class MaliciousServer(DelegatingStrategy):
             raise InvalidInputError("the threat model grants the defence; name it by defence")
         if attack is None and capture is None:
             raise InvalidInputError("nothing to do: name an attack, or a folder to capture into")
-        self.model = model if isinstance(model, nn.Module) else model()
+        with _preserved_random_state():  # the app may draw its first weights after this
+            self.model = model if isinstance(model, nn.Module) else model()
+            self.attack = make_attack(attack) if isinstance(attack, str) else attack
         self.input_shape = input_shape
-        self.attack = make_attack(attack) if isinstance(attack, str) else attack
         self.training, self.images = training, images
         self.defence = parse_defence(defence) if isinstance(defence, str) else defence
         self.threat = replace(threat, defence=self.defence is not None)
@@ -152,7 +153,8 @@ class MaliciousServer(DelegatingStrategy):
         self.every, self.max_clients = every, max_clients
         self.on_leak = on_leak or _log_leak
         if isinstance(capture, (str, Path)):
-            capture = CaptureWriter(capture, model, input_shape)
+            with _preserved_random_state():
+                capture = CaptureWriter(capture, model, input_shape)
         self.capture = capture
         self.last_leaks: list[Leak] = []
         self._sent: dict[int, dict[str, Tensor]] = {}

@@ -119,6 +119,24 @@ def test_a_strategy_that_draws_is_not_shifted() -> None:
     assert draws[0] == draws[1]
 
 
+def test_wrapping_draws_nothing() -> None:
+    """An app that makes its first weights after the strategy makes the same ones."""
+
+    def make() -> torch.nn.Module:
+        random.random(), np.random.rand()
+        return torch.nn.Linear(64, 10)
+
+    states = []
+    for wrap in (False, True):
+        random.seed(1)
+        np.random.seed(1)
+        torch.manual_seed(1)
+        if wrap:
+            MaliciousServer(FedSGD(), make, SHAPE)
+        states.append((random.random(), np.random.rand(), torch.rand(1).item()))
+    assert states[0] == states[1]
+
+
 def test_a_strategy_with_a_loop_of_its_own() -> None:
     class Own(flower.FedAvg):
         rounds_seen = 0
