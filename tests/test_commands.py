@@ -38,8 +38,11 @@ def test_a_command_is_known_and_has_its_options(step: Step) -> None:
     other = table.elsewhere(step.text)
     if other is not None:
         assert other.words in (ROOT / other.file).read_text(), f"{other.file} does not run it"
-        if step.text.startswith("make "):
-            assert recipe(step.text.split()[1])
+        words = split(step.text)
+        if words[0] == "make":
+            recipe(words[1])
+        gone = [w for w in words if w.startswith("tests/") and not (ROOT / w).exists()]
+        assert not gone, f"{gone} are no tests"
         return
     unknown = folder.placeholders(step.text) - set(folder.PLACEHOLDERS)
     assert not unknown, f"{unknown}: say in tests/documents/folder.py what it stands for"

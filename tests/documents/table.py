@@ -50,6 +50,8 @@ SHORTER = (
             add="""--set 'seeds=[0]' --set 'defences=["none", "noise:0.1"]' --set 'strengths={}' """
                 "--set federation.rounds=1 --set federation.clients=2 --set attack.every=1 "
                 "--set attack.clients=1 --set data.max_test_images=20 --set metric.predict=none"),
+    Shorter(r"^fedleak evaluate.*scenario=cifar10", "Gauss-Newton under noise takes a minute",
+            add="--set data.size=8"),
     Shorter(r"^fedleak (reconstruct|attack)(?!.*--batch-size)(?!.*--limit)", "one update",
             add="--limit 1"),
     Shorter(r"^fedleak reconstruct.*--batch-size (\d+)(?!.*--limit)", "one batch",

@@ -27,6 +27,7 @@ from typer.testing import CliRunner
 
 from fedleak.attacks import ATTACKS
 from fedleak.cli import app
+from fedleak.data import DATASETS
 from fedleak.defences import DEFENCES
 from fedleak.models import MODELS
 from fedleak.priors import PRIORS
@@ -77,7 +78,7 @@ class Walk:
     def _inside(self) -> Iterator[None]:
         """Be in the folder, and leave no trace in this process."""
         known = set(sys.modules)
-        registries = [patch.dict(r._entries) for r in (ATTACKS, DEFENCES, MODELS, PRIORS)]  # type: ignore[attr-defined]
+        registries = [patch.dict(r._entries) for r in (ATTACKS, DATASETS, DEFENCES, MODELS, PRIORS)]  # type: ignore[attr-defined]
         with contextlib.ExitStack() as stack:
             for change in registries:
                 stack.enter_context(change)
@@ -102,14 +103,17 @@ class Walk:
             exec(code, self.names)
 
     def _toml(self, step: Step) -> None:
-        """A sweep has defences by strengths; all else is a scenario."""
+        """A sweep has defences by strengths; a package its entry points; a scenario the rest."""
         from simulations.evaluation.sweep import load_sweep
         from simulations.scenario import load_scenario
 
         file = Path(step.file or "block.toml")
         file.write_text(step.text)
         described = tomllib.loads(step.text)
-        if {"strengths", "defences", "seeds"} & set(described):
+        if "project" in described:
+            groups = {r.group for r in (ATTACKS, DEFENCES, MODELS, PRIORS, DATASETS)}
+            assert set(described["project"]["entry-points"]) <= groups
+        elif {"strengths", "defences", "seeds"} & set(described):
             assert load_sweep(file).cells()
         else:
             load_scenario(file)
@@ -186,11 +190,10 @@ def _pass_on(output: str, rest: list[str]) -> None:
 
 
 def recipe(target: str) -> list[str]:
-    """Return the commands of a Makefile's target."""
-    found = re.search(
-        rf"^{target}:[^\n]*\n((?:\t[^\n]*\n)+)", (ROOT / "Makefile").read_text(), re.M
-    )
-    assert found is not None, f"the Makefile has no target {target!r} that does something"
+    """Return the commands of a Makefile's target, which may only need others."""
+    makefile = (ROOT / "Makefile").read_text()
+    found = re.search(rf"^{target}:[^\n]*\n((?:\t[^\n]*\n)*)", makefile, re.MULTILINE)
+    assert found is not None, f"the Makefile has no target {target!r}"
     return [line.strip().replace("$(BIN)/", "") for line in found[1].splitlines()]
 
 
