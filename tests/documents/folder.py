@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from tests.documents.reading import ROOT
 
 #: Height and width of the images: as small as the models take, since nothing here is measured.
 SIZE = 12
@@ -97,18 +100,24 @@ PLACEHOLDERS: dict[str, Callable[[Path], None]] = {
 def placeholders(command: str) -> set[str]:
     """Return the words of a command that a reader has to fill in, known here or not."""
     bare = re.sub(r"\b[A-Z_]+=|RAY_ADDRESS", "", command)
-    upper = set(re.findall(r"(?<![\w.-])[A-Z][A-Z_]{2,}(?:\.\w+)?(?![\w-])", bare))
+    upper = set(re.findall(r"(?<![\w.$-])[A-Z][A-Z_]{2,}(?:\.\w+)?(?![\w-])", bare))
     known = {n for n in PLACEHOLDERS if re.search(rf"(?<![\w./-]){re.escape(n)}(?![\w-])", bare)}
     return {u for u in upper if not re.match(r"E?MNIST|CIFAR|JSON", u)} | known
 
 
-def prepare(folder: Path, commands: list[str]) -> None:
-    """Make what the commands need, and two files that Python blocks read."""
-    for name in {n for c in commands for n in placeholders(c) if n in PLACEHOLDERS} | {"FOLDER"}:
-        PLACEHOLDERS[name](folder / name)
-    for name in ("my_net.py",):
-        if not (folder / name).exists():
-            PLACEHOLDERS[name](folder / name)
+def prepare(place: Path, texts: list[str]) -> None:
+    """Make what the texts of a document need, and take along what they name of the checkout."""
+    for name in {n for t in texts for n in placeholders(t) if n in PLACEHOLDERS}:
+        PLACEHOLDERS[name](place / name)
+    for name in ("FOLDER", "my_net.py"):  # the table puts these in the place of others
+        if not (place / name).exists():
+            PLACEHOLDERS[name](place / name)
+    for path in {w for t in texts for w in re.findall(r"\b(?:docs|simulations)/[\w./-]+", t)}:
+        source, target = ROOT / path, place / path
+        if source.exists() and not target.exists():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            copy = shutil.copytree if source.is_dir() else shutil.copy
+            copy(source, target)
 
 
 def namespace(document: str) -> dict[str, Any]:

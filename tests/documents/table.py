@@ -91,7 +91,7 @@ ELSEWHERE = (
     Elsewhere(r"^make test$", ".ci/run", "make test"),
     Elsewhere(r"^make slow$", ".ci/run", "make slow"),
     Elsewhere(r"^make lint$", ".ci/run", "make lint"),
-    Elsewhere(r"^make docs$", "Makefile", "docs:"),
+    Elsewhere(r"^make docs$", ".ci/run", "make docs"),
     Elsewhere(r"^make (install|format|bench|clean)$", "Makefile", "$(BIN)/"),
     Elsewhere(r"^(\.venv/bin/)?(ruff|mypy)\b", "Makefile", "ruff check"),
     Elsewhere(r"^(\.venv/bin/)?pre-commit\b", "tests/test_house.py", "pre-commit"),
@@ -101,9 +101,18 @@ ELSEWHERE = (
     Elsewhere(r"^(\.venv/bin/)?(python -m )?pip install\b", "Makefile", "pip install"),
     Elsewhere(r"^python3? -m venv\b", "Makefile", "-m venv"),
     Elsewhere(r"^(source|\.) \.venv/bin/activate$", "Makefile", "-m venv"),
+    Elsewhere(r"^python -m docs\.\w+$", "docs/pictures.py", "__main__"),
     Elsewhere(r"^git (clone|switch|commit|checkout|diff|add|log|tag)\b", "CONTRIBUTING.md", "git"),
     Elsewhere(r"^(tensorboard|mlflow) ", "pyproject.toml", "mlflow-skinny"),
 )  # fmt: skip
+
+#: Documents whose commands depend on files of their own, and the tests that run them.
+OWN_TESTS = {"docs/tutorials/": "tests/docs/test_tutorials.py"}
+
+
+def own_test(document: str) -> str | None:
+    """Return the file that tests a document by itself."""
+    return next((t for d, t in OWN_TESTS.items() if document.startswith(d)), None)
 
 
 def shortened(command: str) -> str:

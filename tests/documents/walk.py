@@ -125,9 +125,18 @@ class Walk:
     def run(self, command: str) -> None:
         """Run one command, already shortened."""
         words, rest = _piped(split(command))
+        if words and re.match(r"\w+=", words[0]):  # NAME=VALUE before a command
+            values = variables(words[:1])
+            paths = values.get("PYTHONPATH", "").split(os.pathsep)
+            with (
+                patch.dict(os.environ, values),
+                patch.object(sys, "path", [*filter(None, paths), *sys.path]),
+            ):
+                self.run(" ".join(shlex.quote(w) for w in words[1:]))
+            return
         name = Path(words[0]).name
         if name == "export":
-            self.environment |= dict(w.split("=", 1) for w in words[1:])
+            self.environment |= variables(words[1:])
         elif name == "make":
             for line in recipe(words[1]):
                 self.run(table.shortened(line))
@@ -150,6 +159,11 @@ class Walk:
             )
 
 
+def variables(words: list[str]) -> dict[str, str]:
+    """Return what NAME=VALUE words set, with $NAME filled in."""
+    return {name: os.path.expandvars(value) for name, value in (w.split("=", 1) for w in words)}
+
+
 def fedleak(arguments: list[str]) -> str:
     """Run the command line in this process; return what it printed."""
     done = CliRunner().invoke(app, arguments, env={"COLUMNS": "120"})
@@ -157,12 +171,17 @@ def fedleak(arguments: list[str]) -> str:
         raise AssertionError(f"fedleak {shlex.join(arguments)}") from done.exception
     assert done.exit_code == 0, f"fedleak {shlex.join(arguments)}: {done.output}"
     if "--json" in arguments:
-        assert json.loads(done.stdout)
+        assert any(json.loads(text) for text in _objects(done.stdout))
     if "--out" in arguments:
         out = Path(arguments[arguments.index("--out") + 1])
         assert out.is_file() or any(out.iterdir()), f"nothing in {out}"
         _some_leak(out, arguments)
     return done.stdout
+
+
+def _objects(text: str) -> list[str]:
+    """Return the JSON objects of an output: one, or one a line."""
+    return text.splitlines() if text.startswith("{") and text.count("\n{") else [text]
 
 
 def _some_leak(out: Path, arguments: list[str]) -> None:
@@ -200,10 +219,13 @@ def recipe(target: str) -> list[str]:
 def check_options(arguments: list[str]) -> None:
     """Check a command line of ``fedleak`` as click parses it, without running it."""
     command: Any = typer.main.get_command(app)
-    name = arguments[0] if arguments else ""
-    if name.startswith("-"):
-        assert name in ("--version", "--help"), f"fedleak has no {name}"
+    flags = {o for p in command.params for o in p.opts} | {"--help"}
+    while arguments and arguments[0].startswith("-"):
+        assert arguments[0] in flags, f"fedleak has no {arguments[0]}"
+        arguments = arguments[1:]
+    if not arguments:
         return
+    name = arguments[0]
     assert name in command.commands, f"there is no command 'fedleak {name}'"
     chosen = command.commands[name]
     try:
