@@ -51,7 +51,15 @@ class Trial:
 
 @dataclass(frozen=True, eq=False)
 class Trials:
-    """The trials of one call, and the seconds that the attack took for all of them."""
+    """The trials of one call.
+
+    Attributes
+    ----------
+    trials : tuple of Trial
+        In the order of the images.
+    seconds : float
+        What the attack took for all of them.
+    """
 
     trials: tuple[Trial, ...]
     seconds: float
@@ -166,7 +174,20 @@ def _score(result: Reconstruction, images: Tensor, labels: Tensor) -> list[Trial
 
 
 def labels_of(files: Sequence[Path], classes: int, seed: int) -> list[int]:
-    """Return labels: the folders' order where there are several, else drawn with the seed."""
+    """Return labels: the folders' order where there are several, else drawn with the seed.
+
+    Parameters
+    ----------
+    files : sequence of Path
+    classes : int
+        Number of classes; more folders than that are no classes.
+    seed : int
+
+    Returns
+    -------
+    list of int
+        One for each file.
+    """
     folders = sorted({f.parent.name for f in files})
     if 1 < len(folders) <= classes:
         return [folders.index(f.parent.name) for f in files]
@@ -177,7 +198,22 @@ def labels_of(files: Sequence[Path], classes: int, seed: int) -> list[int]:
 def summary(
     trials: Trials, files: Sequence[Path], attack: str, prior: str | None = None
 ) -> dict[str, Any]:
-    """Return the trials as plain types, for JSON."""
+    """Return the trials as plain types, for JSON.
+
+    Parameters
+    ----------
+    trials : Trials
+    files : sequence of Path
+        Where the images are from, in the order of the trials.
+    attack : str
+        The attack's name.
+    prior : str, optional
+        The prior's name.
+
+    Returns
+    -------
+    dict of str to object
+    """
     first, threat = trials.trials[0].reconstruction.details, trials.trials[0].reconstruction.threat
     return {
         "attack": attack,

@@ -116,6 +116,10 @@ def build_model(
         A checkpoint to load: ``.safetensors``, or a state dict of ``torch.save``,
         read with ``weights_only=True`` (no code in it can run).
 
+    Returns
+    -------
+    nn.Module
+
     Raises
     ------
     UnknownNameError, InvalidInputError

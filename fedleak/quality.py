@@ -16,7 +16,17 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Quality:
-    """Scores of one reconstructed image."""
+    """Scores of one reconstructed image.
+
+    Attributes
+    ----------
+    psnr_db : float
+        Peak signal-to-noise ratio, infinite where the images are equal.
+    ssim : float
+        Structural similarity; NaN where the images are too small for it.
+    mse : float
+        Mean squared error.
+    """
 
     psnr_db: float
     ssim: float

@@ -35,7 +35,13 @@ def quiet_flower(verbose: bool = False) -> None:
 
 @dataclass(frozen=True)
 class Arm:
-    """One defence of a run and where its results are."""
+    """One defence of a run and where its results are.
+
+    Attributes
+    ----------
+    defence : Defence
+    out : Path
+    """
 
     defence: Defence
     out: Path

@@ -23,7 +23,21 @@ _CLIENT_RAISED = 2
 _PATIENCE = 120.0
 
 
-class InlineGrid(Grid):
+class _Messages(Grid):
+    """Makes messages as Flower's own grids do, for strategies that ask a grid for them."""
+
+    def create_message(
+        self,
+        content: RecordDict,
+        message_type: str,
+        dst_node_id: int,
+        group_id: str,
+        ttl: float | None = None,
+    ) -> Message:
+        return Message(content, dst_node_id, message_type, group_id=group_id, ttl=ttl)
+
+
+class InlineGrid(_Messages):
     """Run every client in this process, one after the other.
 
     Starts at once, and a debugger steps from the strategy into the client. Each client
@@ -59,16 +73,6 @@ class InlineGrid(Grid):
     @property
     def run(self) -> Any:
         raise NotImplementedError("the inline engine has no SuperLink and so no Run")
-
-    def create_message(
-        self,
-        content: RecordDict,
-        message_type: str,
-        dst_node_id: int,
-        group_id: str,
-        ttl: float | None = None,
-    ) -> Message:
-        return Message(content, dst_node_id, message_type, group_id=group_id, ttl=ttl)
 
     def get_node_ids(self) -> Iterable[int]:
         return list(self._contexts)
@@ -112,7 +116,7 @@ def _set_identity() -> None:
     TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = _RUN, _SERVER_NODE, 1
 
 
-class OrderedGrid(Grid):
+class OrderedGrid(_Messages):
     """Any grid, with clients in the order of their partitions.
 
     Node ids are random for each run and replies arrive in any order; both would change
@@ -177,16 +181,6 @@ class OrderedGrid(Grid):
     @property
     def run(self) -> Any:
         return self._grid.run
-
-    def create_message(
-        self,
-        content: RecordDict,
-        message_type: str,
-        dst_node_id: int,
-        group_id: str,
-        ttl: float | None = None,
-    ) -> Message:
-        return self._grid.create_message(content, message_type, dst_node_id, group_id, ttl)
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         return self._grid.push_messages(messages)

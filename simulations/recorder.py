@@ -324,13 +324,21 @@ def _versions() -> dict[str, str]:
 
 
 def _commit() -> str | None:
-    """Return the commit of the code that runs, with ``-dirty`` if files were changed."""
-    where = Path(__file__).parent
+    """Return the commit of the code that runs, with ``-dirty`` if files were changed.
+
+    None for an installed package: a repository around it, as that of a project with its
+    environment inside, is not the one that this code is from.
+    """
+    file = Path(__file__)
     try:
-        done = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
-            cwd=where, capture_output=True, text=True, check=True, timeout=10,
-        )  # fmt: skip
+        _git(file.parent, "ls-files", "--error-unmatch", file.name)
+        return _git(file.parent, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
     except (OSError, subprocess.SubprocessError):
         return None
+
+
+def _git(where: Path, *arguments: str) -> str:
+    done = subprocess.run(
+        ["git", *arguments], cwd=where, capture_output=True, text=True, check=True, timeout=10
+    )
     return done.stdout.strip()

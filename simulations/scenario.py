@@ -299,6 +299,10 @@ def load_scenario(
     seed : int, optional
         Replaces the scenario's seed.
 
+    Returns
+    -------
+    Scenario
+
     Raises
     ------
     InvalidInputError
@@ -349,6 +353,15 @@ def override(table: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
 
 def make_scenario(table: Mapping[str, Any]) -> Scenario:
     """Validate a nested table.
+
+    Parameters
+    ----------
+    table : mapping of str to object
+        Sections and keys as in a TOML file.
+
+    Returns
+    -------
+    Scenario
 
     Raises
     ------

@@ -29,6 +29,11 @@ def defence_mod(defence: DefenceSpec, shared: Shared = "weights", seed: int = 0)
         the reply becomes sent plus the defended update.
     seed : int
         Draws the noise, together with the client's partition and the round.
+
+    Returns
+    -------
+    callable
+        A mod, for ``ClientApp(mods=[...])``.
     """
     return choosing_defence_mod(lambda context: (defence, shared, seed))
 
@@ -39,7 +44,18 @@ def noise_seed(seed: int, client: object, server_round: object) -> int:
 
 
 def choosing_defence_mod(choose: Choose) -> Mod:
-    """Return a mod whose defence is chosen at each call, as ``flwr run`` needs it."""
+    """Return a mod whose defence is chosen at each call, as ``flwr run`` needs it.
+
+    Parameters
+    ----------
+    choose : callable
+        ``Context -> (defence, shared, seed)``, which are those of :func:`defence_mod`.
+
+    Returns
+    -------
+    callable
+        A mod, for ``ClientApp(mods=[...])``.
+    """
 
     def mod(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
         defence, shared, seed = choose(context)

@@ -80,6 +80,17 @@ ATTACKS: Registry[type[Attack]] = Registry("attack", "fedleak.attacks")
 def make_attack(name: str, **options: Any) -> Attack:
     """Make an attack by name.
 
+    Parameters
+    ----------
+    name : str
+        A registered name, as ``"hybrid"``.
+    **options
+        The attack's own, as ``steps=300``.
+
+    Returns
+    -------
+    Attack
+
     Raises
     ------
     UnknownNameError
@@ -100,7 +111,15 @@ def make_attack(name: str, **options: Any) -> Attack:
 
 @dataclass(frozen=True)
 class Outcome:
-    """A reconstruction, or the reason why there is none, and the seconds it took."""
+    """A reconstruction, or the reason why there is none, and the seconds it took.
+
+    Attributes
+    ----------
+    reconstruction : Reconstruction or None
+    reason : str
+        Why there is none; empty where there is one.
+    seconds : float
+    """
 
     reconstruction: Reconstruction | None
     reason: str
@@ -112,6 +131,11 @@ def run_attack(attack: Attack, observations: Sequence[Observation]) -> list[Outc
 
     If the attack fails on all of them together, each is tried alone, so that one bad
     update costs only its own result.
+
+    Parameters
+    ----------
+    attack : Attack
+    observations : sequence of Observation
 
     Returns
     -------

@@ -350,7 +350,16 @@ def relative(value: Tensor, target: Tensor) -> Tensor:
 
 
 def resolve_device(device: str) -> torch.device:
-    """Return the torch device for ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+    """Return the torch device for a name.
+
+    Parameters
+    ----------
+    device : str
+        ``auto`` (CUDA where there is one), ``cpu``, ``cuda`` or ``cuda:N``.
+
+    Returns
+    -------
+    torch.device
 
     Raises
     ------

@@ -97,7 +97,12 @@ class IDLGAttack(DLGAttack):
 
     The label of one image is the only negative entry of the head's bias gradient (their
     section 3); see :func:`fedleak.attacks.labels.infer_labels` for batches. The image is then
-    found as by :class:`DLGAttack`, whose parameters and solver these are.
+    found as by :class:`DLGAttack`, whose solver this is.
+
+    Parameters
+    ----------
+    steps, seed, device
+        As for :class:`DLGAttack`.
     """
 
     _name: ClassVar[str] = "idlg"

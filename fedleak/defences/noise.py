@@ -63,7 +63,13 @@ class RelativeNoise(Defence):
 @DEFENCES.register("noise")
 @dataclass(frozen=True)
 class GaussianNoise(RelativeNoise):
-    """Gaussian noise, independent in every entry."""
+    """Gaussian noise, independent in every entry.
+
+    Parameters
+    ----------
+    relative : float
+        As for :class:`RelativeNoise`.
+    """
 
     def draw(self, shape: torch.Size, generator: torch.Generator) -> Tensor:
         return torch.randn(shape, generator=generator, dtype=torch.float64)
@@ -76,6 +82,11 @@ class LaplaceNoise(RelativeNoise):
 
     Equal strengths of ``laplace`` and ``noise`` have equal variance: the scale ``b`` of the
     distribution is the standard deviation over the root of two.
+
+    Parameters
+    ----------
+    relative : float
+        As for :class:`RelativeNoise`.
     """
 
     def draw(self, shape: torch.Size, generator: torch.Generator) -> Tensor:

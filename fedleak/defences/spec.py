@@ -164,7 +164,16 @@ def _check_order(named: Sequence[tuple[str, Defence]]) -> None:
 
 
 def parse_defence(text: str) -> DefenceSpec:
-    """Read ``"name"``, ``"name:strength"``, or several: ``"clip:1+noise:0.1"``.
+    """Read a defence as the command line has it.
+
+    Parameters
+    ----------
+    text : str
+        ``"name"``, ``"name:strength"``, or several: ``"clip:1+noise:0.1"``.
+
+    Returns
+    -------
+    DefenceSpec
 
     Raises
     ------
@@ -195,6 +204,10 @@ def defend_examples(examples: Update, spec: DefenceSpec, seed: int) -> Update:
         The gradient of each image of a batch.
     spec, seed
         As for :func:`defend`. What works on the update is given the mean.
+
+    Returns
+    -------
+    dict of str to Tensor, shape (*parameter)
 
     Raises
     ------

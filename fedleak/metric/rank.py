@@ -48,6 +48,10 @@ def structural_rank(layer: Affine, e: Tensor | None = None, known: Tensor | None
         ``dL/dz``: its filters of zeros have no gradient rows.
     known : Tensor of bool, shape (*out_shape), optional
         Outputs that have a weight row. Missing ones break relations, too.
+
+    Returns
+    -------
+    int
     """
     groups, filters, _ = layer.weight.shape
     shape = (groups, filters, -1)

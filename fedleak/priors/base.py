@@ -99,6 +99,22 @@ def make_prior(
 ) -> Prior:
     """Make a prior by name.
 
+    Parameters
+    ----------
+    name : str
+        A registered name, as ``"gaussian"`` or ``"patches:learned"``.
+    shape : tuple of int
+        Shape (C, H, W) of one image.
+    device : torch.device or str
+    public : Tensor, shape (N, C, H, W), optional
+        Images to learn from, for the priors that are learned.
+    **options
+        The prior's own.
+
+    Returns
+    -------
+    Prior
+
     Raises
     ------
     UnknownNameError

@@ -177,6 +177,7 @@ class LearnedGaussianPrior(Prior):
         Shape (C, H, W) of one image.
     public : Tensor, shape (M, C, H, W)
         Public images; their mirror images are used too.
+    device : torch.device or str
 
     Raises
     ------

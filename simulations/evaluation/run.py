@@ -66,6 +66,10 @@ def evaluate(
         Run also more than ``sweep.max_cells`` cells.
     on_progress : callable, optional
 
+    Returns
+    -------
+    Evaluated
+
     Raises
     ------
     FedleakError

@@ -140,6 +140,10 @@ def load_sweep(source: str | Path, overrides: Iterable[str] = ()) -> Sweep:
         ``"key=value"`` of the sweep, as ``seeds=[0]``, or of every scenario, as
         ``data.name=CIFAR10``.
 
+    Returns
+    -------
+    Sweep
+
     Raises
     ------
     InvalidInputError

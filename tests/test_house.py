@@ -1,0 +1,122 @@
+"""What the house's own files promise: imports, links, forms, hooks, citation."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.documents.reading import ROOT
+
+ALLOWED = {
+    "fedleak": {"fedleak"},
+    "strategies": {"fedleak", "strategies", "flwr"},
+    "simulations": {"fedleak", "strategies", "simulations", "flwr", "ray", "flwr_datasets"},
+}
+WATCHED = set().union(*ALLOWED.values())
+
+
+def imports(file: Path, everywhere: bool) -> set[str]:
+    """Return the top-level packages that a file imports; in its functions too, or not."""
+    tree = ast.parse(file.read_text())
+    inner = {
+        id(node)
+        for outer in ast.walk(tree)
+        if isinstance(outer, (ast.FunctionDef, ast.AsyncFunctionDef)) or _type_checking(outer)
+        for node in ast.walk(outer)
+    }
+    found: set[str] = set()
+    for node in ast.walk(tree):
+        if not everywhere and id(node) in inner:
+            continue
+        if isinstance(node, ast.Import):
+            found |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found.add((node.module or "").partition(".")[0])
+    return found
+
+
+def _type_checking(node: ast.AST) -> bool:
+    return isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+
+
+@pytest.mark.parametrize("package", ALLOWED)
+def test_imports_go_one_way(package: str) -> None:
+    wrong = {}
+    for file in (ROOT / package).rglob("*.py"):
+        name = str(file.relative_to(ROOT))
+        found = imports(file, everywhere=False) & WATCHED
+        # A command imports the federation when it is called, and Ray is imported where it is
+        # asked for; nothing else of the library reaches for them, early or late.
+        if "typer" not in imports(file, everywhere=False):
+            found |= imports(file, everywhere=True) & (WATCHED - {"ray"})
+        if found - ALLOWED[package]:
+            wrong[name] = found - ALLOWED[package]
+    assert not wrong
+
+
+def markdown() -> list[str]:
+    files = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("results/**/*.md")]
+    return sorted(str(f.relative_to(ROOT)) for f in files if "runs" not in f.parts)
+
+
+@pytest.mark.parametrize("document", markdown())
+def test_links_lead_somewhere(document: str) -> None:
+    text = re.sub(r"^ *```.*?^ *```", "", (ROOT / document).read_text(), flags=re.M | re.S)
+    text = re.sub(r"`[^`\n]*`", "", text)
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if re.match(r"[a-z]+:", target):
+            continue
+        path, _, anchor = target.partition("#")
+        file = ((ROOT / document).parent / path).resolve() if path else ROOT / document
+        assert file.exists(), f"{target} is not there"
+        if anchor and file.suffix == ".md":
+            assert anchor in anchors(file), f"{target}: known are {sorted(anchors(file))}"
+
+
+def anchors(file: Path) -> set[str]:
+    """Return the anchors of a file's headings, as the sites that show it make them."""
+    heads = re.findall(r"^#+ +(.*)$", file.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", h.lower()).strip().replace(" ", "-") for h in heads}
+
+
+def test_the_citation_is_one() -> None:
+    cited = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert {"cff-version", "message", "title", "authors"} <= set(cited)  # all that 1.2.0 demands
+    assert (cited["cff-version"], cited["type"]) == ("1.2.0", "software")
+    assert cited["license"] == "Apache-2.0"
+    for work in (cited, *cited["references"]):
+        assert work["title"]
+        assert all(
+            "name" in a or {"given-names", "family-names"} <= set(a) for a in work["authors"]
+        )
+    assert all("type" in r for r in cited["references"])
+
+
+@pytest.mark.parametrize("name", ["bug.yml", "number.yml", "method.yml"])
+def test_issue_forms(name: str) -> None:
+    form = yaml.safe_load((ROOT / ".github" / "ISSUE_TEMPLATE" / name).read_text())
+    assert {"name", "description", "body"} <= set(form)
+    asked = [item for item in form["body"] if item["type"] != "markdown"]
+    assert len({item["id"] for item in asked}) == len(asked) > 0
+    for item in asked:
+        assert item["type"] in ("input", "textarea", "dropdown", "checkboxes")
+        assert item["attributes"]["label"]
+
+
+def test_the_hooks_of_pre_commit_are_those_of_make_lint(tmp_path: Path) -> None:
+    file = ROOT / ".pre-commit-config.yaml"
+    command = [sys.executable, "-m", "pre_commit", "validate-config", str(file)]
+    subprocess.run(command, check=True, capture_output=True, cwd=tmp_path, timeout=60)
+    (repository,) = yaml.safe_load(file.read_text())["repos"]
+    assert repository["repo"] == "local"  # pre-commit downloads nothing
+    assert {hook["language"] for hook in repository["hooks"]} == {"system"}
+    makefile = (ROOT / "Makefile").read_text()
+    for hook in repository["hooks"]:
+        tool = hook["entry"].removesuffix(" --force-exclude").removeprefix(".venv/bin/")
+        assert f"$(BIN)/{tool}" in makefile, f"make lint does not run {tool}"
