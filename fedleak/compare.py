@@ -54,6 +54,8 @@ def compare(
         print(text)  # noqa: T201
         return
     _console.print(_table(rows))
+    if (differs := _differences(rows)) is not None:
+        _console.print("", differs)
     for note in notes:
         _console.print(note, highlight=False, soft_wrap=True, markup=False)
     _console.print(
@@ -129,15 +131,34 @@ def _table(rows: Sequence[dict[str, Any]]) -> Table:
             column, justify="left" if text else "right", no_wrap=not text, overflow="fold"
         )
     for row in rows:
-        differs = [f"  {k}={'-' if v is None else v}" for k, v in row["differs"].items()]
         right, accuracy = row["labels_right"], row["accuracy"]
         table.add_row(
-            "\n".join([row["run"], *differs]), row["defence"],
+            row["run"], row["defence"],
             *_cells(row["first"]), *_cells(row["last"]),
             "-" if right is None else f"{right:.0%}",
             "-" if accuracy is None else f"{accuracy:.2f}",
             number(row["predicted_psnr_db"]),
         )  # fmt: skip
+    return table
+
+
+def _differences(rows: Sequence[dict[str, Any]]) -> Table | None:
+    """Return the settings in which the runs differ; None where they differ in none."""
+    columns: list[tuple[str, dict[str, Any]]] = []
+    for row in rows:  # the arms of one run share its settings
+        if (row["run"], row["differs"]) not in columns:
+            columns.append((row["run"], row["differs"]))
+    if not rows[0]["differs"]:
+        return None
+    table = Table(
+        title="what differs", box=box.SIMPLE, title_justify="left", padding=(0, 1, 0, 0),
+        show_edge=False,
+    )  # fmt: skip
+    for name in ("", *(name for name, _ in columns)):
+        table.add_column(name, overflow="fold")
+    for key in rows[0]["differs"]:
+        values = [differs[key] for _, differs in columns]
+        table.add_row(key, *("-" if v is None else str(v) for v in values))
     return table
 
 

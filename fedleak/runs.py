@@ -20,7 +20,7 @@ _NEEDED = {
 #: Columns of later versions, and what is missing where they are.
 _LATER = ("predicted_psnr_db",)
 #: Of a scenario, but not what a run was made of: names, and what is an arm of its own.
-_NOT_SETTINGS = ("name", "compare", "defence", "defence.name", "defence.strength")
+_NOT_SETTINGS = ("name", "compare", "data.download", "defence", "defence.name", "defence.strength")
 
 
 @dataclass(frozen=True, eq=False)
@@ -182,7 +182,8 @@ def _arm(folder: Path, name: str, about: Mapping[str, Any]) -> Run:
         state = str(about.get("status", "unknown")).replace("running", "running, or killed")
         gaps.append(f"{who}: {state}; {len(rounds)} of {wanted} rounds are finished")
     settings = dict(_flat(about["scenario"]))
-    settings = {k: v for k, v in settings.items() if k not in _NOT_SETTINGS}
+    unused = ("data.root",) if settings.get("data.name") == "digits" else ()
+    settings = {k: v for k, v in settings.items() if k not in (*_NOT_SETTINGS, *unused)}
     leakage = leakage[~unfinished & leakage["status"].isin(["ok", "failed"])]
     return Run(
         name, label, settings, leakage, rounds, folder, about.get("commit"), tuple(sorted(gaps))
@@ -192,13 +193,17 @@ def _arm(folder: Path, name: str, about: Mapping[str, Any]) -> Run:
 def _evaluation(folder: Path, name: str) -> Iterator[Run]:
     """Read an evaluation: the cells of one defence and setting, over all seeds."""
     groups: dict[str, list[Run]] = {}
-    for done in sorted((folder / "cells").glob("*/cell.json")):
+    # Undefended first: all else is held against it.
+    order = {
+        f: not f.parent.name.startswith("none") for f in (folder / "cells").glob("*/cell.json")
+    }
+    for done in sorted(order, key=lambda f: (order[f], f)):
         sides = [done.parent / side for side in ("informed", "unaware")]
         seen = next((s for s in sides if (s / "run.json").is_file()), None)
         if seen is None:
             continue
         about = _about(seen)
-        run = _arm(seen, name, about)
+        run = _predicted(_arm(seen, name, about), done.parent / "unaware")
         same = {k: v for k, v in run.settings.items() if k not in ("seed", "threat.defence")}
         key = json.dumps([run.defence, about["scenario"].get("name"), same], sort_keys=True)
         groups.setdefault(key, []).append(replace(run, settings={**same, "attacker": "informed"}))
@@ -207,14 +212,29 @@ def _evaluation(folder: Path, name: str) -> Iterator[Run]:
             f"{str(folder / 'cells')!r} has no finished cell; the same fedleak evaluate goes on "
             "where it stopped"
         )
-    for runs in groups.values():
+    told_apart = differences([runs[0] for runs in groups.values()])
+    for runs, own in zip(groups.values(), told_apart, strict=True):
         yield replace(
             runs[0],
+            name=f"{name} ({', '.join(map(str, own.values()))})" if own else name,
             leakage=pd.concat([r.leakage for r in runs], ignore_index=True),
             rounds=pd.concat([r.rounds for r in runs], ignore_index=True),
             settings={**runs[0].settings, "seeds": len(runs)},
             gaps=tuple(dict.fromkeys(g for r in runs for g in r.gaps)),
         )
+
+
+def _predicted(run: Run, unaware: Path) -> Run:
+    """Add the predictions, which an evaluation keeps beside the attacker who is unaware."""
+    if run.folder == unaware or not (unaware / "run.json").is_file():
+        return run
+    other = _arm(unaware, run.name, _about(unaware))
+    keys, column = ["round", "client", "image"], "predicted_psnr_db"
+    if not set(keys) <= set(other.leakage) & set(run.leakage):
+        return run
+    told = other.leakage.drop_duplicates(keys)[[*keys, column]]
+    leakage = run.leakage.drop(columns=column).merge(told, on=keys, how="left")
+    return replace(run, leakage=leakage, rounds=other.rounds)
 
 
 def _defence(value: Any) -> str:
