@@ -34,10 +34,10 @@ for _name, _setting in _QUIET.items():
 _verbose = False
 
 
-def quiet_flower(verbose: bool = False) -> None:
-    """Show Flower's own log, and Ray's, only if ``verbose``; errors always."""
+def quiet_flower(verbose: bool | None = None) -> None:
+    """Show Flower's own log, and Ray's, only if ``verbose``; errors always. None: as before."""
     global _verbose
-    _verbose = verbose
+    _verbose = verbose = _verbose if verbose is None else verbose
     from flwr.common.logger import FLOWER_LOGGER  # sets a level of its own when imported
 
     FLOWER_LOGGER.setLevel(logging.INFO if verbose else logging.ERROR)

@@ -102,9 +102,14 @@ def test_neither_bars_nor_lines(
 
 def test_what_is_kept_is_said_when_stopped(capsys: pytest.CaptureFixture[str]) -> None:
     events.set_up()
-    with pytest.raises(typer.Exit) as caught, console.resumable("attacking", "updates") as tell:
-        tell(3, 9)
-        raise KeyboardInterrupt
+
+    def stop() -> None:
+        with console.resumable("attacking", "updates") as tell:
+            tell(3, 9)
+            raise KeyboardInterrupt
+
+    with pytest.raises(typer.Exit) as caught:
+        stop()
     assert caught.value.exit_code == 130
     assert "stopped; 3 of 9 updates are done and kept" in capsys.readouterr().err
 
@@ -152,6 +157,6 @@ def test_an_error_of_ours_has_its_traceback_in_the_event(
     error = events_in(capsys.readouterr().err)[1]
     assert error["reason"] == "ZeroDivisionError: oh"
     assert "Traceback" in str(error["traceback"])
+    monkeypatch.setattr(sys, "argv", ["fedleak", "list", "attacks"])
     with pytest.raises(ZeroDivisionError):  # a person is shown the traceback itself
-        monkeypatch.setattr(sys, "argv", ["fedleak", "list", "attacks"])
         main()
