@@ -146,6 +146,19 @@ def test_a_line_for_each_arm_or_nothing(
     assert capsys.readouterr().err == ""
 
 
+def test_a_stopped_run_says_what_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stop(*arguments: object, **options: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("simulations.engines.simulate", stop)
+    with pytest.raises(SystemExit) as caught:
+        run_small([], tmp_path / "run", monkeypatch)
+    assert caught.value.code == 130
+    assert "fedleak: stopped; finished rounds are kept" in capsys.readouterr().err
+
+
 def test_an_unknown_tracker(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
