@@ -66,13 +66,13 @@ _TEST_SHARE = 0.2
 
 def known_datasets() -> list[str]:
     """Return the names that :func:`load_data` takes."""
-    return [*DATASETS, *_torchvision()]
+    return [*DATASETS, *torchvision_names()]
 
 
 def check_name(name: str) -> None:
     """Raise UnknownNameError if there is no such data set."""
     # Ours first: torchvision takes seconds to import.
-    if name not in DATASETS and name not in _torchvision():
+    if name not in DATASETS and name not in torchvision_names():
         raise UnknownNameError("data set", name, known_datasets())
 
 
@@ -119,6 +119,7 @@ def _hold_out(images: LabelledImages) -> Split:
 
 @DATASETS.register("digits")
 def _digits(root: str, download: bool, size: int) -> Split:
+    """Handwritten digits of scikit-learn, 1x8x8, 1797 images; needs no download."""
     from sklearn.datasets import load_digits
 
     found = load_digits()
@@ -132,6 +133,7 @@ def _digits(root: str, download: bool, size: int) -> Split:
 
 @DATASETS.register("folder")
 def _folder(root: str, download: bool, size: int) -> Split:
+    """A folder with one folder of images for each class, 3x32x32 if not told otherwise."""
     from torchvision.datasets import ImageFolder
 
     if not Path(root).is_dir():
@@ -174,7 +176,8 @@ def _wrap(found: Any, labels: Any, classes: int, size: int) -> LabelledImages:
 
 
 @lru_cache(maxsize=1)
-def _torchvision() -> tuple[str, ...]:
+def torchvision_names() -> tuple[str, ...]:
+    """Return the classes of ``torchvision.datasets`` that may be data sets; takes seconds."""
     from torchvision import datasets
 
     other = {"ImageFolder", "DatasetFolder", "VisionDataset", "wrap_dataset_for_transforms_v2"}

@@ -52,7 +52,7 @@ def evaluate(
 
     loaded = load_sweep(sweep, set_ or ())
     quiet_flower(verbose)
-    with resumable("evaluating", "cells", _console) as on_progress:
+    with resumable("evaluating", "cells") as on_progress:
         evaluated = run(
             loaded, out, jobs=jobs, engine=engine, confirmed=yes,  # type: ignore[arg-type]
             on_progress=on_progress,

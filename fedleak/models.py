@@ -84,6 +84,8 @@ def _paper_network(name: str) -> ModelFactory:
     ) -> nn.Sequential:
         return conv_chain(PAPER_NETWORKS[name], input_shape, classes, name=name)
 
+    layers = ", ".join(f"{f} of {k}x{k} by {s}" for f, k, s, _ in PAPER_NETWORKS[name])
+    factory.__doc__ = f"Convolutions ({layers}), tanh after each, and a fully connected layer."
     return factory
 
 

@@ -62,7 +62,13 @@ def _labels(table: pd.DataFrame) -> pd.Series:
     return pd.Series([defence_label(d, s) for d, s in pairs], index=table.index, dtype=object)
 
 
-def leakage_vs_rounds(leakage: pd.DataFrame, rounds: pd.DataFrame, path: Path) -> Path:
+def leakage_vs_rounds(
+    leakage: pd.DataFrame,
+    rounds: pd.DataFrame,
+    path: Path,
+    by: str = "defence",
+    title: str = "What the server reconstructs (simulated): median of clients, quartiles",
+) -> Path:
     """Draw attained and predicted PSNR over rounds above accuracy over rounds.
 
     Parameters
@@ -75,21 +81,27 @@ def leakage_vs_rounds(leakage: pd.DataFrame, rounds: pd.DataFrame, path: Path) -
         are overlaid.
     path : Path
         The PNG to write.
+    by : str
+        What has a colour of its own: the defence, or a column of both tables.
+    title : str
     """
-    leakage = leakage.assign(defence=_labels(leakage))
-    if "defence" in rounds:
-        rounds = rounds.assign(defence=_labels(rounds))
-    else:
-        rounds = rounds.assign(defence=leakage["defence"].iloc[0] if len(leakage) else "none")
-    order = list(dict.fromkeys(rounds["defence"]))
-    palette = dict(zip(order, sns.color_palette("colorblind", len(order)), strict=True))
+    if by == "defence":
+        leakage = leakage.assign(defence=_labels(leakage))
+        if "defence" in rounds:
+            rounds = rounds.assign(defence=_labels(rounds))
+        else:
+            rounds = rounds.assign(defence=leakage["defence"].iloc[0] if len(leakage) else "none")
+    order = list(dict.fromkeys(rounds[by]))
+    # Ten colours can be told apart by anyone; more must at least differ.
+    colours = sns.color_palette("colorblind" if len(order) <= 10 else "husl", len(order))
+    palette = dict(zip(order, colours, strict=True))
     with sns.axes_style("whitegrid"):
         figure, (top, bottom) = plt.subplots(
             2, 1, figsize=(8, 6.5), sharex=True, height_ratios=(5, 2), layout="constrained"
         )
-        common = {"x": "round", "hue": "defence", "hue_order": order, "palette": palette}
+        common = {"x": "round", "hue": by, "hue_order": order, "palette": palette}
         _draw_leakage(leakage, top, common)
-        top.set_title("What the server reconstructs (simulated): median of clients, quartiles")
+        top.set_title(title)
         sns.lineplot(rounds, y="accuracy", marker="o", legend=False, ax=bottom, **common)
         bottom.set(ylabel="test accuracy", ylim=(0, 1), xlabel="round")
         bottom.xaxis.get_major_locator().set_params(integer=True)

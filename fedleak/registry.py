@@ -29,6 +29,7 @@ class Registry(Generic[T]):
         self.kind, self.group = kind, group
         self._entries: dict[str, T] = {}
         self._points: dict[str, metadata.EntryPoint] | None = None
+        self._ours: set[str] = set()
 
     def register(self, name: str) -> Callable[[T], T]:
         """Return a decorator that enters its argument under ``name``."""
@@ -37,6 +38,7 @@ class Registry(Generic[T]):
             if name in self._entries:
                 raise ValueError(f"{self.kind} {name!r} is registered twice")
             self._entries[name] = item
+            self._ours.add(name)
             return item
 
         return enter
@@ -58,6 +60,13 @@ class Registry(Generic[T]):
     def name_of(self, item: T) -> str | None:
         """Return the name that ``item`` is entered under, if it has been."""
         return next((name for name, known in self._entries.items() if known is item), None)
+
+    def package_of(self, name: str) -> str | None:
+        """Return the package whose entry point a name is; None of one registered in the code."""
+        point = None if name in self._ours else self._entry_points().get(name)
+        if point is None:
+            return None
+        return point.dist.name if point.dist is not None else point.value.partition(":")[0]
 
     def __contains__(self, name: object) -> bool:
         return name in self._entries or name in self._entry_points()

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from fedleak.errors import UnknownNameError
+from fedleak.events import take_over
 from simulations.scenario import Defence, Scenario
+
+if TYPE_CHECKING:
+    from simulations.server_app import Progress
+    from simulations.trackers import Trackers
 
 Engine = Literal["inline", "ray"]
 ENGINES = ("inline", "ray")
@@ -26,11 +31,17 @@ for _name, _setting in _QUIET.items():
     os.environ.setdefault(_name, _setting)
 
 
-def quiet_flower(verbose: bool = False) -> None:
-    """Show Flower's own log only if ``verbose``; errors always."""
+_verbose = False
+
+
+def quiet_flower(verbose: bool | None = None) -> None:
+    """Show Flower's own log, and Ray's, only if ``verbose``; errors always. None: as before."""
+    global _verbose
+    _verbose = verbose = _verbose if verbose is None else verbose
     from flwr.common.logger import FLOWER_LOGGER  # sets a level of its own when imported
 
     FLOWER_LOGGER.setLevel(logging.INFO if verbose else logging.ERROR)
+    take_over(FLOWER_LOGGER)
 
 
 @dataclass(frozen=True)
@@ -59,6 +70,7 @@ def simulate(
     on_progress: OnArmProgress | None = None,
     client_app: Any = None,
     capture: bool = False,
+    log_to: Sequence[str] = (),
 ) -> list[Arm]:
     """Run a scenario, and each defence it compares, and write the results.
 
@@ -79,6 +91,8 @@ def simulate(
     capture : bool
         Keep every update that is attacked in ``captures`` of each arm's folder, and the
         true images beside, for :func:`fedleak.capture.run.attack_capture`.
+    log_to : sequence of {"tensorboard", "mlflow"}
+        Trackers that are told of every round beside, each an extra of the same name.
 
     Returns
     -------
@@ -94,7 +108,9 @@ def simulate(
         raise UnknownNameError("engine", engine, ENGINES)
     from simulations.recorder import about_run, ended, prepare_folder, write_about
     from simulations.server_app import check
+    from simulations.trackers import Trackers, check_trackers
 
+    check_trackers(log_to)
     folder = Path(out) if out is not None else Path("results/runs") / scenario.name
     folder = folder.absolute()
     check(scenario, capture)
@@ -102,14 +118,16 @@ def simulate(
     defences = scenario.arms()
     arms = [Arm(d, folder if len(defences) == 1 else folder / d.spec.label) for d in defences]
     if len(arms) == 1:
-        _run_arm(arms[0], scenario, engine, on_progress, client_app, capture)
+        trackers = Trackers(log_to, folder, scenario)
+        _run_arm(arms[0], scenario, engine, on_progress, client_app, capture, trackers)
         return arms
     about = about_run(scenario, engine)
     write_about(folder, about)
     for count, arm in enumerate(arms, 1):
         try:
             own = scenario.arm(arm.defence)
-            _run_arm(arm, own, engine, on_progress, client_app, capture)
+            trackers = Trackers(log_to, folder, own)
+            _run_arm(arm, own, engine, on_progress, client_app, capture, trackers)
         except BaseException as error:
             write_about(folder, {**about, **ended(error)})
             raise
@@ -126,13 +144,19 @@ def _run_arm(
     on_progress: OnArmProgress | None,
     client_app: Any,
     capture: bool,
+    trackers: Trackers,
 ) -> None:
     from simulations.client_app import build_client_app
     from simulations.recorder import Recorder
     from simulations.server_app import build_server_app
 
     recorder = Recorder(arm.out, scenario, engine)
-    report = None if on_progress is None else (lambda progress: on_progress(arm, progress))
+
+    def report(progress: Progress) -> None:
+        trackers.round(progress)
+        if on_progress is not None:
+            on_progress(arm, progress)
+
     server = build_server_app(scenario, recorder, report, capture)
     client = client_app or build_client_app(lambda context: scenario)
     run = run_inline if engine == "inline" else _run_ray
@@ -140,11 +164,13 @@ def _run_arm(
         run(server, client, scenario.federation.clients)
     except BaseException as error:
         recorder.finish(error)
+        trackers.end(arm.out, finished=False)
         raise
     recorder.finish()
     from fedleak.plots import plot_run  # seaborn takes seconds to import
 
     plot_run(arm.out)
+    trackers.end(arm.out, finished=True)
 
 
 def run_inline(server: Any, client: Any, clients: int) -> None:
@@ -173,9 +199,14 @@ def _run_ray(server: Any, client: Any, clients: int) -> None:
             raised.append(error)
             raise
 
+    # What quiet_flower was told holds for Ray as well.
+    verbose = _verbose
     backend: dict[str, Any] = {
         "client_resources": {"num_cpus": 1, "num_gpus": 0.0},
-        "init_args": {"log_to_driver": False, "logging_level": "error"},
+        "init_args": {
+            "log_to_driver": verbose,
+            "logging_level": "info" if verbose else "error",
+        },
     }
     try:
         run_simulation(wrapped, client, num_supernodes=clients, backend_config=backend)

@@ -13,7 +13,7 @@ import platform
 import shutil
 import subprocess
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -48,8 +48,33 @@ CAPTURES = "captures"
 #: What a run writes; ``overwrite`` removes these and nothing else.
 OUTPUTS = (
     "leakage.csv", "rounds.csv", "metric.csv", "run.json", "leakage_vs_rounds.png",
-    "reconstructions.png", "reconstructions", CAPTURES,
+    "reconstructions.png", "reconstructions", CAPTURES, "tensorboard", "mlruns",
 )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class RoundScores:
+    """What one round leaked; NaN where nothing was reconstructed or predicted.
+
+    Attributes
+    ----------
+    images, reconstructed : int
+        Attacked, and of these without failure.
+    psnr_db_median, psnr_db_best, ssim_median : float
+        Of the images that were reconstructed; an exact one has an infinite PSNR.
+    labels_right : float
+        Share of these whose label was inferred rightly.
+    predicted_psnr_db : float
+        Median of the metric's predictions.
+    """
+
+    images: int
+    reconstructed: int
+    psnr_db_median: float
+    psnr_db_best: float
+    ssim_median: float
+    labels_right: float
+    predicted_psnr_db: float
 
 
 def prepare_folder(out: Path, overwrite: bool = False) -> None:
@@ -135,7 +160,8 @@ class Recorder:
     def __init__(self, out: Path, scenario: Scenario, engine: str):
         self.out, self.scenario = out, scenario
         self.partitions: Mapping[int, int] = {}
-        self.psnr: list[float] = []
+        self._scored: list[tuple[float, float, bool]] = []  # PSNR, SSIM, label right
+        self._images = 0
         self.predict: UpdatePrediction | None = None
         self._predicted: list[float] = []
         self._attack_seconds = 0.0
@@ -173,6 +199,7 @@ class Recorder:
             "strength": defence.strength,
             "seconds": f"{leak.seconds:.4f}",
         }
+        self._images += len(rows)
         for row in rows:
             self._append("leakage.csv", [{**same, **row}.get(c, "") for c in LEAKAGE])
 
@@ -204,7 +231,8 @@ class Recorder:
                 continue
             rows.append({**row, **asdict(one.quality), "label_inferred": one.label_inferred,
                          "status": "ok"})  # fmt: skip
-            self.psnr.append(one.quality.psnr_db)
+            right = one.label_inferred == one.label
+            self._scored.append((one.quality.psnr_db, one.quality.ssim, right))
             picture = (true.numpy(), one.image.float().numpy(), one.quality.psnr_db)
             self._pictures.append((client, image, *picture))
         return rows
@@ -223,7 +251,7 @@ class Recorder:
 
     def round(
         self, number: int, row: Mapping[str, Any], metric: SecurityMetric | None = None
-    ) -> None:
+    ) -> RoundScores:
         """Write one round's row, the metric of each layer, and the reconstructions."""
         for layer in metric.layers if metric else ():
             self._append("metric.csv", [number, *(getattr(layer, c) for c in METRIC[1:])])
@@ -237,7 +265,9 @@ class Recorder:
             "seconds_attack": f"{self._attack_seconds:.4f}",
         }
         self._append("rounds.csv", [_plain(values[c]) for c in ROUNDS])
+        scores = self._scores()
         self._attack_seconds, self._predicted = 0.0, []
+        self._images, self._scored = 0, []
         if self._pictures:
             folder = self.out / "reconstructions"
             folder.mkdir(exist_ok=True)
@@ -251,6 +281,20 @@ class Recorder:
                 psnr_db=np.array(psnr),
             )
             self._pictures = []
+        return scores
+
+    def _scores(self) -> RoundScores:
+        psnr, ssim, right = zip(*self._scored, strict=True) if self._scored else ((), (), ())
+        known = [s for s in ssim if not math.isnan(s)]  # a tiny image has none
+        return RoundScores(
+            images=self._images,
+            reconstructed=len(psnr),
+            psnr_db_median=median(psnr) if psnr else math.nan,
+            psnr_db_best=max(psnr, default=math.nan),
+            ssim_median=median(known) if known else math.nan,
+            labels_right=sum(right) / len(right) if right else math.nan,
+            predicted_psnr_db=median(self._predicted) if self._predicted else math.nan,
+        )
 
     def finish(self, error: BaseException | None = None) -> None:
         """Note that the run finished, or which error ended it."""

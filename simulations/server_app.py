@@ -22,7 +22,7 @@ from fedleak.metric import SecurityMetric, security_metric
 from simulations.grid import OrderedGrid
 from simulations.partition import partitions, training_data
 from simulations.prediction import UpdatePrediction
-from simulations.recorder import Recorder, TruthfulCapture, prepare_folder
+from simulations.recorder import Recorder, RoundScores, TruthfulCapture, prepare_folder
 from simulations.scenario import Scenario, from_run_config
 from simulations.task import evaluate, make_model, test_data
 from simulations.traffic import Traffic
@@ -36,7 +36,8 @@ class Progress:
     server_round: int
     rounds: int
     accuracy: float
-    psnr_db: list[float]
+    loss: float
+    scores: RoundScores
 
 
 OnProgress = Callable[[Progress], None]
@@ -151,11 +152,10 @@ def serve(
             "bytes_sent": clock.traffic.bytes_sent,
             "seconds_train": f"{clock.seconds_train:.4f}",
         }
-        for one in recorders:
-            one.round(server_round, row, metric)
+        scores, *_ = [one.round(server_round, row, metric) for one in recorders]
         if on_progress is not None:
             rounds = scenario.federation.rounds
-            on_progress(Progress(server_round, rounds, accuracy, recorder.psnr))
+            on_progress(Progress(server_round, rounds, accuracy, loss, scores))
         return MetricRecord({"accuracy": accuracy, "loss": loss})
 
     clock.start(

@@ -11,6 +11,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from fedleak import events
 from fedleak.attacks.base import ATTACKS, Attack, Reconstruction
 from fedleak.attacks.evidence import Evidence
 from fedleak.attacks.objectives import cosine_distance, squared_distance, total_variation
@@ -221,7 +222,7 @@ class CosineAttack(Attack):
         best = x.detach().clone()
         least = torch.full_like(best[:, 0, 0, 0, 0], torch.inf)
         nearest = least.clone()
-        for step in range(self.steps + 1):
+        for step in events.steps(self.steps + 1, "matching"):
             made = {k: g * told.get(k, 1.0) for k, g in replay(x, labels).gradients.items()}
             distance = cosine_distance(made, target)
             value = distance + self.tv * total_variation(x)

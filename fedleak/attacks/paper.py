@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fedleak import events
 from fedleak.attacks.base import ATTACKS, Attack, Reconstruction
 from fedleak.attacks.evidence import Evidence
 from fedleak.attacks.linear import package, solve_recursively
@@ -118,7 +119,7 @@ class _Correction:
         # float32, as published: half the time, and 1e-7 is nothing to steps of 1e-3.
         value = x.float().requires_grad_()
         optimiser = torch.optim.Adam([value], lr=_LEARNING_RATE)
-        for _ in range(steps):
+        for _ in events.steps(steps, f"matching the input of layer {i}"):
             (value.grad,) = torch.autograd.grad(objective(value).sum(), value)
             optimiser.step()
         with torch.no_grad():

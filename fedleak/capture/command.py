@@ -62,7 +62,7 @@ def attack(
     from fedleak.capture.run import attack_capture
 
     options = read_options(option or (), prior, public)
-    with resumable("attacking", "updates", _console, quiet=json_) as on_progress:
+    with resumable("attacking", "updates") as on_progress:
         attacked = attack_capture(
             capture, attack, options, out, model=model, device=device, jobs=jobs,
             engine=engine, threads=threads, together=together,  # type: ignore[arg-type]

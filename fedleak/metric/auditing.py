@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fedleak import events
 from fedleak.defences import DefenceSpec, parse_defence
 from fedleak.errors import FedleakError, InvalidInputError
 from fedleak.metric.adviser import Advice, advise
@@ -193,6 +194,7 @@ def audit(
     unknowns = batch_size * math.prod(shape)
     count = references if references is not None else (2 if unknowns <= _MANY else 1)
 
+    events.stage("linearising the update")
     found = make_references(model, shape, batch_size, spec, images, count, seed)
     same = found[0].jacobian.images.float()
 
@@ -203,12 +205,15 @@ def audit(
     attribution: Attribution | None = None
     advice: tuple[Advice, ...] = ()
     if matrix_free or unknowns > DENSE_UNKNOWNS or not found[0].jacobian.affordable:
+        events.stage("bounding the prediction")
         prediction = estimate(found, prior)
         why = "the prediction is matrix-free: no Jacobian is held in memory to take apart"
     else:
         prediction, attribution, advice = _dense(found, prior, target_db)
         if target_db is not None and prediction.psnr_db >= target_db:
+            events.stage("looking for another network")
             advice += redesign(model, shape, prior, target_db, linearised, batch_size, seed)
+    events.stage("the ranks of c(M)")
     metric, why_no_c = _c(model, shape, seed)
     return Audit(
         input_shape=shape,
@@ -234,14 +239,17 @@ def _dense(
     references: Sequence[Reference], prior: Prior, target_db: float | None
 ) -> tuple[Prediction, Attribution, tuple[Advice, ...]]:
     """Return what needs the Jacobian in memory."""
+    events.stage("predicting")
     factor = prior.dense().factor
     first, *others = references
     blocks = first.blocks()
     prediction = predict(references, prior, [blocks, *(r.blocks() for r in others)])
+    events.stage("taking the update apart by layers")
     told = information(first, factor, blocks)
     attribution = attribute(first, factor, blocks, told)
     if target_db is None or prediction.psnr_db < target_db or not told.layers:
         return prediction, attribution, ()
+    events.stage("trying defences")
     return prediction, attribution, advise(first, factor, blocks, told, target_db)
 
 

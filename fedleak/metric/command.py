@@ -12,7 +12,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from fedleak.console import number
+from fedleak.console import display, number
 from fedleak.errors import InvalidInputError
 from fedleak.metric.auditing import Audit
 from fedleak.metric.auditing import audit as run
@@ -72,10 +72,11 @@ def audit(
     chosen = choose_prior(prior, public, shape)
     pixels = None if images is None else _read(images, shape)
     network = build_model(model, shape, classes, seed, weights).eval()
-    result = run(
-        network, shape, batch_size, defence, chosen, pixels, references, seed, target_db,
-        matrix_free,
-    )  # fmt: skip
+    with display(f"auditing {model}", inner=True):
+        result = run(
+            network, shape, batch_size, defence, chosen, pixels, references, seed, target_db,
+            matrix_free,
+        )  # fmt: skip
     found = {"model": model, **result.to_dict()}
     if out is not None:
         from fedleak.metric.figure import draw

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 from torch.func import jvp, vjp
 
+from fedleak import events
 from fedleak.metric.derivatives import derivable
 from fedleak.priors import Prior
 
@@ -185,7 +186,7 @@ def _conjugate_gradients(
         return a.reshape(-1, *[1] * (rhs.dim() - 1))
 
     size = inner(r, r)
-    for _ in range(steps):
+    for _ in events.steps(steps, "conjugate gradients"):
         moved = apply(p)
         length = size / inner(p, moved).clamp_min(1e-300)
         v, r = v + column(length) * p, r - column(length) * moved

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
+from fedleak.console import resumable
 from fedleak.errors import InvalidInputError
 
 if TYPE_CHECKING:
@@ -56,10 +57,11 @@ def paper(
     shared = None if public is None else _public(public, chosen.pixels)
     console = Console(soft_wrap=True)
     command = _command(images, limit, slow_limit, attack, network, public, seed, device, out)
-    compare(
-        networks, specs, chosen, slow_limit, out, public=shared, seed=seed, device=device,
-        command=command, overwrite=overwrite, console=console,
-    )  # fmt: skip
+    with resumable("comparing", "cells") as on_progress:
+        compare(
+            networks, specs, chosen, slow_limit, out, public=shared, seed=seed, device=device,
+            command=command, overwrite=overwrite, on_progress=on_progress,
+        )  # fmt: skip
     console.print((out / "paper.md").read_text(), highlight=False, markup=False)
     console.print(f"In {out}: paper.md, paper.png, paper.csv, paper.json", highlight=False)
 

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor
 
 from fedleak import __version__
@@ -37,7 +35,7 @@ def compare(
     device: str = "auto",
     command: str = "",
     overwrite: bool = False,
-    console: Console | None = None,
+    on_progress: Callable[[int, int, str], None] | None = None,
 ) -> None:
     """Run every cell that ``out`` does not have yet, then draw the table and the figure.
 
@@ -62,8 +60,8 @@ def compare(
         Written down.
     overwrite : bool
         Start again.
-    console : Console, optional
-        Shows the progress where it is a terminal.
+    on_progress : callable, optional
+        ``(finished, all, what is next)`` before every cell, and at the end.
 
     Raises
     ------
@@ -77,19 +75,15 @@ def compare(
     models = {name: build_model(name, shape, CLASSES, seed) for name in networks}
     store = Store(out, _settings(images, slow_limit, public, seed, device),
                   _record(command), overwrite)  # fmt: skip
-    bars = Progress(
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-        console=console, disable=console is None or not console.is_terminal,
-    )  # fmt: skip
-    with bars:
-        task = bars.add_task("", total=len(models) * len(specs))
-        for spec, run in zip(specs, attacks, strict=True):
-            part = images.first(slow_limit) if spec.slow else images
-            for name, model in models.items():
-                bars.update(task, description=f"{spec.label} on {name}")
-                if not store.has(name, spec.name, spec.text, part.names):
-                    store.add(*run_cell(name, model, spec, run, part, seed))
-                bars.advance(task)
+    cells = [(spec, run, name) for spec, run in zip(specs, attacks, strict=True) for name in models]
+    for count, (spec, run, name) in enumerate(cells):
+        if on_progress is not None:
+            on_progress(count, len(cells), f"{spec.label} on {name}")
+        part = images.first(slow_limit) if spec.slow else images
+        if not store.has(name, spec.name, spec.text, part.names):
+            store.add(*run_cell(name, models[name], spec, run, part, seed))
+    if on_progress is not None:
+        on_progress(len(cells), len(cells), "")
     table = store.table()
     metric = {name: _c_metric(model, shape) for name, model in models.items()}
     (out / "paper.md").write_text(markdown(table, networks, specs, metric, command))

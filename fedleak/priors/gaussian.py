@@ -238,6 +238,7 @@ def _gaussian(
     mean: float = 0.5,
     adapt: bool = True,
 ) -> Prior:
+    """Pixels are normal, and correlated the more the nearer they are; data-free."""
     return GaussianPrior(
         shape, rho=rho, power=power, colour=colour, sigma=sigma, mean=mean, adapt=adapt,
         device=device,
@@ -254,4 +255,5 @@ def _learned(
     device: torch.device | str = "cpu",
     public: Tensor | None = None,
 ) -> Prior:
+    """Normal, with the mean and covariance of public images."""
     return LearnedGaussianPrior(shape, public, device)

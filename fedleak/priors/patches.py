@@ -184,6 +184,7 @@ def _patches(
     device: torch.device | str = "cpu",
     public: Tensor | None = None,
 ) -> Prior:
+    """Patches follow a Gaussian mixture, learned from synthetic images (dead leaves)."""
     mixture = PatchMixture(dead_leaves(shape))
     return PatchPrior(GaussianPrior(shape, device=device), mixture.to(device))
 
@@ -194,6 +195,7 @@ def _learned(
     device: torch.device | str = "cpu",
     public: Tensor | None = None,
 ) -> Prior:
+    """Patches follow a Gaussian mixture, learned from public images."""
     images = demand_public("patches:learned", shape, public)
     base = LearnedGaussianPrior(shape, images, device)
     return PatchPrior(base, PatchMixture(images).to(device))

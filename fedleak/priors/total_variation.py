@@ -60,4 +60,5 @@ def _tv(
     public: Tensor | None = None,
     scale: float = 0.05,
 ) -> TotalVariationPrior:
+    """Images of small total variation: flat areas with sharp edges."""
     return TotalVariationPrior(shape, scale, device)

@@ -7,6 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from fedleak import events
+
 #: A step is accepted when it gains at least this part of what the slope promises.
 _ARMIJO = 1e-4
 
@@ -51,7 +53,8 @@ def lbfgs(
     step = 1.0 / g.norm(dim=1).clamp_min(1e-300).clamp_min(1.0)
     past = f.clone()
     active = torch.ones_like(f, dtype=torch.bool)
-    for count in range(1, steps + 1):
+    for done in events.steps(steps, "matching"):
+        count = done + 1
         trial = x + step[:, None] * direction
         f_new, g_new = objective(trial)
         slope = _dot(g, direction)

@@ -13,6 +13,7 @@ import pandas as pd
 from fedleak import workers
 from fedleak.capture.manifest import now, package_versions, to_json, write_atomically
 from fedleak.errors import InvalidInputError
+from fedleak.events import emit
 from fedleak.workers import Engine, OnProgress
 from simulations.evaluation.cell import Outcome, clear_interrupted, finished, run_cell
 from simulations.evaluation.sweep import Cell, Sweep
@@ -85,7 +86,9 @@ def evaluate(
     if on_progress is not None:
         on_progress(skipped, len(cells))
     for count, (cell, found) in enumerate(_run(folder, todo, jobs, engine), skipped + 1):
-        book.add(cell, found if isinstance(found, Outcome) else Outcome("failed", found.reason))
+        outcome = found if isinstance(found, Outcome) else Outcome("failed", found.reason)
+        book.add(cell, outcome)
+        _tell(cell, outcome)
         book.write()
         if on_progress is not None:
             on_progress(count, len(cells))
@@ -142,6 +145,15 @@ def _run(
     if jobs > 1:
         return workers.run_processes(function, cells, jobs)
     return ((cell, function(cell)) for cell in cells)
+
+
+def _tell(cell: Cell, outcome: Outcome) -> None:
+    """Log how a cell ended; a person is told of failures at the end."""
+    scenario = cell.scenario
+    emit(
+        "cell", defence=str(scenario.defence.spec), model=scenario.model.name,
+        data=scenario.data.name, seed=scenario.seed, **vars(outcome),
+    )  # fmt: skip
 
 
 class _Book:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pandas as pd
 import pytest
 from typer.testing import CliRunner
 
@@ -107,6 +108,63 @@ def test_help_says_what_there_is() -> None:
     assert done.returncode == 0
     for option in ("--set", "--engine", "--out", "--seed", "--overwrite"):
         assert option in done.stdout
+
+
+def run_small(options: list[str], out: Path, monkeypatch: pytest.MonkeyPatch, *more: str) -> None:
+    words = ["simulate", "--set", "federation.clients=2", "--set", "federation.rounds=2", *more]
+    monkeypatch.setattr(sys, "argv", ["fedleak", *options, *words, "--out", str(out)])
+    main()
+
+
+def test_events_are_what_the_tables_say(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_small(["--log-json"], tmp_path / "run", monkeypatch, "--set", "defence=noise:0.1")
+    shown = capsys.readouterr()
+    events = [json.loads(line) for line in shown.err.splitlines()]
+    assert [e["event"] for e in events] == ["start", "progress", "round", "round", "end"]
+    assert "noise-0.1" in shown.out  # results stay where they were
+    leakage, rounds = (pd.read_csv(tmp_path / "run" / f"{n}.csv") for n in ("leakage", "rounds"))
+    told = pd.DataFrame([e for e in events if e["event"] == "round"])
+    assert list(told["round"]) == [1, 2]
+    assert list(told["accuracy"]) == pytest.approx(list(rounds["accuracy"]), abs=1e-5)
+    of_round = leakage.groupby("round")
+    assert list(told["psnr_db_median"]) == pytest.approx(list(of_round["psnr_db"].median()))
+    assert list(told["psnr_db_best"]) == pytest.approx(list(of_round["psnr_db"].max()))
+    assert list(told["ssim_median"]) == pytest.approx(list(of_round["ssim"].median()))
+    wanted = of_round["predicted_psnr_db"].median()
+    assert list(told["predicted_psnr_db"]) == pytest.approx(list(wanted), abs=1e-5)
+    assert set(told["images"]) == {2}
+
+
+def test_a_line_for_each_arm_or_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_small([], tmp_path / "a", monkeypatch)
+    assert "fedleak: defence none: 2/2 rounds, median " in capsys.readouterr().err
+    run_small(["--quiet"], tmp_path / "b", monkeypatch)
+    assert capsys.readouterr().err == ""
+
+
+def test_a_stopped_run_says_what_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stop(*arguments: object, **options: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("simulations.engines.simulate", stop)
+    with pytest.raises(SystemExit) as caught:
+        run_small([], tmp_path / "run", monkeypatch)
+    assert caught.value.code == 130
+    assert "fedleak: stopped; finished rounds are kept" in capsys.readouterr().err
+
+
+def test_an_unknown_tracker(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["simulate", "--log-to", "tensorbord", "--out", str(tmp_path / "run")]
+    assert "did you mean 'tensorboard'" in refused(arguments, monkeypatch, capsys)
+    assert not (tmp_path / "run").exists()
 
 
 def _free_ports(count: int) -> list[int]:

@@ -1,0 +1,162 @@
+"""What happens while something runs, as events of the standard ``logging``.
+
+The library emits; whoever listens decides. Without a listener nothing is written and next to
+nothing is spent. The command line listens with bars (:mod:`fedleak.console`) or, with
+``--log-json``, writes one JSON object for each event to standard error.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import sys
+import time
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from typing import Any
+
+#: Everything is logged here or below; set its level to INFO to be told of progress.
+LOGGER = logging.getLogger("fedleak")
+#: Seconds between two events of one loop.
+_PAUSE = 1.0
+
+
+def emit(event: str, level: int = logging.INFO, **fields: Any) -> None:
+    """Log an event.
+
+    Parameters
+    ----------
+    event : str
+        What happened, in a word: ``round``, ``progress``, ``warning``.
+    level : int
+        Of :mod:`logging`.
+    **fields
+        Plain values. ``reason`` is what a person is shown of a warning.
+    """
+    LOGGER.log(level, event, extra={"fields": fields})
+
+
+def warn(reason: str, **fields: Any) -> None:
+    """Log a warning: something is missing from the result, and the work goes on."""
+    emit("warning", logging.WARNING, reason=reason, **fields)
+
+
+def fail(reason: str, **fields: Any) -> None:
+    """Log the error that ends a command."""
+    emit("error", logging.ERROR, reason=reason, **fields)
+
+
+def stage(what: str) -> None:
+    """Log which part of its work a command comes to."""
+    emit("stage", stage=what)
+
+
+def steps(count: int, doing: str) -> Iterator[int]:
+    """Yield 0 ... count - 1, and tell how far that is, at most once a second.
+
+    Parameters
+    ----------
+    count : int
+    doing : str
+        What the loop does, as ``cosine``.
+    """
+    if not LOGGER.isEnabledFor(logging.INFO):
+        yield from range(count)
+        return
+    last, told = time.monotonic(), False
+    try:
+        for n in range(count):
+            if time.monotonic() - last >= _PAUSE:
+                last, told = time.monotonic(), True
+                emit("step", doing=doing, done=n, total=count)
+            yield n
+    finally:  # also of a loop that is left early
+        if told:
+            emit("step", doing=doing, done=count, total=count)
+
+
+def fields_of(record: logging.LogRecord) -> dict[str, Any]:
+    """Return the fields of an event; of any other log record, what it says."""
+    found = getattr(record, "fields", None)
+    if isinstance(found, dict):
+        return found
+    return {"logger": record.name, "reason": record.getMessage()}
+
+
+class JsonFormatter(logging.Formatter):
+    """One JSON object on one line: ``event``, ``time`` (UTC, ISO 8601), ``level``, the fields."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        own = hasattr(record, "fields")
+        when = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
+        whole = {
+            "event": record.getMessage() if own else "log",
+            "time": when,
+            "level": record.levelname.lower(),
+            **fields_of(record),
+        }
+        return json.dumps({k: _plain(v) for k, v in whole.items()}, default=str)
+
+
+class _Words(logging.Formatter):
+    """For people: ``fedleak: `` and the reason."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return f"fedleak: {fields_of(record).get('reason') or record.getMessage()}"
+
+
+class _StandardError(logging.Handler):
+    """Writes to what standard error is at the time: a bar on a terminal replaces it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            sys.stderr.write(self.format(record) + "\n")
+            sys.stderr.flush()
+        except Exception:
+            self.handleError(record)
+
+
+_HANDLER = _StandardError()
+_JSON = JsonFormatter()
+
+
+def set_up(as_json: bool = False, quiet: bool = False) -> None:
+    """Choose what standard error shows; for the command line, and again for each command.
+
+    Parameters
+    ----------
+    as_json : bool
+        One JSON object for each event, also for the warnings of other packages.
+    quiet : bool
+        Warnings and errors only.
+    """
+    root = logging.getLogger()
+    for logger in (LOGGER, root):
+        logger.removeHandler(_HANDLER)
+    _HANDLER.setFormatter(_JSON if as_json else _Words())
+    _HANDLER.setLevel(logging.INFO if as_json and not quiet else logging.WARNING)
+    (root if as_json else LOGGER).addHandler(_HANDLER)
+    LOGGER.setLevel(logging.WARNING if quiet else logging.INFO)
+    logging.captureWarnings(as_json)
+
+
+def as_json() -> bool:
+    """Return whether standard error is for machines."""
+    return _HANDLER in logging.getLogger().handlers
+
+
+def take_over(logger: logging.Logger) -> None:
+    """Let a logger that writes by itself write as we do, where that is JSON."""
+    if as_json():
+        logger.handlers.clear()
+        logger.propagate = True
+
+
+def _plain(value: Any) -> Any:
+    """Replace what JSON has no word for by null."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    return [_plain(v) for v in value] if isinstance(value, list | tuple) else value

@@ -1,0 +1,267 @@
+"""Runs read back from their folders: what ``fedleak simulate`` and ``fedleak evaluate`` left."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from fedleak.errors import InvalidInputError, nearest
+
+#: Columns without which nothing can be said.
+_NEEDED = {
+    "leakage.csv": ("round", "psnr_db", "status"),
+    "rounds.csv": ("round", "accuracy"),
+}
+#: Columns of later versions, and what is missing where they are.
+_LATER = ("predicted_psnr_db",)
+#: Of a scenario, but not what a run was made of: names, and what is an arm of its own.
+_NOT_SETTINGS = ("name", "compare", "data.download", "defence", "defence.name", "defence.strength")
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """One training under one defence, or several that differ by their seed alone.
+
+    Attributes
+    ----------
+    name : str
+        As shown; of several runs the least of the path that tells them apart.
+    defence : str
+        As one word, ``noise-0.1``.
+    settings : dict of str to value
+        The scenario with dotted keys, without the defence.
+    leakage, rounds : DataFrame
+        Of the finished rounds, as in ``leakage.csv`` and ``rounds.csv``.
+    folder : Path
+    commit : str or None
+        Of the code that ran.
+    gaps : tuple of str
+        What is missing, for a person.
+    """
+
+    name: str
+    defence: str
+    settings: dict[str, Any]
+    leakage: pd.DataFrame = field(repr=False)
+    rounds: pd.DataFrame = field(repr=False)
+    folder: Path
+    commit: str | None = None
+    gaps: tuple[str, ...] = ()
+
+
+def read_runs(folders: Sequence[Path]) -> list[Run]:
+    """Read folders of runs, each with one arm or several, and of evaluations.
+
+    Of an evaluation each defence is a run, its seeds together, as the informed attacker saw it.
+
+    Returns
+    -------
+    list of Run
+        In the order given; the arms of a folder in the order they ran.
+
+    Raises
+    ------
+    InvalidInputError
+        If a folder holds no run, or a file in it cannot be used; the file is named.
+    """
+    resolved = [f.resolve() for f in folders]
+    for folder in resolved:
+        if resolved.count(folder) > 1:
+            raise InvalidInputError(f"{str(folder)!r} is given twice; give each run once")
+    names = _names(resolved)
+    return [run for f, name in zip(resolved, names, strict=True) for run in _read(f, name)]
+
+
+def _names(folders: Sequence[Path]) -> list[str]:
+    """Return as much of the end of each path as tells them apart."""
+    longest = max((len(f.parts) for f in folders), default=1)
+    for parts in range(1, longest + 1):
+        names = ["/".join(f.parts[-parts:]) for f in folders]
+        if len(set(names)) == len(names):
+            break
+    return names
+
+
+def _read(folder: Path, name: str) -> Iterator[Run]:
+    if not folder.is_dir():
+        beside = [p.name for p in folder.parent.glob("*") if p.is_dir()]
+        raise InvalidInputError(
+            f"there is no folder {str(folder)!r}{nearest(folder.name, beside[:20])}"
+        )
+    if (folder / "sweep.json").is_file():
+        yield from _evaluation(folder, name)
+        return
+    about = _about(folder)
+    arms = [str(a) for a in about.get("arms", ())]
+    if not arms:
+        yield _arm(folder, name, about)
+        return
+    missing = [a for a in arms if not (folder / a / "run.json").is_file()]
+    gap = (f"{name}: not run yet: {', '.join(missing)}",) if missing else ()
+    there = [a for a in arms if a not in missing]
+    if not there:
+        raise InvalidInputError(
+            f"{str(folder / arms[0] / 'run.json')!r} is missing: no defence of this run has "
+            "started; run it again with --overwrite"
+        )
+    for count, arm in enumerate(there):
+        run = _arm(folder / arm, name, _about(folder / arm))
+        yield replace(run, gaps=run.gaps + (() if count else gap))
+
+
+def _about(folder: Path) -> dict[str, Any]:
+    """Read ``run.json``."""
+    path = folder / "run.json"
+    if not path.is_file():
+        below = sorted(p.parent.name for p in folder.glob("*/run.json"))
+        inside = f"; there are runs in it: {', '.join(below[:10])}" if below else ""
+        raise InvalidInputError(
+            f"{str(path)!r} is missing: give a folder that fedleak simulate or evaluate "
+            f"wrote{inside}"
+        )
+    try:
+        about = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(about["scenario"], dict):
+            raise TypeError("'scenario' is no table")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InvalidInputError(
+            f"{str(path)!r} cannot be read ({type(error).__name__}: {error}); restore it, or "
+            "run the scenario again"
+        ) from error
+    return dict(about)
+
+
+def _table(folder: Path, name: str) -> tuple[pd.DataFrame, list[str]]:
+    """Read a table, and say what it lacks."""
+    path = folder / name
+    try:
+        table = pd.read_csv(path)
+    except FileNotFoundError as error:
+        raise InvalidInputError(
+            f"{str(path)!r} is missing; run the scenario again with --overwrite"
+        ) from error
+    except (OSError, ValueError) as error:  # pandas' own errors are ValueErrors
+        raise InvalidInputError(
+            f"{str(path)!r} cannot be read ({error}); remove what is not of fedleak in it, or "
+            "run the scenario again with --overwrite"
+        ) from error
+    lacking = [c for c in _NEEDED[name] if c not in table]
+    if lacking:
+        raise InvalidInputError(
+            f"{str(path)!r} has no column {lacking[0]!r}; it is not of a run, or of a version "
+            "too old: run the scenario again"
+        )
+    for column in ("round", *_NEEDED[name][1:2]):
+        table[column] = pd.to_numeric(table[column], errors="coerce")
+    # A run that was killed may have left half a line.
+    table = table.dropna(subset=["round"]).astype({"round": int})
+    return table, [c for c in _LATER if c not in table]
+
+
+def _arm(folder: Path, name: str, about: Mapping[str, Any]) -> Run:
+    """Read one training, up to its last finished round."""
+    leakage, lacking = _table(folder, "leakage.csv")
+    rounds, more = _table(folder, "rounds.csv")
+    label = _defence(about["scenario"].get("defence"))
+    who, gaps = f"{name}, {label}", []
+    for column in {*lacking, *more}:
+        gaps.append(f"{who}: no {column} (written by an earlier version)")
+    leakage, rounds = (t.reindex(columns=[*t, *(c for c in _LATER if c not in t)])
+                       for t in (leakage, rounds))  # fmt: skip
+    rounds = rounds.dropna(subset=["accuracy"])
+    unfinished = ~leakage["round"].isin(rounds["round"])
+    wanted = about["scenario"].get("federation", {}).get("rounds", "?")
+    if rounds.empty:
+        gaps.append(f"{who}: no round is finished")
+    elif about.get("status") != "finished" or unfinished.any():
+        state = str(about.get("status", "unknown")).replace("running", "running, or killed")
+        gaps.append(f"{who}: {state}; {len(rounds)} of {wanted} rounds are finished")
+    settings = dict(_flat(about["scenario"]))
+    unused = ("data.root",) if settings.get("data.name") == "digits" else ()
+    settings = {k: v for k, v in settings.items() if k not in (*_NOT_SETTINGS, *unused)}
+    leakage = leakage[~unfinished & leakage["status"].isin(["ok", "failed"])]
+    return Run(
+        name, label, settings, leakage, rounds, folder, about.get("commit"), tuple(sorted(gaps))
+    )
+
+
+def _evaluation(folder: Path, name: str) -> Iterator[Run]:
+    """Read an evaluation: the cells of one defence and setting, over all seeds."""
+    groups: dict[str, list[Run]] = {}
+    # Undefended first: all else is held against it.
+    order = {
+        f: not f.parent.name.startswith("none") for f in (folder / "cells").glob("*/cell.json")
+    }
+    for done in sorted(order, key=lambda f: (order[f], f)):
+        sides = [done.parent / side for side in ("informed", "unaware")]
+        seen = next((s for s in sides if (s / "run.json").is_file()), None)
+        if seen is None:
+            continue
+        about = _about(seen)
+        run = _predicted(_arm(seen, name, about), done.parent / "unaware")
+        same = {k: v for k, v in run.settings.items() if k not in ("seed", "threat.defence")}
+        key = json.dumps([run.defence, about["scenario"].get("name"), same], sort_keys=True)
+        groups.setdefault(key, []).append(replace(run, settings={**same, "attacker": "informed"}))
+    if not groups:
+        raise InvalidInputError(
+            f"{str(folder / 'cells')!r} has no finished cell; the same fedleak evaluate goes on "
+            "where it stopped"
+        )
+    told_apart = differences([runs[0] for runs in groups.values()])
+    for runs, own in zip(groups.values(), told_apart, strict=True):
+        yield replace(
+            runs[0],
+            name=f"{name} ({', '.join(map(str, own.values()))})" if own else name,
+            leakage=pd.concat([r.leakage for r in runs], ignore_index=True),
+            rounds=pd.concat([r.rounds for r in runs], ignore_index=True),
+            settings={**runs[0].settings, "seeds": len(runs)},
+            gaps=tuple(dict.fromkeys(g for r in runs for g in r.gaps)),
+        )
+
+
+def _predicted(run: Run, unaware: Path) -> Run:
+    """Add the predictions, which an evaluation keeps beside the attacker who is unaware."""
+    if run.folder == unaware or not (unaware / "run.json").is_file():
+        return run
+    other = _arm(unaware, run.name, _about(unaware))
+    keys, column = ["round", "client", "image"], "predicted_psnr_db"
+    if not set(keys) <= set(other.leakage) & set(run.leakage):
+        return run
+    told = other.leakage.drop_duplicates(keys)[[*keys, column]]
+    leakage = run.leakage.drop(columns=column).merge(told, on=keys, how="left")
+    return replace(run, leakage=leakage, rounds=other.rounds)
+
+
+def _defence(value: Any) -> str:
+    """Return the label of a defence as ``run.json`` has it."""
+    from fedleak.defences import DefenceSpec
+
+    if not isinstance(value, Mapping):
+        return "none"
+    name, strength = str(value.get("name", "none")), value.get("strength", 0.0)
+    try:
+        return DefenceSpec(name, strength).label
+    except InvalidInputError:  # of a package that is not installed here
+        return name if name == "none" else f"{name}-{strength}"
+
+
+def _flat(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in table.items():
+        if isinstance(value, Mapping) and value:
+            yield from _flat(value, f"{prefix}{key}.")
+        elif not isinstance(value, Mapping):
+            yield f"{prefix}{key}", value
+
+
+def differences(runs: Sequence[Run]) -> list[dict[str, Any]]:
+    """Return of each run the settings in which not all agree; None where it has no such key."""
+    keys = dict.fromkeys(key for run in runs for key in run.settings)
+    differ = [
+        key for key in keys if any(r.settings.get(key) != runs[0].settings.get(key) for r in runs)
+    ]
+    return [{key: run.settings.get(key) for key in differ} for run in runs]

@@ -1,0 +1,157 @@
+"""``fedleak simulate``: a federation with an attacking server, and what it learned."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from fedleak.console import display, near, number, stopped
+from fedleak.events import emit
+
+if TYPE_CHECKING:
+    from simulations.engines import Arm
+    from simulations.scenario import Scenario
+
+_console = Console()
+
+
+def simulate(
+    scenario: Annotated[
+        str | None,
+        typer.Argument(help="A scenario file, or the name of a shipped one: demo, cifar10, ..."),
+    ] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Override, as training.share=weights"),
+    ] = None,
+    engine: Annotated[
+        str, typer.Option(help="inline (this process) or ray (Flower's simulation on Ray)")
+    ] = "inline",
+    out: Annotated[
+        Path | None, typer.Option(help="Output folder [default: results/runs/NAME]")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Replaces the scenario's seed")] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace an earlier run in the output folder")
+    ] = False,
+    capture: Annotated[
+        bool, typer.Option("--capture", help="Keep the updates, for fedleak attack")
+    ] = False,
+    log_to: Annotated[
+        list[str] | None,
+        typer.Option("--log-to", metavar="TRACKER", help="tensorboard or mlflow; may be repeated"),
+    ] = None,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", help="Show Flower's own log, and Ray's")
+    ] = False,
+) -> None:
+    """Run a federation with an attacking server, and record what leaks in every round.
+
+    SCENARIO is a file, or one of: cifar10, demo, fedavg, femnist, femnist-5-epochs.
+    """
+    from simulations.engines import quiet_flower
+    from simulations.engines import simulate as run
+    from simulations.scenario import load_scenario
+
+    loaded = load_scenario(scenario, set_ or (), seed)
+    quiet_flower(verbose)
+    with _progress(loaded) as on_progress:
+        arms = run(
+            loaded, out, engine, overwrite, on_progress,  # type: ignore[arg-type]
+            capture=capture, log_to=log_to or (),
+        )  # fmt: skip
+    _closing_table(loaded, arms)
+
+
+@contextmanager
+def _progress(scenario: Scenario) -> Iterator[Any]:
+    """Show a bar for each defence, from the start on."""
+    rounds = scenario.federation.rounds
+
+    def tell(label: str, done: int, event: str = "progress", **fields: Any) -> None:
+        emit(event, doing=f"defence {label}", done=done, total=rounds, unit="rounds", **fields)
+
+    def on_progress(arm: Arm, progress: Any) -> None:
+        scores, label = progress.scores, arm.defence.spec.label
+        leak = f"median {number(scores.psnr_db_median)} dB, " if scores.reconstructed else ""
+        tell(
+            label, progress.server_round, "round",
+            note=f"{leak}accuracy {progress.accuracy:.2f}", defence=label,
+            round=progress.server_round, accuracy=progress.accuracy, loss=progress.loss,
+            **vars(scores),
+        )  # fmt: skip
+
+    with display():
+        tell(scenario.arms()[0].spec.label, 0)
+        try:
+            yield on_progress
+        except KeyboardInterrupt:  # typer itself would end without a word
+            stopped("stopped; finished rounds are kept")
+            raise typer.Exit(130) from None
+
+
+def _closing_table(scenario: Scenario, arms: list[Arm]) -> None:
+    import pandas as pd
+
+    title = f"{scenario.name} (simulated): PSNR in dB of what the server reconstructed"
+    table = Table(
+        title=title, box=box.SIMPLE, title_justify="left", padding=(0, 1, 0, 0), show_edge=False
+    )
+    rounds_last = scenario.federation.rounds
+    rounds_run = f"round {rounds_last}"
+    columns = ["defence", "failed", "round 1", rounds_run, "predicted", "best", "labels",
+               "accuracy", "c(M)"]  # fmt: skip
+    for column in columns:
+        side, narrow = "left" if column == "defence" else "right", column.startswith("round")
+        table.add_column(column, justify=side, no_wrap=not narrow)  # type: ignore[arg-type]
+    for arm in arms:
+        leakage = pd.read_csv(arm.out / "leakage.csv")
+        rounds = pd.read_csv(arm.out / "rounds.csv")
+        ok = leakage[leakage["status"] == "ok"]
+        median = ok.groupby("round")["psnr_db"].median()
+        right = (ok["label_true"] == ok["label_inferred"]).mean()
+        last = rounds.iloc[-1]
+        table.add_row(
+            arm.defence.spec.label,
+            f"{len(leakage) - len(ok)}/{len(leakage)}",
+            number(median[1]) if 1 in median.index else "-",
+            number(median[rounds_last]) if rounds_last in median.index else "-",
+            "-" if pd.isna(last["predicted_psnr_db"]) else number(last["predicted_psnr_db"]),
+            number(ok["psnr_db"].max()) if len(ok) else "-",
+            f"{right:.0%}" if len(ok) else "-",
+            f"{last['accuracy']:.2f}",
+            "-" if pd.isna(last["c_metric"]) else f"{last['c_metric']:.0f}",
+        )
+        if len(ok) < len(leakage):
+            reasons = leakage.loc[leakage["status"] != "ok", "reason"].value_counts()
+            table.caption = f"most frequent reason for a failure: {reasons.index[0]}"
+    _console.print(table)
+    folder = arms[0].out if len(arms) == 1 else arms[0].out.parent
+    shown = near(folder)
+    _console.print(
+        "\nfailed: of all images. Rounds: median over clients. predicted: by the metric, for\n"
+        "the last round and an attacker who knows the defence. best: the best image.\n"
+        f"labels: inferred rightly. accuracy: at the end. Look next at, in {shown}:",
+        highlight=False,
+        soft_wrap=True,
+    )
+    for name, what in (
+        ("leakage_vs_rounds.png", "leakage and accuracy over the rounds"),
+        ("reconstructions.png", "true images beside their reconstructions"),
+        ("leakage.csv, rounds.csv", "every number"),
+        ("run.json" if len(arms) == 1 else "*/run.json", "scenario, seed and versions"),
+    ):
+        if "," in name or any(folder.glob(name)):
+            _console.print(f"  {name:<26}{what}", highlight=False)
+    if (captures := arms[0].out / "captures").is_dir():
+        _console.print(
+            f"Captured. Attack it, here or elsewhere: fedleak attack {near(captures)}",
+            highlight=False, soft_wrap=True,
+        )  # fmt: skip
