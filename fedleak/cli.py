@@ -22,6 +22,7 @@ from fedleak.errors import FedleakError, InvalidInputError
 from fedleak.evaluation import evaluate
 from fedleak.metric.command import audit
 from fedleak.paper import paper
+from fedleak.report.command import report
 
 if TYPE_CHECKING:
     from fedleak.attacks import Reconstruction
@@ -59,6 +60,7 @@ app.command()(paper)
 app.command()(audit)
 app.command("attack")(attack_command)
 app.command()(evaluate)
+app.command()(report)
 
 
 @app.command()
@@ -290,6 +292,9 @@ def _closing_table(scenario: Scenario, arms: list[Arm]) -> None:
     ):
         if "," in name or any(folder.glob(name)):
             _console.print(f"  {name:<26}{what}", highlight=False)
+    _console.print(
+        f"For others, as one page: fedleak report {shown}", highlight=False, soft_wrap=True
+    )
     if (captures := arms[0].out / "captures").is_dir():
         _console.print(
             f"Captured. Attack it, here or elsewhere: fedleak attack {near(captures)}",
