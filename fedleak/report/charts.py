@@ -162,8 +162,9 @@ def frontier_chart(
         axis.plot(x[best], y[best], color=FAINT, linewidth=7, alpha=0.3, zorder=1)
         titles = {}
         for n, (arm, f) in enumerate(known):
-            axis.errorbar(x[n], y[n], xerr=100 * f.accuracy_half, yerr=f.median_half,
-                          color=SERIES[palette[arm.label]], linewidth=1, capsize=2)  # fmt: skip
+            same = {"color": SERIES[palette[arm.label]], "linewidth": 1.2, "zorder": 3}
+            axis.plot([100 * a for a in f.accuracy_range], [y[n], y[n]], **same)
+            axis.plot([x[n], x[n]], np.minimum(f.median_range, CEILING_DB), **same)
             point = axis.scatter(x[n : n + 1], y[n : n + 1], s=46, zorder=4,
                                  color=SERIES[palette[arm.label]])  # fmt: skip
             point.set_gid(f"point{n}")

@@ -64,8 +64,10 @@ class Figures:
     predicted_db, bound_db : float
     labels : float
         Share of images whose label was inferred rightly.
-    accuracy, accuracy_half, median_half : float
-        After the last round; half the width of 95 % confidence intervals over seeds.
+    accuracy : float
+        After the last round, the mean over seeds.
+    accuracy_range, median_range : (float, float)
+        Lowest and highest of the seeds.
     seeds : int
     rounds : tuple of int
         Attacked ones.
@@ -86,8 +88,8 @@ class Figures:
     bound_db: float
     labels: float
     accuracy: float
-    accuracy_half: float
-    median_half: float
+    accuracy_range: tuple[float, float]
+    median_range: tuple[float, float]
     c_metric: float
     epsilon: float
     bytes_sent: float
@@ -122,11 +124,12 @@ def figures(arm: Arm) -> Figures:
     medians = scored.groupby("round")["psnr_db"].median()
     if wide:
         median_db = _mean(table["psnr_db_median_informed"])
-        accuracy, half = _mean(table["accuracy"]), _half_width(table["accuracy"])
+        accuracy, between = _mean(table["accuracy"]), _range(table["accuracy"])
     else:
         median_db = _median(scored["psnr_db"])
         last = arm.rounds.dropna(subset="accuracy")
-        accuracy, half = (float(last["accuracy"].iloc[-1]) if len(last) else math.nan), 0.0
+        accuracy = float(last["accuracy"].iloc[-1]) if len(last) else math.nan
+        between = accuracy, accuracy
     unscored = len(ok) - len(scored)
     return Figures(
         images=images,
@@ -141,8 +144,8 @@ def figures(arm: Arm) -> Figures:
         bound_db=_mean(table["cramer_rao_db"]) if wide else math.nan,
         labels=_labels(ok, images) if known else _mean(table["label_accuracy_informed"]),
         accuracy=accuracy,
-        accuracy_half=half,
-        median_half=_half_width(table["psnr_db_median_informed"]) if wide else 0.0,
+        accuracy_range=between,
+        median_range=_range(table["psnr_db_median_informed"]) if wide else (median_db, median_db),
         c_metric=_median(table["c_metric"] if wide else arm.rounds["c_metric"]),
         epsilon=_mean(table["epsilon"]) if wide else math.nan,
         bytes_sent=_mean(table["bytes_sent"] if wide else arm.rounds["bytes_sent"]),
@@ -225,11 +228,6 @@ def _mean(values: pd.Series) -> float:
     return float(values.mask(np.isposinf(values), CEILING_DB).mean()) if len(values) else math.nan
 
 
-def _half_width(values: pd.Series) -> float:
-    from scipy.stats import t
-
-    values = values.dropna()
-    count = len(values)
-    if count < 2 or not np.isfinite(values.astype(float)).all():
-        return 0.0
-    return float(t.ppf(0.975, count - 1) * values.std() / math.sqrt(count))
+def _range(values: pd.Series) -> tuple[float, float]:
+    values = values.dropna().astype(float).clip(upper=CEILING_DB)
+    return (float(values.min()), float(values.max())) if len(values) else (math.nan, math.nan)

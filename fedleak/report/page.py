@@ -34,7 +34,7 @@ from fedleak.report.sources import Arm, Source, Study, read_source
 NAME = "report.html"
 _TEMPLATES = Path(__file__).parent / "templates"
 #: Rows of the table of clients.
-_CLIENTS = 20
+_CLIENTS = 12
 
 Judged = tuple[Arm, Figures]
 
@@ -45,7 +45,8 @@ class Section:
 
     title: str
     headline: str
-    told: list[str]
+    told: list[tuple[str, str]]
+    data: str
     threat: list[str]
     helps: list[str]
     judged: list[Judged]
@@ -144,13 +145,18 @@ def _section(study: Study, source: Source, prefix: str) -> Section:
     palette = colours(judged)
     subject = next((j for j in judged if j[0].undefended and j[1].images), judged[0])
     shown = gallery(study.arms, source.notes)
+    helps = words.what_helps(study, judged, source)
+    told = words.details(subject[1])
+    told += [("By which server", words.threat_in_short(study, source)),
+             ("What would help", " ".join(helps[:2]))]  # fmt: skip
     metric = next((a.metric for a, _ in judged if len(a.metric)), None)
     return Section(
         title=study.title,
         headline=words.headline(*subject),
-        told=words.details(*subject),
+        told=[pair for pair in told if pair[1]],
+        data=str(dig(study.scenario, "data", "name", default="")),
         threat=words.threat(study, source),
-        helps=words.what_helps(study, judged, source),
+        helps=helps,
         judged=judged,
         subject=subject,
         colours=palette,

@@ -305,12 +305,25 @@ def _cell_arm(
     )
     arm = Arm(key[0], key[1], table=table, per_round=per_round)
     runs = [_run_arm(run, notes, about) for _, about, run in order]
+    for one in runs:
+        _add_predictions(one, notes)
     if runs:
         arm.leakage = pd.concat([r.leakage for r in runs], ignore_index=True)
         arm.rounds = pd.concat([r.rounds for r in runs], ignore_index=True)
         arm.metric = pd.concat([r.metric for r in runs], ignore_index=True)
         arm.folders = [run for _, _, run in order]
     return arm
+
+
+def _add_predictions(run: Arm, notes: list[str]) -> None:
+    """Take the predictions from the unaware attacker's table: one serves both attackers."""
+    beside = run.folders[0].parent / "unaware" / "leakage.csv"
+    if run.folders[0].name != "informed" or not beside.is_file():
+        return
+    key = ["round", "client", "image"]
+    other = read_table(beside, LEAKAGE, notes)[[*key, "predicted_psnr_db"]].drop_duplicates(key)
+    own = run.leakage.drop(columns="predicted_psnr_db")
+    run.leakage = own.merge(other, on=key, how="left")
 
 
 def _attacks(folder: Path) -> Source:

@@ -75,7 +75,7 @@ def headline(arm: Arm, found: Figures) -> str:
     start = f"{under(arm)}, the server "
     if not found.images:
         return f"{under(arm)}, no attack is on record: this folder says nothing about leakage."
-    of_all = f"of {images(found.images)} that it attacked"
+    of_all = f"of {found.images} attacked image{'' if found.images == 1 else 's'}"
     if found.unscored:
         made = found.unscored
         return (
@@ -91,35 +91,39 @@ def headline(arm: Arm, found: Figures) -> str:
         return f"{start}recovered {about} well enough to be recognised (identified)."
     same, seen, blurred, faint, _ = found.grades
     if same + seen:
-        exact = {0: "", same + seen: ", and nobody can tell them from the originals"}
-        more = exact.get(same, f"; {same} of them nobody can tell from the originals")
-        how = "every one" if same + seen == found.images > 1 else str(same + seen)
-        return f"{start}recovered {how} {of_all}, well enough to be recognised{more}."
+        count = same + seen
+        how = f"all {count} attacked images" if count == found.images > 1 else f"{count} {of_all}"
+        if same == count:
+            return f"{start}recovered {how} so well that nobody can tell them from the originals."
+        more = f"; {same} of them nobody can tell from the originals" if same else ""
+        return f"{start}recovered {how} well enough to be recognised{more}."
     if blurred:
         return f"{start}recovered blurred versions of {blurred} {of_all}; none is recognisable."
     if faint:
-        return f"{start}got little more than the average image, for all {images(found.images)}."
+        return f"{start}got little more than an average image, {faint} {of_all} this way."
     return f"{start}recovered none {of_all}. With this attack: that is no proof of safety."
 
 
-def details(arm: Arm, found: Figures) -> list[str]:
-    """Say how recognisable, from whom, and when."""
+def details(found: Figures) -> list[tuple[str, str]]:
+    """Say how recognisable, from whom, and when, as (question, answer)."""
     said = []
     if not math.isnan(found.median_db):
-        said.append(
-            f"The median image has a PSNR of {decibels(found.median_db)} ("
-            f"{grade(found.median_db)}); the best one, {decibels(found.best_db)}."
+        how = (
+            f"{grade(found.median_db).capitalize()}, for the median image (PSNR "
+            f"{decibels(found.median_db)}); the best one has {decibels(found.best_db)}."
         )
+        if not math.isnan(found.labels):
+            how += f" What they show, the label, was inferred for {percent(found.labels)}."
+        said.append(("How recognisable", how))
     if found.clients:
-        said.append(_who(found))
+        said.append(("From whom", _who(found)))
     if len(found.rounds) > 1 and not math.isnan(found.first_db):
-        said.append(_when(found))
+        said.append(("When", _when(found)))
     elif len(found.rounds) == 1:
-        said.append(f"One round was attacked: round {found.rounds[0]}.")
-    if not math.isnan(found.labels):
-        said.append(f"It inferred {percent(found.labels)} of the labels (what is in the image).")
+        said.append(("When", f"One round was attacked: round {found.rounds[0]}."))
     if found.reason and found.grades and found.grades[-1]:
-        said.append(f"Most frequent reason for a failure: {found.reason}.")
+        lost = f"{images(found.grades[-1])}; the most frequent reason: {found.reason}"
+        said.append(("Not recovered", lost))
     return said
 
 
@@ -129,14 +133,13 @@ def _who(found: Figures) -> str:
     if not exposed:
         return f"Of none of the {total} attacked clients was an image recognisable."
     if len(exposed) == total:
-        return (
-            f"All {total} attacked clients are exposed, with {exposed[-1].recognisable} to "
-            f"{exposed[0].recognisable} recognisable images each."
-            if total > 1
-            else f"The one attacked client is exposed, with {images(exposed[0].recognisable)}."
-        )
+        most, least = exposed[0].recognisable, exposed[-1].recognisable
+        each = images(most) if most == least else f"{least} to {images(most)}"
+        if total == 1:
+            return f"The one attacked client, with {each}."
+        return f"All {total} attacked clients, with {each} each."
     first = ", ".join(f"client {c.client} ({c.recognisable})" for c in exposed[:3])
-    return f"{len(exposed)} of {total} attacked clients are exposed; most of all {first}."
+    return f"{len(exposed)} of {total} attacked clients; most of all {first}."
 
 
 def _when(found: Figures) -> str:
@@ -145,17 +148,17 @@ def _when(found: Figures) -> str:
     change = capped[1] - capped[0]
     trend = "stays about as high" if abs(change) < 2 else ("grows" if change > 0 else "falls")
     return (
-        f"{len(found.rounds)} rounds were attacked, {first} to {last}. Over the training the "
-        f"leakage {trend}: {decibels(found.first_db)} in the median of round {first}, "
-        f"{decibels(found.last_db)} in round {last}."
+        f"{len(found.rounds)} rounds were attacked, from {first} to {last}. The leakage {trend}: "
+        f"{decibels(found.first_db)} in the median of round {first}, {decibels(found.last_db)} in "
+        f"round {last}."
     )
 
 
 def threat(study: Study, source: Source) -> list[str]:
     """Say what the server was assumed to know, see and do."""
     if source.kind == "attack":
-        return ["The server kept the updates that it received, and was attacked with them later; "
-                "what it is assumed to know of the training stands in the capture."]  # fmt: skip
+        return ["The server kept the updates that it received, and attacked them later; what it "
+                "is assumed to know of the training stands in the capture."]  # fmt: skip
     told = dig(study.scenario, "threat")
     if not isinstance(told, dict):
         return ["The folder does not say what the server was assumed to know (no threat model "
@@ -196,6 +199,21 @@ def threat(study: Study, source: Source) -> list[str]:
     return said
 
 
+def threat_in_short(study: Study, source: Source) -> str:
+    """Return the threat model in one sentence; empty where it is not known."""
+    told = dig(study.scenario, "threat")
+    if not isinstance(told, dict):
+        return ""
+    sees = "sees only the sum over clients" if told.get("view") == "sum" else (
+        "sees the update of each client"
+    )  # fmt: skip
+    knows = "knows the defence" if study.informed else "knows of no defence"
+    does = "may change the model it sends" if told.get("tamper") is True else (
+        "changes nothing (honest but curious)"
+    )  # fmt: skip
+    return f"A server that {sees}, {knows}, and {does}."
+
+
 def what_helps(study: Study, judged: Sequence[Judged], source: Source) -> list[str]:
     """Say which defence gives what at which accuracy, or what to run to find out."""
     rated = [j for j in judged if j[1].images and not math.isnan(j[1].recognisable)]
@@ -208,8 +226,7 @@ def what_helps(study: Study, judged: Sequence[Judged], source: Source) -> list[s
     said.append(
         f"Of {len(tried)} defences tried, {least[0].label} leaves least: "
         f"{_result(least[1])}{_cost(least[1], base)}."
-        if len(tried) > 1
-        else f"One defence was tried, {least[0].label}: {_result(least[1])}{_cost(least[1], base)}."
+        if len(tried) > 1 else f"One defence was tried, {least[0].label}: {_result(least[1])}{_cost(least[1], base)}."
     )
     kept = [j for j in tried if base and base.accuracy - j[1].accuracy <= 0.02]
     if kept:
