@@ -173,7 +173,8 @@ def frontier_chart(
                 f"{percent(f.recognisable)} recognisable"
             ]
         _scale(axis, float(y.max()), "y")
-        low, high = float(x.min()), float(x.max())
+        reach = 100 * np.array([f.accuracy_range for _, f in known])
+        low, high = float(reach.min()), float(reach.max())
         room = max(3.0, 0.1 * (high - low))
         axis.set(xlim=(max(0, low - room), min(102, high + room)), xlabel="test accuracy (%)")
         axis.set_ylabel("median PSNR (dB): less is safer")
@@ -284,7 +285,7 @@ def _scale(axis: Axes, top: float, which: str) -> None:
     if top > 60:
         compress(axis, which)  # type: ignore[arg-type]
         if which == "y":
-            axis.text(0.015, 104, "nobody sees a difference (scale compressed)", fontsize=10,
+            axis.text(0.015, 126, "nobody sees a difference (scale compressed)", fontsize=10,
                       va="center", transform=axis.get_yaxis_transform(), color=INK)  # fmt: skip
         return
     high = max(10.0, 1.1 * top)

@@ -122,7 +122,7 @@ def render(source: Source) -> tuple[str, str]:
         script=script, policy=policy(style, script), grades=GRADES, glossary=words.GLOSSARY,
         no_proof=words.NO_PROOF, label=words.label_of(source, judged), clients_shown=_CLIENTS,
         status=words.status_note(source), provenance=_provenance(source), toml=_toml(source),
-        repeat=_repeat(source), made=now(), version=__version__, pictures=pictures,
+        repeat=_repeat(source), made=now()[:16].replace("T", " ") + " UTC", version=__version__, pictures=pictures,
         pictures_count=count,
     )  # fmt: skip
     return text, headline

@@ -12,6 +12,8 @@ from fedleak.report.files import dig, finite
 from fedleak.report.sources import Arm, Source, Study
 
 Judged = tuple[Arm, Figures]
+#: Between a number and its unit.
+NBSP = "\u00a0"
 
 NO_PROOF = (
     "What this attack did not recover may still be recoverable: by another attack, by a server "
@@ -39,7 +41,7 @@ GLOSSARY = (
 def decibels(value: float | None) -> str:
     """Return ``"21.3 dB"``, ``"exact"``, or a dash."""
     text = plain_decibels(value)
-    return text if text in ("exact", "–") else f"{text} dB"
+    return text if text in ("exact", "–") else f"{text}{NBSP}dB"
 
 
 def plain_decibels(value: float | None) -> str:
@@ -54,13 +56,13 @@ def percent(share: float | None) -> str:
     if share is None or not math.isfinite(share):
         return "–"
     if 0 < share < 0.01:
-        return "< 1 %"
-    return "> 99 %" if 0.99 < share < 1 else f"{100 * share:.0f} %"
+        return f"<{NBSP}1{NBSP}%"
+    return f">{NBSP}99{NBSP}%" if 0.99 < share < 1 else f"{100 * share:.0f}{NBSP}%"
 
 
 def images(count: int) -> str:
     """Return ``"1 image"`` or ``"12 images"``."""
-    return f"{count:,} image{'' if count == 1 else 's'}".replace(",", " ")
+    return f"{count:,} image{'' if count == 1 else 's'}".replace(",", "\u202f")
 
 
 def under(arm: Arm) -> str:
@@ -109,11 +111,11 @@ def details(found: Figures) -> list[tuple[str, str]]:
     said = []
     if not math.isnan(found.median_db):
         how = (
-            f"{grade(found.median_db).capitalize()}, for the median image (PSNR "
-            f"{decibels(found.median_db)}); the best one has {decibels(found.best_db)}."
+            f"PSNR of the median image {decibels(found.median_db)}: {grade(found.median_db)}. "
+            f"Best image: {decibels(found.best_db)}."
         )
         if not math.isnan(found.labels):
-            how += f" What they show, the label, was inferred for {percent(found.labels)}."
+            how += f" The label, what an image shows, was inferred for {percent(found.labels)}."
         said.append(("How recognisable", how))
     if found.clients:
         said.append(("From whom", _who(found)))
@@ -226,7 +228,9 @@ def what_helps(study: Study, judged: Sequence[Judged], source: Source) -> list[s
     said.append(
         f"Of {len(tried)} defences tried, {least[0].label} leaves least: "
         f"{_result(least[1])}{_cost(least[1], base)}."
-        if len(tried) > 1 else f"One defence was tried, {least[0].label}: {_result(least[1])}{_cost(least[1], base)}."
+        if len(tried) > 1
+        else f"One defence was tried, {least[0].label}. It leaves {_result(least[1])}"
+        f"{_cost(least[1], base)}."
     )
     kept = [j for j in tried if base and base.accuracy - j[1].accuracy <= 0.02]
     if kept:
@@ -263,7 +267,7 @@ def _result(found: Figures) -> str:
 def _cost(found: Figures, base: Figures | None) -> str:
     if math.isnan(found.accuracy):
         return ""
-    said = f", at an accuracy of {100 * found.accuracy:.1f} %"
+    said = f", at an accuracy of {100 * found.accuracy:.1f}{NBSP}%"
     if base is None or math.isnan(base.accuracy):
         return said
     points = 100 * (base.accuracy - found.accuracy)
