@@ -11,6 +11,7 @@ import pandas as pd
 from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from fedleak.plots import CEILING_DB, compress
 from fedleak.report.figures import Figures
@@ -106,7 +107,7 @@ def leakage_chart(
             ]
         _scale(axis, max(float(t[["high", "predicted"]].max().max()) for _, t in lines), "y")
         axis.set(xlabel="round", ylabel="PSNR of the median image (dB)")
-        axis.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         return titles
 
     said = "; ".join(
@@ -133,7 +134,7 @@ def accuracy_chart(
         for arm, table in lines:
             axis.plot(table.index, 100 * table, color=SERIES[palette[arm.label]], linewidth=1.6)
         axis.set(xlabel="round", ylabel="accuracy (%)", ylim=(0, 100))
-        axis.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         return {}
 
     said = "; ".join(f"{a.label} ends at {percent(float(t.iloc[-1]))}" for a, t in lines)
@@ -162,9 +163,11 @@ def frontier_chart(
         axis.plot(x[best], y[best], color=FAINT, linewidth=7, alpha=0.3, zorder=1)
         titles = {}
         for n, (arm, f) in enumerate(known):
-            same = {"color": SERIES[palette[arm.label]], "linewidth": 1.2, "zorder": 3}
-            axis.plot([100 * a for a in f.accuracy_range], [y[n], y[n]], **same)
-            axis.plot([x[n], x[n]], np.minimum(f.median_range, CEILING_DB), **same)
+            colour = SERIES[palette[arm.label]]
+            across = np.array([100 * a for a in f.accuracy_range]), np.array([y[n], y[n]])
+            upright = np.array([x[n], x[n]]), np.minimum(f.median_range, CEILING_DB)
+            for line in (across, upright):
+                axis.plot(*line, color=colour, linewidth=1.2, zorder=3)
             point = axis.scatter(x[n : n + 1], y[n : n + 1], s=46, zorder=4,
                                  color=SERIES[palette[arm.label]])  # fmt: skip
             point.set_gid(f"point{n}")
@@ -215,7 +218,7 @@ def _label(figure: Figure, axis: Axes, points: Sequence[tuple[str, float, float]
             height += 2
         taken.append((begin, begin + width, height))
         axis.annotate(
-            text, axis.transData.inverted().transform((px, py)), textcoords="offset points",
+            text, tuple(axis.transData.inverted().transform((px, py))), textcoords="offset points",
             xytext=(-8 if left else 8, height - py), ha="right" if left else "left", va="center",
             fontsize=11, zorder=5,
             arrowprops={"arrowstyle": "-", "color": FAINT, "lw": 0.6} if height - py > 8 else None,

@@ -122,8 +122,8 @@ def render(source: Source) -> tuple[str, str]:
         script=script, policy=policy(style, script), grades=GRADES, glossary=words.GLOSSARY,
         no_proof=words.NO_PROOF, label=words.label_of(source, judged), clients_shown=_CLIENTS,
         status=words.status_note(source), provenance=_provenance(source), toml=_toml(source),
-        repeat=_repeat(source), made=now()[:16].replace("T", " ") + " UTC", version=__version__, pictures=pictures,
-        pictures_count=count,
+        repeat=_repeat(source), made=now()[:16].replace("T", " ") + " UTC", version=__version__,
+        pictures=pictures, pictures_count=count,
     )  # fmt: skip
     return text, headline
 
@@ -187,7 +187,7 @@ def _hero(shown: Gallery | None, judged: list[Judged]) -> list[tuple[str, Tile]]
     column = max(range(len(truth)), key=lambda n: sum(bool(row[n].src) for _, row in rows))
     order = [a.label for a, f in sorted(judged, key=lambda j: -_known(j[1].median_db))]
     by_label = {label: row[column] for label, row in rows}
-    ranked = [label for label in order if label in by_label]
+    ranked = [label for label in order if label in by_label and by_label[label].src]
     last = len(ranked) - 1
     chosen = ranked if last < 3 else [ranked[0], ranked[last // 2], ranked[last]]
     return [("true image", truth[column]), *((name, by_label[name]) for name in chosen)]
@@ -230,8 +230,8 @@ def _attack_pictures(source: Source) -> tuple[list[tuple[str, str]], int]:
 
 def _provenance(source: Source) -> list[tuple[str, str]]:
     about = source.about
-    found = [("folder", source.name), ("made by", {"run": "fedleak simulate"}.get(
-        source.kind, f"fedleak {'evaluate' if source.kind == 'evaluation' else source.kind}"))]  # fmt: skip
+    command = {"run": "simulate", "evaluation": "evaluate"}.get(source.kind, source.kind)
+    found = [("folder", source.name), ("made by", f"fedleak {command}")]
     for key in ("status", "engine", "seed", "started", "finished", "commit"):
         if about.get(key) is not None:
             found.append((key, str(about[key])))

@@ -135,6 +135,7 @@ def gallery(arms: Sequence[Arm], notes: list[str]) -> Gallery | None:
         None where there are no pictures.
     """
     sources = [(a.label, files_by_round(a.folders[0])) for a in arms if a.folders]
+    sources = [(label, files) for label, files in sources if files]
     numbers = sorted({n for _, files in sources for n in files})
     panels: dict[int, Panel] = {}
     used = 0

@@ -184,8 +184,10 @@ def threat(study: Study, source: Source) -> list[str]:
     said.append(f"It may know: {', '.join(known) or 'nothing else'}.")
     said.append(f"It does not know: {', '.join(unknown) or 'nothing of this list is withheld'}.")
     if source.kind == "evaluation":
-        said.append("Every update was attacked twice: by one who knows the defence and its "
-                    "strength (informed), and by one who does not. The verdict is on the first.")  # fmt: skip
+        said.append(
+            "Every update was attacked twice: by one who knows the defence and its strength "
+            "(informed), and by one who does not. The verdict is on the first."
+        )
     else:
         said.append(
             "It knows the defence and its strength."
@@ -248,8 +250,10 @@ def what_helps(study: Study, judged: Sequence[Judged], source: Source) -> list[s
     if gap := _gap(tried):
         said.append(gap)
     if source.kind == "run" and not study.informed:
-        said.append("The server did not know of the defences here. One that does may recover far "
-                    "more; this table is no ground to choose by (set threat.defence = true).")  # fmt: skip
+        said.append(
+            "The server did not know of the defences here. One that does may recover far more; "
+            "this table is no ground to choose by (set threat.defence = true)."
+        )
     return said
 
 

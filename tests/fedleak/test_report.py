@@ -28,8 +28,10 @@ from fedleak.report.sources import LEAKAGE, Arm, defence_words, read_source
 from fedleak.report.words import decibels, headline, percent
 
 EVIL = '"><img src=x onerror=alert(1)><script>alert(1)</script>'
-LEAK = ("round", "client", "image", "attack", "defence", "strength", "psnr_db",
-        "predicted_psnr_db", "ssim", "label_true", "label_inferred", "status", "reason")  # fmt: skip
+LEAK = (
+    "round", "client", "image", "attack", "defence", "strength", "psnr_db", "predicted_psnr_db",
+    "ssim", "label_true", "label_inferred", "status", "reason",
+)  # fmt: skip
 
 
 def write_csv(path: Path, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
@@ -67,8 +69,10 @@ def make_run(
         "defence": {"name": defence, "strength": strength},
         "threat": {"view": "client", "defence": True, "labels": False, "tamper": False},
     }  # fmt: skip
-    found = {"status": "finished", "simulated": True, "seed": 3, "arms": [], "commit": "abc123",
-             "scenario": scenario, "versions": {"torch": "2.5"}, "engine": "inline", **about}  # fmt: skip
+    found = {
+        "status": "finished", "simulated": True, "seed": 3, "arms": [], "commit": "abc123",
+        "scenario": scenario, "versions": {"torch": "2.5"}, "engine": "inline", **about,
+    }  # fmt: skip
     (folder / "run.json").write_text(json.dumps(found), encoding="utf-8")
     return folder
 
@@ -264,7 +268,7 @@ def test_hostile_strings_stay_text(tmp_path: Path) -> None:
     write_csv(tmp_path / "leakage.csv", LEAK, [
         (1, EVIL, n, EVIL, name, EVIL, 30.0, 31.0, 0.9, 1, 1, "ok", EVIL) for n in range(3)
     ] + [(2, EVIL, 1, EVIL, name, EVIL, "", "", "", "", "", "failed", EVIL)])  # fmt: skip
-    write_csv(tmp_path / "metric.csv", LEAK[:1] + ("name", "kind", "unknowns", "rank"),
+    write_csv(tmp_path / "metric.csv", (*LEAK[:1], "name", "kind", "unknowns", "rank"),
               [(1, EVIL, EVIL, 4, 4)])  # fmt: skip
     make_pictures(tmp_path)
     text = report(tmp_path)
@@ -449,8 +453,11 @@ def test_refusals_name_the_folder_and_what_to_do(tmp_path: Path) -> None:
         write_report(tmp_path / "captures")
 
 
-@pytest.mark.parametrize("content", ["[]", "{", '"text"', '{"arms": 3, "scenario": []}',
-                                     '{"arms": [1], "scenario": {"threat": [], "defence": 2}}'])  # fmt: skip
+@pytest.mark.parametrize(
+    "content",
+    ["[]", "{", '"text"', '{"arms": 3, "scenario": []}',
+     '{"arms": [1], "scenario": {"threat": [], "defence": 2}}'],
+)  # fmt: skip
 def test_run_json_of_other_shapes(tmp_path: Path, content: str) -> None:
     make_run(tmp_path, (30.0,))
     (tmp_path / "run.json").write_text(content)
