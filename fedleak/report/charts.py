@@ -58,7 +58,7 @@ def _over_rounds(arm: Arm) -> pd.DataFrame:
     scored = arm.leakage[arm.leakage["status"] == "ok"].dropna(subset="psnr_db")
     if len(scored):
         psnr = scored["psnr_db"].clip(upper=CEILING_DB).groupby(scored["round"])
-        found = psnr.quantile([0.25, 0.5, 0.75]).unstack()
+        found = psnr.quantile(np.array([0.25, 0.5, 0.75])).unstack()
         found.columns = pd.Index(["low", "median", "high"])
         best = psnr.max().rename("best")
         predicted = arm.leakage["predicted_psnr_db"].clip(upper=CEILING_DB)

@@ -152,7 +152,7 @@ def _section(study: Study, source: Source, prefix: str) -> Section:
     metric = next((a.metric for a, _ in judged if len(a.metric)), None)
     return Section(
         title=study.title,
-        headline=words.headline(*subject),
+        headline=words.headline(*subject, study.informed),
         told=[pair for pair in told if pair[1]],
         data=str(dig(study.scenario, "data", "name", default="")),
         threat=words.threat(study, source),

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import pandas as pd
 
 from fedleak.errors import InvalidInputError
+from fedleak.metric.verdict import RECOGNISABLE
 from fedleak.report.files import dig, finite, read_json, read_table, try_json, within
 
 Kind = Literal["run", "evaluation", "attack", "audit"]
@@ -23,6 +24,7 @@ METRIC = ("round", "name", "kind", "unknowns", "rank", "deficiency", "weight")
 ATTACKS = ("round", "client", "image", "psnr_db", "ssim", "label_true", "label_inferred", "fit",
            "status", "reason")  # fmt: skip
 _GROUP = ["scenario", "data", "model"]
+_ARM = ["defence", "strength"]
 EVALUATION = (
     *_GROUP, "defence", "strength", "seed", "accuracy", "images", "psnr_db_median_unaware",
     "psnr_db_median_informed", "psnr_db_worst_informed", "identified_informed",
@@ -247,6 +249,9 @@ def _evaluation(folder: Path) -> Source:
     table = read_table(folder / "evaluation.csv", EVALUATION, source.notes)
     per_round = read_table(folder / "rounds.csv", EVALUATION_ROUNDS, source.notes)
     cells = list(_cells(folder, source.notes))
+    threshold = finite(dig(source.about, "sweep", "threshold_db"))
+    if threshold is not None and threshold != RECOGNISABLE and not cells:
+        source.notes.append(f"Recognisable means here: at least {threshold:g} dB (threshold_db).")
     bad = table[table["status"] != "ok"]
     if len(bad):
         reason = str(bad["reason"].value_counts().index[0])
@@ -254,17 +259,17 @@ def _evaluation(folder: Path) -> Source:
             f"{len(bad)} of {len(table)} cells failed and are not counted ({reason}); the same "
             "fedleak evaluate command repeats them."
         )
-    for key, rows in table.groupby(_GROUP, sort=False):
-        arms, scenario = [], {}
-        for arm_key, own in rows.groupby(["defence", "strength"], sort=False):
-            where = (*key, *arm_key)
+    for group, rows in table.groupby(_GROUP, sort=False):
+        key = tuple(map(str, group))
+        arms: list[Arm] = []
+        scenario: dict[str, Any] = {}
+        for (defence, strength), own in rows.groupby(_ARM, sort=False):
+            where = (*key, str(defence), str(strength))
             of_arm = [c for c in cells if _same(c[0], where)]
             scenario = scenario or (dig(of_arm[0][1], "scenario", default={}) if of_arm else {})
             good = own[own["status"] == "ok"]
-            own_rounds = per_round[
-                (per_round[[*_GROUP, "defence", "strength"]] == where).all(axis=1)
-            ]
-            arms.append(_cell_arm(arm_key, good, own_rounds, of_arm, source.notes))
+            own_rounds = per_round[(per_round[[*_GROUP, *_ARM]] == where).all(axis=1)]
+            arms.append(_cell_arm(where[-2:], good, own_rounds, of_arm, source.notes))
         source.studies.append(Study(", ".join(k for k in key if k), arms, scenario, True))
     if not source.studies:
         source.notes.append("evaluation.csv has no rows: no cell has finished.")
@@ -292,7 +297,7 @@ def _same(one: tuple[str, ...], other: tuple[str, ...]) -> bool:
 
 
 def _cell_arm(
-    key: tuple[str, str],
+    key: tuple[str, ...],
     table: pd.DataFrame,
     per_round: pd.DataFrame,
     cells: list[Cell],

@@ -11,6 +11,7 @@ import io
 import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 from xml.etree import ElementTree as ET
 
 import matplotlib as mpl
@@ -25,7 +26,7 @@ INK, FAINT, BAND = "#0000a0", "#0000a1", "#f2f2f2"
 _CLASSES = {INK: "ink", FAINT: "faint", BAND: "band", **{c: f"c{n}" for n, c in enumerate(SERIES)}}
 #: Width and height in pixels, on a wide and on a narrow screen.
 SIZES = {"wide": (720, 360), "narrow": (340, 320)}
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "svg.fonttype": "none", "text.parse_math": False, "font.size": 11.5, "axes.labelsize": 11.5,
     "axes.edgecolor": FAINT, "axes.labelcolor": INK, "text.color": INK, "xtick.color": FAINT,
     "ytick.color": FAINT, "xtick.labelcolor": INK, "ytick.labelcolor": INK, "grid.color": FAINT,

@@ -72,9 +72,18 @@ def under(arm: Arm) -> str:
     return f"With {arm.label}" if arm.defence == "?" else f"Under {arm.label}"
 
 
-def headline(arm: Arm, found: Figures) -> str:
-    """Return the verdict on one defence, in one sentence."""
-    start = f"{under(arm)}, the server "
+def headline(arm: Arm, found: Figures, informed: bool = True) -> str:
+    """Return the verdict on one defence, in one sentence.
+
+    Parameters
+    ----------
+    arm : Arm
+    found : Figures
+    informed : bool
+        Whether the attacker knew the defence, where there is one.
+    """
+    knows = informed or arm.undefended or arm.defence == "?"
+    start = f"{under(arm)}, {'the server' if knows else 'a server that does not know of it'} "
     if not found.images:
         return f"{under(arm)}, no attack is on record: this folder says nothing about leakage."
     of_all = f"of {found.images} attacked image{'' if found.images == 1 else 's'}"
@@ -106,6 +115,18 @@ def headline(arm: Arm, found: Figures) -> str:
     return f"{start}recovered none {of_all}. With this attack: that is no proof of safety."
 
 
+def _could(found: Figures) -> str:
+    """Say what the prediction leaves open beyond what the attack attained; empty if little."""
+    known = [0.0 if math.isnan(x) else min(x, 60.0) for x in (found.predicted_db, found.median_db)]
+    if known[0] < known[1] + 3:
+        return ""
+    return (
+        f"The updates leave open {decibels(found.predicted_db)} in the median "
+        f"({grade(found.predicted_db)}): so much is predicted for an attacker who knows the "
+        "defence and what such images look like."
+    )
+
+
 def details(found: Figures) -> list[tuple[str, str]]:
     """Say how recognisable, from whom, and when, as (question, answer)."""
     said = []
@@ -123,6 +144,8 @@ def details(found: Figures) -> list[tuple[str, str]]:
         said.append(("When", _when(found)))
     elif len(found.rounds) == 1:
         said.append(("When", f"One round was attacked: round {found.rounds[0]}."))
+    if could := _could(found):
+        said.append(("What more could be", could))
     if found.reason and found.grades and found.grades[-1]:
         lost = f"{images(found.grades[-1])}; the most frequent reason: {found.reason}"
         said.append(("Not recovered", lost))
@@ -188,11 +211,11 @@ def threat(study: Study, source: Source) -> list[str]:
             "Every update was attacked twice: by one who knows the defence and its strength "
             "(informed), and by one who does not. The verdict is on the first."
         )
-    else:
+    elif not all(a.undefended for a in study.arms):
         said.append(
             "It knows the defence and its strength."
             if study.informed
-            else "It does not know of any defence. A defence that is judged this way looks better "
+            else "It does not know of the defence. A defence that is judged this way looks better "
             "than it is: repeat with threat.defence = true."
         )
     said.append(
@@ -211,11 +234,13 @@ def threat_in_short(study: Study, source: Source) -> str:
     sees = "sees only the sum over clients" if told.get("view") == "sum" else (
         "sees the update of each client"
     )  # fmt: skip
-    knows = "knows the defence" if study.informed else "knows of no defence"
+    knows = "knows the defence, " if study.informed else "does not know of the defence, "
+    if all(a.undefended for a in study.arms):
+        knows = ""
     does = "may change the model it sends" if told.get("tamper") is True else (
         "changes nothing (honest but curious)"
     )  # fmt: skip
-    return f"A server that {sees}, {knows}, and {does}."
+    return f"A server that {sees}, {knows}and {does}."
 
 
 def what_helps(study: Study, judged: Sequence[Judged], source: Source) -> list[str]:
@@ -298,9 +323,16 @@ def _what_to_run(study: Study, source: Source) -> list[str]:
     if source.kind == "attack":
         return ["One folder of updates cannot say which defence would help. In a simulation of "
                 "this federation, fedleak evaluate does."]  # fmt: skip
+    said = []
+    if not study.informed and not all(a.undefended for a in study.arms):
+        said.append(
+            "The server did not know of the defence here. One that does may recover far more: "
+            "judge the defence by that one (threat.defence = true)."
+        )
     return [
+        *said,
         "No defences were compared here. To see what each would leave, and cost in accuracy, run "
-        "the commands under “What to run next”."
+        "the commands under “What to run next”.",
     ]
 
 
@@ -331,10 +363,9 @@ def next_commands(study: Study, source: Source, shape: tuple[int, ...] | None) -
 
 def label_of(source: Source, judged: Sequence[Judged]) -> str:
     """Return what is to be known of the numbers: simulated, and of how many seeds."""
-    simulated = source.simulated
-    kind = {True: "Simulated clients", False: "Real updates"}.get(
-        simulated, "Not known whether simulated"
-    )  # type: ignore[arg-type]
+    simulated = True if source.kind == "evaluation" else source.simulated
+    known = "Simulated clients" if simulated else "Real updates"
+    kind = "Not known whether simulated" if simulated is None else known
     if source.kind == "attack":
         return kind
     seeds = max((f.seeds for _, f in judged), default=1)

@@ -70,7 +70,7 @@ def make_run(
         "threat": {"view": "client", "defence": True, "labels": False, "tamper": False},
     }  # fmt: skip
     found = {
-        "status": "finished", "simulated": True, "seed": 3, "arms": [], "commit": "abc123",
+        "status": "finished", "simulated": True, "seed": 3, "arms": [], "commit": "abc123" * 7,
         "scenario": scenario, "versions": {"torch": "2.5"}, "engine": "inline", **about,
     }  # fmt: skip
     (folder / "run.json").write_text(json.dumps(found), encoding="utf-8")
@@ -203,6 +203,17 @@ def test_an_uninformed_attacker_is_no_ground_to_choose_by(tmp_path: Path) -> Non
     about["scenario"]["threat"]["defence"] = False
     (tmp_path / "run.json").write_text(json.dumps(about))
     assert "this table is no ground to choose by" in report(tmp_path).words
+    arm = read_source(make_run(tmp_path / "one", (12.0, 11.0), "noise", 0.5)).studies[0].arms[0]
+    said = headline(arm, figures(arm), informed=False)
+    assert said.startswith("Under noise 0.5, a server that does not know of it got little")
+
+
+def test_what_the_metric_leaves_open_is_said(tmp_path: Path) -> None:
+    make_run(tmp_path)
+    rows = [(1, 0, 5, "noise", 0.5, 12.0, 25.0, "ok"), (1, 1, 6, "noise", 0.5, 11.0, 24.0, "ok")]
+    columns = (*LEAK[:3], "defence", "strength", "psnr_db", "predicted_psnr_db", "status")
+    write_csv(tmp_path / "leakage.csv", columns, rows)
+    assert "The updates leave open 24.5 dB in the median" in report(tmp_path).words
 
 
 def make_evaluation(folder: Path, rows: Sequence[dict[str, Any]]) -> Path:

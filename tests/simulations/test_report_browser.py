@@ -94,6 +94,7 @@ class Seen:
         assert all(widths)
 
 
+OPEN = "document.querySelectorAll('details').forEach(d => { d.open = true; })"
 #: Elements whose text or box sticks out of the page, and are in nothing that scrolls.
 STICKING_OUT = """() => [...document.querySelectorAll('body *')].filter(e => {
     const box = e.getBoundingClientRect();
@@ -157,7 +158,7 @@ def test_it_fits_and_can_be_read(browser: Any, drawn: Path, width: int, scheme: 
         assert seen.page.evaluate(
             "document.documentElement.scrollWidth <= document.documentElement.clientWidth"
         )
-        seen.page.evaluate("document.querySelectorAll('details').forEach(d => { d.open = true; })")
+        seen.page.evaluate(OPEN)
         assert seen.page.evaluate(STICKING_OUT) == []
         assert seen.page.evaluate(OVERLAPPING) == []
         assert seen.page.evaluate(FAINT) == []
@@ -259,6 +260,15 @@ def test_hostile_strings_do_nothing(browser: Any, tmp_path: Path) -> None:
             assert EVIL in seen.page.inner_text("body")
 
 
+def test_without_pictures_the_verdict_is_as_wide(browser: Any, tmp_path: Path) -> None:
+    path = write_report(make_run(tmp_path))[0]
+    for width in WIDTHS:
+        with Seen(browser, path, width) as seen:
+            for what in ("h1", ".told"):
+                assert seen.page.locator(what).bounding_box()["width"] > min(0.5 * width, 800)
+            assert seen.page.evaluate(OVERLAPPING) == []
+
+
 def test_print_shows_everything(browser: Any, drawn: Path) -> None:
     with Seen(browser, drawn, 690) as seen:
         seen.page.emulate_media(media="print", color_scheme="dark")
@@ -279,6 +289,7 @@ def test_a_real_run(browser: Any, simulated: Path, width: int) -> None:
         with Seen(browser, simulated, width, color_scheme=scheme) as seen:
             seen.is_clean()
             seen.all_images_are_there(3 * 4 * 4)
+            seen.page.evaluate(OPEN)
             for check in (STICKING_OUT, OVERLAPPING, FAINT):
                 assert seen.page.evaluate(check) == []
             words = seen.page.inner_text("body")
@@ -303,6 +314,7 @@ def test_a_real_evaluation(browser: Any, tmp_path: Path) -> None:
         with Seen(browser, path, width) as seen:
             seen.is_clean()
             seen.all_images_are_there(6)
+            seen.page.evaluate(OPEN)
             for check in (STICKING_OUT, OVERLAPPING, FAINT):
                 assert seen.page.evaluate(check) == []
             words = seen.page.inner_text("body").replace("\xa0", " ")
