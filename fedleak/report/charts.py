@@ -15,7 +15,7 @@ from matplotlib.ticker import MaxNLocator
 
 from fedleak.plots import CEILING_DB, compress
 from fedleak.report.figures import Figures
-from fedleak.report.sources import Arm
+from fedleak.report.sources import Arm, clean
 from fedleak.report.svg import BAND, FAINT, INK, SERIES, chart
 from fedleak.report.words import decibels, percent
 
@@ -107,7 +107,7 @@ def leakage_chart(
             ]
         _scale(axis, max(float(t[["high", "predicted"]].max().max()) for _, t in lines), "y")
         axis.set(xlabel="round", ylabel="PSNR of the median image (dB)")
-        axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1, steps=[1, 2, 5, 10]))
         return titles
 
     said = "; ".join(
@@ -134,7 +134,7 @@ def accuracy_chart(
         for arm, table in lines:
             axis.plot(table.index, 100 * table, color=SERIES[palette[arm.label]], linewidth=1.6)
         axis.set(xlabel="round", ylabel="accuracy (%)", ylim=(0, 100))
-        axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1, steps=[1, 2, 5, 10]))
         return {}
 
     said = "; ".join(f"{a.label} ends at {percent(float(t.iloc[-1]))}" for a, t in lines)
@@ -259,10 +259,23 @@ def predicted_chart(
     every = pd.concat([p for _, p in sets])
     gap = (every["attained"] - every["predicted"]).abs().median()
     said = f"Attained against predicted PSNR; the median distance is {gap:.1f} dB"
-    legend = tuple((f"c{palette[a.label]}", a.label) for a, _ in sets)
+    legend = _families(sets, palette)
     shown = sum(math.ceil(len(p) / max(1, math.ceil(len(p) / most))) for _, p in sets)
     note = f"{shown} of {len(every)} points are drawn." if shown < len(every) else ""
+    if not legend:
+        note += " There are more defences than colours: rest on a point for its name."
     return Chart(chart(f"{prefix}predicted", draw, said, height=1.1), legend, note)
+
+
+def _families(
+    sets: Sequence[tuple[Arm, pd.DataFrame]], palette: dict[str, int]
+) -> tuple[tuple[str, str], ...]:
+    """Return a legend; of the defences' names alone where there are many, none where too many."""
+    many = len(sets) > MOST_LINES
+    names = {(a.defence if many else a.label): palette[a.label] for a, _ in sets}
+    if len(set(names.values())) < len(names):
+        return ()
+    return tuple((f"c{place}", clean(name)) for name, place in names.items())
 
 
 def _pairs(arm: Arm) -> pd.DataFrame:

@@ -146,7 +146,7 @@ def _section(study: Study, source: Source, prefix: str) -> Section:
     subject = next((j for j in judged if j[0].undefended and j[1].images), judged[0])
     shown = gallery(study.arms, source.notes)
     helps = words.what_helps(study, judged, source)
-    told = words.details(subject[1])
+    told = words.details(*subject)
     told += [("By which server", words.threat_in_short(study, source)),
              ("What would help", " ".join(helps[:2]))]  # fmt: skip
     metric = next((a.metric for a, _ in judged if len(a.metric)), None)

@@ -20,6 +20,10 @@ NO_PROOF = (
     "that knows more or sends a changed model, or from more rounds. This report is no proof of "
     "safety."
 )
+_TWICE = (
+    "Every update was attacked twice: by one who knows the defence and its strength (informed), "
+    "and by one who does not. The verdict is on the first."
+)
 GLOSSARY = (
     ("update", "what a client sends after training on its own images: a gradient, or weights"),
     ("round", "the server sends a model, clients train on it, and send their updates"),
@@ -98,8 +102,9 @@ def headline(arm: Arm, found: Figures, informed: bool = True) -> str:
             return (
                 f"{start}attacked {images(found.images)}; how many it recovered is not on record."
             )
-        about = f"{percent(found.recognisable)} {of_all}"
-        return f"{start}recovered {about} well enough to be recognised (identified)."
+        count = found.recovered
+        how = f"all {count} attacked images" if count == found.images > 1 else f"{count} {of_all}"
+        return f"{start}recovered {how} well enough to be recognised."
     same, seen, blurred, faint, _ = found.grades
     if same + seen:
         count = same + seen
@@ -115,19 +120,20 @@ def headline(arm: Arm, found: Figures, informed: bool = True) -> str:
     return f"{start}recovered none {of_all}. With this attack: that is no proof of safety."
 
 
-def _could(found: Figures) -> str:
+def _could(arm: Arm, found: Figures) -> str:
     """Say what the prediction leaves open beyond what the attack attained; empty if little."""
     known = [0.0 if math.isnan(x) else min(x, 60.0) for x in (found.predicted_db, found.median_db)]
     if known[0] < known[1] + 3:
         return ""
+    knows = "" if arm.undefended else "the defence and "
     return (
         f"The updates leave open {decibels(found.predicted_db)} in the median "
-        f"({grade(found.predicted_db)}): so much is predicted for an attacker who knows the "
-        "defence and what such images look like."
+        f"({grade(found.predicted_db)}): so much is predicted for an attacker who knows {knows}"
+        "what such images look like."
     )
 
 
-def details(found: Figures) -> list[tuple[str, str]]:
+def details(arm: Arm, found: Figures) -> list[tuple[str, str]]:
     """Say how recognisable, from whom, and when, as (question, answer)."""
     said = []
     if not math.isnan(found.median_db):
@@ -144,7 +150,7 @@ def details(found: Figures) -> list[tuple[str, str]]:
         said.append(("When", _when(found)))
     elif len(found.rounds) == 1:
         said.append(("When", f"One round was attacked: round {found.rounds[0]}."))
-    if could := _could(found):
+    if could := _could(arm, found):
         said.append(("What more could be", could))
     if found.reason and found.grades and found.grades[-1]:
         lost = f"{images(found.grades[-1])}; the most frequent reason: {found.reason}"
@@ -186,8 +192,9 @@ def threat(study: Study, source: Source) -> list[str]:
                 "is assumed to know of the training stands in the capture."]  # fmt: skip
     told = dig(study.scenario, "threat")
     if not isinstance(told, dict):
-        return ["The folder does not say what the server was assumed to know (no threat model "
+        said = ["The folder does not say what the server was assumed to know (no threat model "
                 "in run.json)."]  # fmt: skip
+        return [*said, _TWICE] if source.kind == "evaluation" else said
     summed = told.get("view") == "sum"
     said = [
         "It sees only the sum of all clients' updates, as under secure aggregation."
@@ -207,10 +214,7 @@ def threat(study: Study, source: Source) -> list[str]:
     said.append(f"It may know: {', '.join(known) or 'nothing else'}.")
     said.append(f"It does not know: {', '.join(unknown) or 'nothing of this list is withheld'}.")
     if source.kind == "evaluation":
-        said.append(
-            "Every update was attacked twice: by one who knows the defence and its strength "
-            "(informed), and by one who does not. The verdict is on the first."
-        )
+        said.append(_TWICE)
     elif not all(a.undefended for a in study.arms):
         said.append(
             "It knows the defence and its strength."
@@ -346,7 +350,7 @@ def next_commands(study: Study, source: Source, shape: tuple[int, ...] | None) -
     name = str(dig(scenario, "name", default="demo"))
     found = []
     if source.kind == "run":
-        found.append("fedleak evaluate noise-pruning --set scenario=scenario.toml --out DIR")
+        found.append("fedleak evaluate noise-pruning --set scenario=scenario.toml")
         if len(study.arms) < 2:
             compare = 'compare=["noise:0.3","prune:0.9"]'
             found.append(shlex.join(

@@ -245,7 +245,7 @@ def test_an_evaluation_of_which_only_the_tables_are_left(tmp_path: Path) -> None
     ]  # fmt: skip
     text = report(make_evaluation(tmp_path, rows))
     assert "mean of 2 seeds" in text.words
-    assert "100 % of 20 attacked images well enough to be recognised" in text.words
+    assert "recovered all 20 attacked images well enough to be recognised." in text.words
     assert "Of 3 defences tried, prune 0.99 leaves least" in text.words
     assert "at most 2 points of accuracy, noise 3 leaves least" in text.words
     assert "Beware of tests by an attacker who does not know the defence" in text.words
@@ -522,3 +522,15 @@ def test_the_report_needs_neither_flower_nor_ray() -> None:
         "assert not {'flwr', 'ray', 'simulations', 'strategies'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+def test_the_files_on_the_page_repeat_run_and_sweep(tmp_path: Path) -> None:
+    from simulations.evaluation.sweep import load_sweep
+    from simulations.scenario import load_scenario
+
+    scenario = load_scenario("demo", ["defence=clip:1+noise:0.1", "strategy.options.x=2"])
+    (tmp_path / "scenario.toml").write_text(to_toml(scenario.model_dump(mode="json")))
+    assert load_scenario(tmp_path / "scenario.toml") == scenario
+    sweep = load_sweep("all-defences", ['strengths={"clip:1+noise"=[0.3,"1"]}'])
+    (tmp_path / "sweep.toml").write_text(to_toml(sweep.model_dump(mode="json")))
+    assert load_sweep(tmp_path / "sweep.toml") == sweep
