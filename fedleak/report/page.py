@@ -27,7 +27,7 @@ from fedleak.report.charts import (
 )
 from fedleak.report.figures import GRADES, Figures, figures
 from fedleak.report.files import dig, to_toml
-from fedleak.report.pictures import Gallery, Tile, attack_pictures, gallery
+from fedleak.report.pictures import BUDGET, Gallery, Tile, attack_pictures, gallery
 from fedleak.report.sources import Arm, Source, Study, read_source
 
 #: Name of the file in the folder that is reported.
@@ -76,7 +76,7 @@ def write_report(folder: Path | str, out: Path | str | None = None) -> tuple[Pat
     Returns
     -------
     (Path, str)
-        The file, and the verdict in one sentence.
+        The file, and the verdict in one sentence, with what it is of.
 
     Raises
     ------
@@ -115,17 +115,19 @@ def render(source: Source) -> tuple[str, str]:
     }  # fmt: skip
     style = (_TEMPLATES / "report.css").read_text(encoding="utf-8")
     script = (_TEMPLATES / "report.js").read_text(encoding="utf-8")
-    judged = [j for s in sections for j in s.judged]
+    label = "predicted, no attack"
+    if sections:
+        label = words.label_of(source, [j for s in sections for j in s.judged])
     pictures, count = _attack_pictures(source)
     text = environment.get_template("report.html").render(
         source=source, sections=sections, headline=headline, audit=found, style=style,
         script=script, policy=policy(style, script), grades=GRADES, glossary=words.GLOSSARY,
-        no_proof=words.NO_PROOF, label=words.label_of(source, judged), clients_shown=_CLIENTS,
+        no_proof=words.NO_PROOF, label=label, clients_shown=_CLIENTS,
         status=words.status_note(source), provenance=_provenance(source), toml=_toml(source),
         repeat=_repeat(source), made=now()[:16].replace("T", " ") + " UTC", version=__version__,
         pictures=pictures, pictures_count=count,
     )  # fmt: skip
-    return text, headline
+    return text, f"{headline} ({label})"
 
 
 def policy(style: str, script: str) -> str:
@@ -144,7 +146,7 @@ def _section(study: Study, source: Source, prefix: str) -> Section:
     judged = [(a, figures(a)) for a in study.arms]
     palette = colours(judged)
     subject = next((j for j in judged if j[0].undefended and j[1].images), judged[0])
-    shown = gallery(study.arms, source.notes)
+    shown = gallery(study.arms, source.notes, BUDGET // len(source.studies))
     helps = words.what_helps(study, judged, source)
     told = words.details(*subject)
     told += [("By which server", words.threat_in_short(study, source)),

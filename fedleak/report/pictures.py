@@ -49,9 +49,10 @@ class Tile:
 
 @dataclass(frozen=True)
 class Panel:
-    """The images of one round: a row of true ones, and a row for each defence."""
+    """The images of one round, of ``total``: a row of true ones, and one for each defence."""
 
     number: int
+    total: int
     names: tuple[str, ...]
     rows: tuple[tuple[str, tuple[Tile, ...]], ...]
 
@@ -119,7 +120,7 @@ def to_uri(image: np.ndarray) -> str:
     return "data:image/png;base64," + base64.b64encode(stream.getvalue()).decode()
 
 
-def gallery(arms: Sequence[Arm], notes: list[str]) -> Gallery | None:
+def gallery(arms: Sequence[Arm], notes: list[str], budget: int = BUDGET) -> Gallery | None:
     """Choose the best-recovered images of each round, under every defence.
 
     Parameters
@@ -128,6 +129,8 @@ def gallery(arms: Sequence[Arm], notes: list[str]) -> Gallery | None:
         The first folder (seed) of each is shown.
     notes : list of str
         Damaged files are named here.
+    budget : int
+        Bytes of all pictures.
 
     Returns
     -------
@@ -138,25 +141,33 @@ def gallery(arms: Sequence[Arm], notes: list[str]) -> Gallery | None:
     sources = [(label, files) for label, files in sources if files]
     numbers = sorted({n for _, files in sources for n in files})
     panels: dict[int, Panel] = {}
-    used = 0
-    capped = ""
+    used, columns, capped = 0, COLUMNS, False
     for number in spread(numbers):
-        panel = _panel(number, [(label, files.get(number)) for label, files in sources], notes)
+        found = [(label, read_round(files[number], notes)) for label, files in sources
+                 if number in files]  # fmt: skip
+        panel = _panel(number, found, columns)
         if panel is None:
             continue
-        size = sum(len(tile.src) for _, row in panel.rows for tile in row)
-        if panels and (used + size > BUDGET or len(panels) >= ROUNDS):
-            capped = "rounds"
+        if not panels and (size := _size(panel)) > budget:  # many defences, large images
+            columns = max(1, columns * budget // size)
+            panel = _panel(number, found, columns) or panel
+        size = _size(panel)
+        if panels and (used + size > budget or len(panels) >= ROUNDS):
+            capped = True
             break
         panels[number], used = panel, used + size
     if not panels:
         return None
     shown = tuple(panels[n] for n in sorted(panels))
-    left_out = f"{len(shown)} of {len(numbers)} attacked rounds, " if capped else ""
-    most = max(len(p.names) for p in shown)
-    left_out += f"the {most} best-recovered images of each" if most == COLUMNS else ""
+    left_out = [f"{len(shown)} of {len(numbers)} attacked rounds"] if capped else []
+    if any(p.total > len(p.names) for p in shown):
+        left_out.append(f"the {columns} best-recovered images of each round")
     start = max(shown, key=_worst).number
-    return Gallery(shown, start, left_out.strip(", "))
+    return Gallery(shown, start, ", ".join(left_out))
+
+
+def _size(panel: Panel) -> int:
+    return sum(len(tile.src) for _, row in panel.rows for tile in row)
 
 
 def spread(numbers: Sequence[int]) -> Iterator[int]:
@@ -171,14 +182,15 @@ def spread(numbers: Sequence[int]) -> Iterator[int]:
                 yield numbers[index]
 
 
-def _panel(number: int, files: Sequence[tuple[str, Path | None]], notes: list[str]) -> Panel | None:
-    found = [(label, read_round(path, notes) if path else {}) for label, path in files]
+def _panel(
+    number: int, found: Sequence[tuple[str, dict[Key, Picture]]], columns: int
+) -> Panel | None:
     scores: dict[Key, list[float]] = {}
     for _, pictures in found:
         for key, picture in pictures.items():
             finite = 0.0 if math.isnan(picture.psnr_db) else picture.psnr_db
             scores.setdefault(key, []).append(min(finite, _ENOUGH_DB))
-    keys = sorted(scores, key=lambda k: (-sum(scores[k]), k))[:COLUMNS]
+    keys = sorted(scores, key=lambda k: (-sum(scores[k]), k))[:columns]
     if not keys:
         return None
     truth = tuple(Tile(to_uri(next(p[k].truth for _, p in found if k in p))) for k in keys)
@@ -189,7 +201,7 @@ def _panel(number: int, files: Sequence[tuple[str, Path | None]], notes: list[st
             for k in keys
         )
         rows.append((label, tuple(tiles)))
-    return Panel(number, tuple(f"client {c}" for c, _ in keys), tuple(rows))
+    return Panel(number, len(scores), tuple(f"client {c}" for c, _ in keys), tuple(rows))
 
 
 def _worst(panel: Panel) -> float:

@@ -409,6 +409,10 @@ def test_pictures_are_capped(tmp_path: Path) -> None:
     assert list(spread([7])) == [7]
     assert list(spread([])) == []
     assert "24 of 40 attacked rounds" in report(tmp_path).words
+    small = gallery(read_source(tmp_path).studies[0].arms, [], budget=1000)
+    assert small is not None
+    assert len(small.panels) == 1
+    assert 0 < len(small.panels[0].names) < COLUMNS
 
 
 def test_many_defences_with_long_names(tmp_path: Path) -> None:
