@@ -22,6 +22,7 @@ from fedleak.listing import list_
 from fedleak.metric.command import audit
 from fedleak.paper import paper
 from fedleak.reconstruction import reconstruct
+from fedleak.report.command import report
 from fedleak.simulation import simulate
 
 app = typer.Typer(
@@ -66,6 +67,7 @@ for _name, _command in (
     ("simulate", simulate),
     ("evaluate", evaluate),
     ("compare", compare),
+    ("report", report),
     ("audit", audit),
     ("reconstruct", reconstruct),
     ("attack", attack),

@@ -91,6 +91,10 @@ def _report(evaluated: Evaluated, sweep: Sweep) -> None:
     ):
         if any(evaluated.folder.glob(name.replace(".png", "*.png"))):
             _console.print(f"  {name:<28}{what}", highlight=False)
+    shown = near(evaluated.folder)
+    _console.print(
+        f"For others, as one page: fedleak report {shown}", highlight=False, soft_wrap=True
+    )
 
 
 def _label(defence: object, strength: object) -> str:

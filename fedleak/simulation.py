@@ -150,6 +150,9 @@ def _closing_table(scenario: Scenario, arms: list[Arm]) -> None:
     ):
         if "," in name or any(folder.glob(name)):
             _console.print(f"  {name:<26}{what}", highlight=False)
+    _console.print(
+        f"For others, as one page: fedleak report {shown}", highlight=False, soft_wrap=True
+    )
     if (captures := arms[0].out / "captures").is_dir():
         _console.print(
             f"Captured. Attack it, here or elsewhere: fedleak attack {near(captures)}",

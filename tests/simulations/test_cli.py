@@ -35,7 +35,8 @@ def test_a_small_run(tmp_path: Path) -> None:
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "simulated" in done.stdout
-    for word in ("none", "noise-0.3", "prune-0.9", "results/runs/demo", "leakage_vs_rounds.png"):
+    for word in ("none", "noise-0.3", "prune-0.9", "results/runs/demo", "leakage_vs_rounds.png",
+                 "fedleak report results/runs/demo"):  # fmt: skip
         assert word in done.stdout
     assert "…" not in done.stdout  # nothing is cut off at 80 columns
     assert "INFO" not in done.stderr  # Flower is quiet

@@ -1,0 +1,222 @@
+"""True images beside what was made of them, as PNG inside the page."""
+
+from __future__ import annotations
+
+import base64
+import io
+import math
+import re
+import zipfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from fedleak.report.sources import Arm
+
+#: Images beside each other in one round.
+COLUMNS = 6
+#: Rounds of the slider, and bytes of all its pictures.
+ROUNDS, BUDGET = 24, 2_500_000
+#: Larger images are averaged down to about this height and width, in pixels.
+_SIDE = 96
+#: A file that unpacks to more bytes is not read.
+_BYTES = 1 << 30
+#: Above this one exact image counts as much as another.
+_ENOUGH_DB = 60.0
+_FIELDS = ("client", "image", "truth", "reconstruction", "psnr_db")
+
+Key = tuple[int, int]
+
+
+@dataclass(frozen=True, eq=False)
+class Picture:
+    """One reconstructed image and its truth, as arrays (C, H, W)."""
+
+    truth: np.ndarray
+    made: np.ndarray
+    psnr_db: float
+
+
+@dataclass(frozen=True)
+class Tile:
+    """An image as the page has it; no ``src`` where it was not reconstructed."""
+
+    src: str
+    psnr_db: float = math.nan
+
+
+@dataclass(frozen=True)
+class Panel:
+    """The images of one round, of ``total``: a row of true ones, and one for each defence."""
+
+    number: int
+    total: int
+    names: tuple[str, ...]
+    rows: tuple[tuple[str, tuple[Tile, ...]], ...]
+
+
+@dataclass(frozen=True)
+class Gallery:
+    """Panels of the rounds that are shown, the one to start with, and what was left out."""
+
+    panels: tuple[Panel, ...]
+    start: int
+    left_out: str
+
+
+def files_by_round(folder: Path) -> dict[int, Path]:
+    """Return the files of reconstructions by their round."""
+    found = {}
+    for path in sorted((folder / "reconstructions").glob("round-*.npz")):
+        if match := re.fullmatch(r"round-(\d{1,9})\.npz", path.name):
+            found[int(match[1])] = path
+    return found
+
+
+def read_round(path: Path, notes: list[str]) -> dict[Key, Picture]:
+    """Read one round's pictures by client and image; none, and a note, of a damaged file."""
+    try:
+        with zipfile.ZipFile(path) as packed:
+            if sum(part.file_size for part in packed.infolist()) > _BYTES:
+                raise ValueError(f"it unpacks to more than {_BYTES >> 20} MB")
+        with np.load(path, allow_pickle=False) as stored:
+            client, image, truth, made, psnr = (stored[k] for k in _FIELDS)
+        count = len(client)
+        if truth.ndim != 4 or truth.shape != made.shape or truth.shape[1] not in (1, 3):
+            raise ValueError(f"arrays of shapes {truth.shape} and {made.shape} are no images")
+        if not (len(image) == len(psnr) == len(truth) == count):
+            raise ValueError("its arrays differ in length")
+        return {
+            (int(c), int(i)): Picture(np.asarray(t, float), np.asarray(m, float), float(p))
+            for c, i, t, m, p in zip(client, image, truth, made, psnr, strict=True)
+        }
+    except (OSError, ValueError, TypeError, KeyError, EOFError, zipfile.BadZipFile,
+            AttributeError, MemoryError, NotImplementedError) as error:  # fmt: skip
+        why = str(error).replace(str(path), path.name)
+        notes.append(f"{path.parent.parent.name}/reconstructions/{path.name} is damaged: {why}")
+        return {}
+
+
+def to_uri(image: np.ndarray) -> str:
+    """Return an image (C, H, W) in [0, 1] as a PNG inside a URI; what is not finite is grey."""
+    from PIL import Image
+
+    pixels = np.clip(np.nan_to_num(image, nan=0.5, posinf=1.0, neginf=0.0), 0, 1)
+    times = max(1, math.ceil(max(pixels.shape[1:]) / _SIDE))
+    if times > 1:
+        _, h, w = pixels.shape
+        cut = pixels[:, : max(1, h // times) * times, : max(1, w // times) * times]
+        if h >= times and w >= times:
+            cut = cut.reshape(len(cut), h // times, times, w // times, times).mean((2, 4))
+        pixels = cut
+    eight = np.round(pixels * 255).astype(np.uint8)
+    made = (
+        Image.fromarray(eight[0]) if len(eight) == 1 else Image.fromarray(np.moveaxis(eight, 0, -1))
+    )
+    stream = io.BytesIO()
+    made.save(stream, "PNG", optimize=True)
+    return "data:image/png;base64," + base64.b64encode(stream.getvalue()).decode()
+
+
+def gallery(arms: Sequence[Arm], notes: list[str], budget: int = BUDGET) -> Gallery | None:
+    """Choose the best-recovered images of each round, under every defence.
+
+    Parameters
+    ----------
+    arms : sequence of Arm
+        The first folder (seed) of each is shown.
+    notes : list of str
+        Damaged files are named here.
+    budget : int
+        Bytes of all pictures.
+
+    Returns
+    -------
+    Gallery or None
+        None where there are no pictures.
+    """
+    sources = [(a.label, files_by_round(a.folders[0])) for a in arms if a.folders]
+    sources = [(label, files) for label, files in sources if files]
+    numbers = sorted({n for _, files in sources for n in files})
+    panels: dict[int, Panel] = {}
+    used, columns, capped = 0, COLUMNS, False
+    for number in spread(numbers):
+        found = [(label, read_round(files[number], notes)) for label, files in sources
+                 if number in files]  # fmt: skip
+        panel = _panel(number, found, columns)
+        if panel is None:
+            continue
+        if not panels and (size := _size(panel)) > budget:  # many defences, large images
+            columns = max(1, columns * budget // size)
+            panel = _panel(number, found, columns) or panel
+        size = _size(panel)
+        if panels and (used + size > budget or len(panels) >= ROUNDS):
+            capped = True
+            break
+        panels[number], used = panel, used + size
+    if not panels:
+        return None
+    shown = tuple(panels[n] for n in sorted(panels))
+    left_out = [f"{len(shown)} of {len(numbers)} attacked rounds"] if capped else []
+    if any(p.total > len(p.names) for p in shown):
+        left_out.append(f"the {columns} best-recovered images of each round")
+    start = max(shown, key=_worst).number
+    return Gallery(shown, start, ", ".join(left_out))
+
+
+def _size(panel: Panel) -> int:
+    return sum(len(tile.src) for _, row in panel.rows for tile in row)
+
+
+def spread(numbers: Sequence[int]) -> Iterator[int]:
+    """Yield all numbers, those far from each other first: ends, middle, quarters, ..."""
+    seen: set[int] = set()
+    steps = len(numbers) - 1
+    for parts in (1 << n for n in range(max(1, steps).bit_length() + 1)):
+        for k in range(parts + 1):
+            index = round(k * max(steps, 0) / parts)
+            if numbers and index not in seen:
+                seen.add(index)
+                yield numbers[index]
+
+
+def _panel(
+    number: int, found: Sequence[tuple[str, dict[Key, Picture]]], columns: int
+) -> Panel | None:
+    scores: dict[Key, list[float]] = {}
+    for _, pictures in found:
+        for key, picture in pictures.items():
+            finite = 0.0 if math.isnan(picture.psnr_db) else picture.psnr_db
+            scores.setdefault(key, []).append(min(finite, _ENOUGH_DB))
+    keys = sorted(scores, key=lambda k: (-sum(scores[k]), k))[:columns]
+    if not keys:
+        return None
+    truth = tuple(Tile(to_uri(next(p[k].truth for _, p in found if k in p))) for k in keys)
+    rows = [("true image", truth)]
+    for label, pictures in found:
+        tiles = (
+            Tile(to_uri(pictures[k].made), pictures[k].psnr_db) if k in pictures else Tile("")
+            for k in keys
+        )
+        rows.append((label, tuple(tiles)))
+    return Panel(number, len(scores), tuple(f"client {c}" for c, _ in keys), tuple(rows))
+
+
+def _worst(panel: Panel) -> float:
+    """Return by how much a round leaks: the PSNR of its images, over all defences."""
+    values = [min(t.psnr_db, _ENOUGH_DB) for _, row in panel.rows[1:] for t in row if t.src]
+    return float(np.nanmean(values)) if values and not np.isnan(values).all() else 0.0
+
+
+def attack_pictures(folder: Path, most: int = 12) -> tuple[list[tuple[str, str]], int]:
+    """Return pictures that ``fedleak attack`` drew, as (name, URI), and how many there are."""
+    paths = sorted((folder / "pictures").glob("*/*.png"))
+    found = []
+    for path in paths[:most]:
+        content = path.read_bytes()
+        if content[:8] == b"\x89PNG\r\n\x1a\n" and len(content) < 300_000:
+            name = path.relative_to(folder / "pictures").with_suffix("").as_posix()
+            found.append((name, "data:image/png;base64," + base64.b64encode(content).decode()))
+    return found, len(paths)

@@ -1,0 +1,356 @@
+"""What kind of folder it is, and what it holds of every defence."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import pandas as pd
+
+from fedleak.errors import InvalidInputError
+from fedleak.metric.verdict import RECOGNISABLE
+from fedleak.report.files import dig, finite, read_json, read_table, try_json, within
+
+Kind = Literal["run", "evaluation", "attack", "audit"]
+LEAKAGE = (
+    "round", "client", "image", "defence", "strength", "psnr_db", "predicted_psnr_db", "ssim",
+    "label_true", "label_inferred", "status", "reason",
+)  # fmt: skip
+ROUNDS = ("round", "accuracy", "c_metric", "predicted_psnr_db", "bytes_sent")
+METRIC = ("round", "name", "kind", "unknowns", "rank", "deficiency", "weight")
+ATTACKS = ("round", "client", "image", "psnr_db", "ssim", "label_true", "label_inferred", "fit",
+           "status", "reason")  # fmt: skip
+_GROUP = ["scenario", "data", "model"]
+_ARM = ["defence", "strength"]
+EVALUATION = (
+    *_GROUP, "defence", "strength", "seed", "accuracy", "images", "psnr_db_median_unaware",
+    "psnr_db_median_informed", "psnr_db_worst_informed", "identified_informed",
+    "label_accuracy_informed", "failed_informed", "c_metric", "predicted_psnr_db", "cramer_rao_db",
+    "epsilon", "bytes_sent", "status", "reason",
+)  # fmt: skip
+EVALUATION_ROUNDS = (
+    *_GROUP, "defence", "strength", "seed", "round", "accuracy", "psnr_db_informed",
+    "psnr_db_unaware", "predicted_psnr_db",
+)  # fmt: skip
+
+
+_UNFIT = re.compile(
+    "[\x00-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff]"
+)
+
+
+@dataclass(eq=False)
+class Arm:
+    """One defence, and all that is known of it.
+
+    Attributes
+    ----------
+    defence, strength : str
+    leakage, rounds, metric : DataFrame
+        A row for each image, round, and round and layer; with a column ``seed``. The leakage
+        is that of an attacker who knows the defence, where there were two.
+    table : DataFrame
+        Rows of ``evaluation.csv``, one for each seed; empty for a run.
+    per_round : DataFrame
+        Rows of the evaluation's ``rounds.csv``.
+    folders : list of Path
+        Where the reconstructions are, first seed first.
+    """
+
+    defence: str = "none"
+    strength: str = "0"
+    leakage: pd.DataFrame = field(default_factory=lambda: _nothing(LEAKAGE))
+    rounds: pd.DataFrame = field(default_factory=lambda: _nothing(ROUNDS))
+    metric: pd.DataFrame = field(default_factory=lambda: _nothing(METRIC))
+    table: pd.DataFrame = field(default_factory=lambda: _nothing(EVALUATION))
+    per_round: pd.DataFrame = field(default_factory=lambda: _nothing(EVALUATION_ROUNDS))
+    folders: list[Path] = field(default_factory=list)
+    label: str = ""
+
+    def __post_init__(self) -> None:
+        self.label = clean(self.label or defence_words(self.defence, self.strength))
+
+    @property
+    def undefended(self) -> bool:
+        """Whether the clients sent what they had computed."""
+        return self.defence in ("none", "")
+
+
+@dataclass(eq=False)
+class Study:
+    """Defences that can be compared: of one scenario, data set and model."""
+
+    title: str
+    arms: list[Arm]
+    scenario: dict[str, Any]
+    informed: bool
+    """Whether the attacker knew the defences."""
+
+
+@dataclass(eq=False)
+class Source:
+    """A folder, read."""
+
+    kind: Kind
+    name: str
+    folder: Path
+    studies: list[Study] = field(default_factory=list)
+    about: dict[str, Any] = field(default_factory=dict)
+    audit: dict[str, Any] | None = None
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def simulated(self) -> bool | None:
+        """Whether clients and data are simulated; None where nothing says so."""
+        return self.about.get("simulated") if "simulated" in self.about else None
+
+
+def _nothing(columns: tuple[str, ...]) -> pd.DataFrame:
+    return pd.DataFrame(columns=["seed", *(c for c in columns if c != "seed")])
+
+
+def clean(text: str, most: int = 80) -> str:
+    """Return text for labels: without characters that no XML has or that reorder others."""
+    kept = "".join("�" if _UNFIT.match(c) else c for c in text)
+    return kept if len(kept) <= most else kept[: most - 1] + "…"
+
+
+def defence_words(name: str, strength: str) -> str:
+    """Return ``"no defence"``, ``"noise 0.1"``, or ``"clip 1 + noise 0.1"``."""
+    if name in ("none", ""):
+        return "no defence"
+    names, strengths = name.split("+"), strength.split("+")
+    if len(names) != len(strengths):
+        return f"{name} {strength}".strip()
+    return " + ".join(f"{n} {_short(s)}".strip() for n, s in zip(names, strengths, strict=True))
+
+
+def _short(strength: str) -> str:
+    try:
+        return f"{float(strength):g}"
+    except ValueError:
+        return strength
+
+
+def read_source(folder: Path) -> Source:
+    """Read the folder of a run, an evaluation, an attack on a capture, or an audit.
+
+    Raises
+    ------
+    InvalidInputError
+        If it is none of these, or what it cannot do without is damaged.
+    """
+    folder = folder.absolute()
+    if not folder.is_dir():
+        raise InvalidInputError(
+            f"there is no folder {str(folder)!r}; name one that fedleak simulate, evaluate, attack "
+            "or audit (--out) has written"
+        )
+    present = {p.name for p in folder.iterdir()}
+    if present & {"evaluation.csv", "sweep.json"}:
+        source = _evaluation(folder)
+    elif present & {"run.json", "leakage.csv"}:
+        source = _run(folder)
+    elif "attacks.csv" in present or (folder / "attacks").is_dir():
+        source = _attacks(folder)
+    elif "audit.json" in present:
+        return Source("audit", folder.name, folder, audit=read_json(folder / "audit.json"))
+    else:
+        raise InvalidInputError(_none_of_these(folder))
+    for path in (folder / "audit.json", folder / "audit" / "audit.json"):
+        if path.is_file() and source.audit is None:
+            source.audit = try_json(path, source.notes) or None
+    source.notes = list(dict.fromkeys(source.notes))
+    return source
+
+
+def _none_of_these(folder: Path) -> str:
+    made = ("run.json", "sweep.json", "attacks.csv", "audit.json")
+    below = sorted({p.parent.name for name in made for p in folder.glob(f"*/{name}")})
+    hint = f"; these folders in it do: {', '.join(below[:8])}" if below else ""
+    return (
+        f"{str(folder)!r} holds no results of fedleak (none of run.json, leakage.csv, "
+        f"evaluation.csv, attacks.csv, audit.json){hint}; name a folder that fedleak simulate, "
+        "evaluate, attack or audit (--out) has written"
+    )
+
+
+def _run(folder: Path) -> Source:
+    source = Source("run", folder.name, folder)
+    source.about = try_json(folder / "run.json", source.notes)
+    scenario = dig(source.about, "scenario", default={})
+    names = dig(source.about, "arms", default=[])
+    listed = [str(n) for n in names] if isinstance(names, list) else []
+    folders = within(folder, listed)
+    if listed:
+        arms = [_run_arm(f, source.notes) for f in folders] or _combined(folder, source.notes)
+        absent = sorted(set(listed) - {f.name for f in folders})
+        if absent:
+            source.notes.append(f"No folder of: {', '.join(absent)}. It was not run, or removed.")
+    else:
+        arms = [_run_arm(folder, source.notes, source.about)]
+    if not arms:
+        arms = [Arm(label="no defence has run")]
+    title = str(dig(scenario, "name", default=folder.name))
+    scenario = scenario if isinstance(scenario, dict) else {}
+    source.studies = [Study(title, arms, scenario, dig(scenario, "threat", "defence") is True)]
+    return source
+
+
+def _run_arm(folder: Path, notes: list[str], about: dict[str, Any] | None = None) -> Arm:
+    about = try_json(folder / "run.json", notes) if about is None else about
+    seed = finite(about.get("seed")) or 0
+    leakage = read_table(folder / "leakage.csv", LEAKAGE, notes).assign(seed=seed)
+    rounds = read_table(folder / "rounds.csv", ROUNDS, notes).assign(seed=seed)
+    metric = _nothing(METRIC)
+    if (folder / "metric.csv").is_file():
+        metric = read_table(folder / "metric.csv", METRIC, notes).assign(seed=seed)
+    name = dig(about, "scenario", "defence", "name")
+    strength = dig(about, "scenario", "defence", "strength", default="")
+    if name is None and len(leakage):
+        name, strength = leakage["defence"].iloc[0], leakage["strength"].iloc[0]
+    label = "" if name is not None else f"unknown defence ({folder.name})"
+    name, strength = str(name if name is not None else "?"), str(strength)
+    return Arm(
+        name, strength, _whole(leakage, notes), rounds, metric, folders=[folder], label=label
+    )
+
+
+def _whole(leakage: pd.DataFrame, notes: list[str]) -> pd.DataFrame:
+    """Leave out rows of which a killed run wrote half."""
+    good = leakage["status"].isin(("ok", "failed")) & leakage["round"].notna()
+    if not good.all():
+        notes.append(f"{int((~good).sum())} incomplete rows of leakage.csv were left out.")
+    return leakage[good]
+
+
+def _combined(folder: Path, notes: list[str]) -> list[Arm]:
+    """Return the arms of a run of which only the common tables are left."""
+    leakage = _whole(read_table(folder / "leakage.csv", LEAKAGE, notes), notes).assign(seed=0)
+    columns = (*ROUNDS, "defence", "strength")
+    rounds = read_table(folder / "rounds.csv", columns, notes).assign(seed=0)
+    keys = pd.concat([leakage[["defence", "strength"]], rounds[["defence", "strength"]]])
+    return [
+        Arm(key[0], key[1], _rows_of(leakage, key), _rows_of(rounds, key))
+        for key in keys.drop_duplicates().itertuples(index=False, name=None)
+    ]
+
+
+def _rows_of(table: pd.DataFrame, key: tuple[str, str]) -> pd.DataFrame:
+    return table[(table["defence"] == key[0]) & (table["strength"] == key[1])]
+
+
+def _evaluation(folder: Path) -> Source:
+    source = Source("evaluation", folder.name, folder)
+    source.about = try_json(folder / "sweep.json", source.notes)
+    table = read_table(folder / "evaluation.csv", EVALUATION, source.notes)
+    per_round = read_table(folder / "rounds.csv", EVALUATION_ROUNDS, source.notes)
+    cells = list(_cells(folder, source.notes))
+    threshold = finite(dig(source.about, "sweep", "threshold_db"))
+    if threshold is not None and threshold != RECOGNISABLE and not cells:
+        source.notes.append(f"Recognisable means here: at least {threshold:g} dB (threshold_db).")
+    bad = table[table["status"] != "ok"]
+    if len(bad):
+        reason = str(bad["reason"].value_counts().index[0])
+        source.notes.append(
+            f"{len(bad)} of {len(table)} cells failed and are not counted ({reason}); the same "
+            "fedleak evaluate command repeats them."
+        )
+    for group, rows in table.groupby(_GROUP, sort=False):
+        key = tuple(map(str, group))
+        arms: list[Arm] = []
+        scenario: dict[str, Any] = {}
+        for (defence, strength), own in rows.groupby(_ARM, sort=False):
+            where = (*key, str(defence), str(strength))
+            of_arm = [c for c in cells if _same(c[0], where)]
+            scenario = scenario or (dig(of_arm[0][1], "scenario", default={}) if of_arm else {})
+            good = own[own["status"] == "ok"]
+            own_rounds = per_round[(per_round[[*_GROUP, *_ARM]] == where).all(axis=1)]
+            arms.append(_cell_arm(where[-2:], good, own_rounds, of_arm, source.notes))
+        source.studies.append(Study(", ".join(k for k in key if k), arms, scenario, True))
+    if not source.studies:
+        source.notes.append("evaluation.csv has no rows: no cell has finished.")
+        source.studies = [Study(folder.name, [Arm(label="no defence has run")], {}, True)]
+    return source
+
+
+Cell = tuple[tuple[str, ...], dict[str, Any], Path]
+
+
+def _cells(folder: Path, notes: list[str]) -> Iterator[Cell]:
+    """Yield what each cell is of, its run.json, and the folder of the informed attacker."""
+    for cell in sorted(p.parent for p in (folder / "cells").glob("*/cell.json")):
+        run = cell / "informed" if (cell / "informed").is_dir() else cell / "unaware"
+        about = try_json(run / "run.json", notes)
+        s = dig(about, "scenario", default={})
+        keys = (("name",), ("data", "name"), ("model", "name"), ("defence", "name"))
+        strength = str(dig(s, "defence", "strength", default=""))
+        yield (*(str(dig(s, *k, default="")) for k in keys), strength), about, run
+
+
+def _same(one: tuple[str, ...], other: tuple[str, ...]) -> bool:
+    """Whether two cells differ in their seed alone; 1 and 1.0 are the same strength."""
+    return one[:-1] == other[:-1] and _short(one[-1]) == _short(other[-1])
+
+
+def _cell_arm(
+    key: tuple[str, ...],
+    table: pd.DataFrame,
+    per_round: pd.DataFrame,
+    cells: list[Cell],
+    notes: list[str],
+) -> Arm:
+    seeds = set(table["seed"].dropna())
+    order = sorted(
+        (c for c in cells if finite(c[1].get("seed")) in seeds),
+        key=lambda c: finite(c[1].get("seed")) or 0,
+    )
+    arm = Arm(key[0], key[1], table=table, per_round=per_round)
+    runs = [_run_arm(run, notes, about) for _, about, run in order]
+    for one in runs:
+        _add_predictions(one, notes)
+    if runs:
+        arm.leakage = pd.concat([r.leakage for r in runs], ignore_index=True)
+        arm.rounds = pd.concat([r.rounds for r in runs], ignore_index=True)
+        arm.metric = pd.concat([r.metric for r in runs], ignore_index=True)
+        arm.folders = [run for _, _, run in order]
+    return arm
+
+
+def _add_predictions(run: Arm, notes: list[str]) -> None:
+    """Take the predictions from the unaware attacker's table: one serves both attackers."""
+    beside = run.folders[0].parent / "unaware" / "leakage.csv"
+    if run.folders[0].name != "informed" or not beside.is_file():
+        return
+    key = ["round", "client", "image"]
+    other = read_table(beside, LEAKAGE, notes)[[*key, "predicted_psnr_db"]].drop_duplicates(key)
+    own = run.leakage.drop(columns="predicted_psnr_db")
+    run.leakage = own.merge(other, on=key, how="left")
+
+
+def _attacks(folder: Path) -> Source:
+    """Read one attack on a capture, or a capture with the attacks in it."""
+    source = Source("attack", folder.name, folder)
+    own = (folder / "attacks.csv").is_file()
+    folders = [folder] if own else sorted(p.parent for p in folder.glob("attacks/*/attacks.csv"))
+    if not folders:
+        raise InvalidInputError(
+            f"the capture {str(folder)!r} has not been attacked; run: fedleak attack {folder}"
+        )
+    capture = folder.parent.parent if own else folder
+    if (capture / "manifest.json").is_file():
+        manifest = try_json(capture / "manifest.json", source.notes)
+        source.about = {"simulated": manifest.get("simulated"), "capture": manifest.get("model")}
+    arms = []
+    for one in folders:
+        settings = try_json(one / "attack.json", source.notes)
+        source.about.setdefault("attack", settings)
+        found = read_table(one / "attacks.csv", ATTACKS, source.notes)
+        leakage = found.reindex(columns=list(LEAKAGE)).assign(seed=0.0)
+        label = one.name if len(folders) > 1 else str(settings.get("attack", one.name))
+        arms.append(Arm("?", "", _whole(leakage, source.notes), folders=[one], label=label))
+    source.studies = [Study(folder.name, arms, {}, False)]
+    return source

@@ -1,0 +1,390 @@
+"""The verdict in plain words, and what the page says beside its numbers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from fedleak.metric.verdict import grade
+from fedleak.report.figures import Exposure, Figures
+from fedleak.report.files import dig, finite
+from fedleak.report.sources import Arm, Source, Study
+
+Judged = tuple[Arm, Figures]
+#: Between a number and its unit.
+NBSP = "\u00a0"
+
+NO_PROOF = (
+    "What this attack did not recover may still be recoverable: by another attack, by a server "
+    "that knows more or sends a changed model, or from more rounds. This report is no proof of "
+    "safety."
+)
+_TWICE = (
+    "Every update was attacked twice: by one who knows the defence and its strength (informed), "
+    "and by one who does not. The verdict is on the first."
+)
+GLOSSARY = (
+    ("update", "what a client sends after training on its own images: a gradient, or weights"),
+    ("round", "the server sends a model, clients train on it, and send their updates"),
+    ("PSNR", "closeness of an image to the true one, in dB (peak 1): above 40 nobody sees a "
+             "difference, from about 20 it is recognisable, below 14 little is left; an estimate "
+             "for natural images, so look at the pictures"),
+    ("SSIM", "likeness in structure: 1 is the same image, 0 is none"),
+    ("informed", "an attacker who knows which defence the clients use, and how strong it is"),
+    ("unaware", "one who takes a defended update for an undefended one"),
+    ("predicted", "the PSNR that an update leaves open, computed without an attack; it takes a "
+                  "server that knows the defence and what such images look like"),
+    ("c(M)", "the security metric of Chen & Campbell (2022): 0 where every layer's linear system "
+             "determines its input, negative where something is missing; knows no defences"),
+    ("accuracy", "share of test images that the trained model classifies rightly"),
+    ("epsilon", "the differential-privacy guarantee over all rounds; smaller is stronger"),
+)  # fmt: skip
+
+
+def decibels(value: float | None) -> str:
+    """Return ``"21.3 dB"``, ``"exact"``, or a dash."""
+    text = plain_decibels(value)
+    return text if text in ("exact", "–") else f"{text}{NBSP}dB"
+
+
+def plain_decibels(value: float | None) -> str:
+    """The same without the unit, for a column that names it."""
+    if value is None or math.isnan(value):
+        return "–"
+    return "exact" if math.isinf(value) else f"{value:.1f}"
+
+
+def percent(share: float | None) -> str:
+    """Return a share in per cent; never 0 % or 100 % of what is not."""
+    if share is None or not math.isfinite(share):
+        return "–"
+    if 0 < share < 0.01:
+        return f"<{NBSP}1{NBSP}%"
+    return f">{NBSP}99{NBSP}%" if 0.99 < share < 1 else f"{100 * share:.0f}{NBSP}%"
+
+
+def images(count: int) -> str:
+    """Return ``"1 image"`` or ``"12 images"``."""
+    return f"{count:,} image{'' if count == 1 else 's'}".replace(",", "\u202f")
+
+
+def under(arm: Arm) -> str:
+    """Return ``"Without a defence"`` or ``"Under noise 0.3"``."""
+    if arm.undefended:
+        return "Without a defence"
+    return f"With {arm.label}" if arm.defence == "?" else f"Under {arm.label}"
+
+
+def headline(arm: Arm, found: Figures, informed: bool = True) -> str:
+    """Return the verdict on one defence, in one sentence.
+
+    Parameters
+    ----------
+    arm : Arm
+    found : Figures
+    informed : bool
+        Whether the attacker knew the defence, where there is one.
+    """
+    knows = informed or arm.undefended or arm.defence == "?"
+    start = f"{under(arm)}, {'the server' if knows else 'a server that does not know of it'} "
+    if not found.images:
+        return f"{under(arm)}, no attack is on record: this folder says nothing about leakage."
+    of_all = f"of {found.images} attacked image{'' if found.images == 1 else 's'}"
+    if found.unscored:
+        made = found.unscored
+        return (
+            f"{start}reconstructed {made} {of_all}. The true images are not known here, so "
+            "nothing says how close they come."
+        )
+    if found.grades is None:
+        if math.isnan(found.recognisable):
+            return (
+                f"{start}attacked {images(found.images)}; how many it recovered is not on record."
+            )
+        count = found.recovered
+        how = f"all {count} attacked images" if count == found.images > 1 else f"{count} {of_all}"
+        return f"{start}recovered {how} well enough to be recognised."
+    same, seen, blurred, faint, _ = found.grades
+    if same + seen:
+        count = same + seen
+        how = f"all {count} attacked images" if count == found.images > 1 else f"{count} {of_all}"
+        if same == count:
+            return f"{start}recovered {how} so well that nobody can tell them from the originals."
+        more = f"; {same} of them nobody can tell from the originals" if same else ""
+        return f"{start}recovered {how} well enough to be recognised{more}."
+    if blurred:
+        return f"{start}recovered blurred versions of {blurred} {of_all}; none is recognisable."
+    if faint:
+        return f"{start}got little more than an average image, {faint} {of_all} this way."
+    return f"{start}recovered none {of_all}. With this attack: that is no proof of safety."
+
+
+def _could(arm: Arm, found: Figures) -> str:
+    """Say what the prediction leaves open beyond what the attack attained; empty if little."""
+    known = [0.0 if math.isnan(x) else min(x, 60.0) for x in (found.predicted_db, found.median_db)]
+    if known[0] < known[1] + 3:
+        return ""
+    knows = "" if arm.undefended else "the defence and "
+    return (
+        f"The updates leave open {decibels(found.predicted_db)} in the median "
+        f"({grade(found.predicted_db)}): so much is predicted for an attacker who knows {knows}"
+        "what such images look like."
+    )
+
+
+def details(arm: Arm, found: Figures) -> list[tuple[str, str]]:
+    """Say how recognisable, from whom, and when, as (question, answer)."""
+    said = []
+    if not math.isnan(found.median_db):
+        how = (
+            f"PSNR of the median image {decibels(found.median_db)}: {grade(found.median_db)}. "
+            f"Best image: {decibels(found.best_db)}."
+        )
+        if not math.isnan(found.labels):
+            how += f" The label, what an image shows, was inferred for {percent(found.labels)}."
+        said.append(("How recognisable", how))
+    if found.clients:
+        said.append(("From whom", _who(found)))
+    if len(found.rounds) > 1 and not math.isnan(found.first_db):
+        said.append(("When", _when(found)))
+    elif len(found.rounds) == 1:
+        said.append(("When", f"One round was attacked: round {found.rounds[0]}."))
+    if could := _could(arm, found):
+        said.append(("What more could be", could))
+    if found.reason and found.grades and found.grades[-1]:
+        lost = f"{images(found.grades[-1])}; the most frequent reason: {found.reason}"
+        said.append(("Not recovered", lost))
+    return said
+
+
+def _who(found: Figures) -> str:
+    exposed: Sequence[Exposure] = found.exposed
+    total = len(found.clients)
+    if not exposed:
+        return f"Of none of the {total} attacked clients was an image recognisable."
+    if len(exposed) == total:
+        most, least = exposed[0].recognisable, exposed[-1].recognisable
+        each = images(most) if most == least else f"{least} to {images(most)}"
+        if total == 1:
+            return f"The one attacked client, with {each}."
+        return f"All {total} attacked clients, with {each} each."
+    first = ", ".join(f"client {c.client} ({c.recognisable})" for c in exposed[:3])
+    return f"{len(exposed)} of {total} attacked clients; most of all {first}."
+
+
+def _when(found: Figures) -> str:
+    first, last = found.rounds[0], found.rounds[-1]
+    capped = [min(x, 60.0) for x in (found.first_db, found.last_db)]
+    change = capped[1] - capped[0]
+    trend = "stays about as high" if abs(change) < 2 else ("grows" if change > 0 else "falls")
+    return (
+        f"{len(found.rounds)} rounds were attacked, from {first} to {last}. The leakage {trend}: "
+        f"{decibels(found.first_db)} in the median of round {first}, {decibels(found.last_db)} in "
+        f"round {last}."
+    )
+
+
+def threat(study: Study, source: Source) -> list[str]:
+    """Say what the server was assumed to know, see and do."""
+    if source.kind == "attack":
+        return ["The server kept the updates that it received, and attacked them later; what it "
+                "is assumed to know of the training stands in the capture."]  # fmt: skip
+    told = dig(study.scenario, "threat")
+    if not isinstance(told, dict):
+        said = ["The folder does not say what the server was assumed to know (no threat model "
+                "in run.json)."]  # fmt: skip
+        return [*said, _TWICE] if source.kind == "evaluation" else said
+    summed = told.get("view") == "sum"
+    said = [
+        "It sees only the sum of all clients' updates, as under secure aggregation."
+        if summed
+        else "It sees the update of every single client, and the model that it sent."
+    ]
+    what = {
+        "labels": "the labels of the images",
+        "batch_size": "how many images are behind an update",
+        "learning_rate": "the learning rate",
+        "local_steps": "how long clients train",
+        "public_images": "public images of the same kind",
+        "buffers": "batch-normalisation statistics",
+    }
+    known = [text for key, text in what.items() if told.get(key) is True]
+    unknown = [text for key, text in what.items() if told.get(key) is False]
+    said.append(f"It may know: {', '.join(known) or 'nothing else'}.")
+    said.append(f"It does not know: {', '.join(unknown) or 'nothing of this list is withheld'}.")
+    if source.kind == "evaluation":
+        said.append(_TWICE)
+    elif not all(a.undefended for a in study.arms):
+        said.append(
+            "It knows the defence and its strength."
+            if study.informed
+            else "It does not know of the defence. A defence that is judged this way looks better "
+            "than it is: repeat with threat.defence = true."
+        )
+    said.append(
+        "It may change the model that it sends."
+        if told.get("tamper") is True
+        else "It is honest but curious: it changes nothing, and nobody notices."
+    )
+    return said
+
+
+def threat_in_short(study: Study, source: Source) -> str:
+    """Return the threat model in one sentence; empty where it is not known."""
+    told = dig(study.scenario, "threat")
+    if not isinstance(told, dict):
+        return ""
+    sees = "sees only the sum over clients" if told.get("view") == "sum" else (
+        "sees the update of each client"
+    )  # fmt: skip
+    knows = "knows the defence, " if study.informed else "does not know of the defence, "
+    if all(a.undefended for a in study.arms):
+        knows = ""
+    does = "may change the model it sends" if told.get("tamper") is True else (
+        "changes nothing (honest but curious)"
+    )  # fmt: skip
+    return f"A server that {sees}, {knows}and {does}."
+
+
+def what_helps(study: Study, judged: Sequence[Judged], source: Source) -> list[str]:
+    """Say which defence gives what at which accuracy, or what to run to find out."""
+    rated = [j for j in judged if j[1].images and not math.isnan(j[1].recognisable)]
+    tried = [j for j in rated if not j[0].undefended]
+    base = next((f for a, f in rated if a.undefended), None)
+    if not tried or len(rated) < 2:
+        return _what_to_run(study, source)
+    said = []
+    least = min(tried, key=lambda j: (j[1].recognisable, _low(j[1].median_db)))
+    said.append(
+        f"Of {len(tried)} defences tried, {least[0].label} leaves least: "
+        f"{_result(least[1])}{_cost(least[1], base)}."
+        if len(tried) > 1
+        else f"One defence was tried, {least[0].label}. It leaves {_result(least[1])}"
+        f"{_cost(least[1], base)}."
+    )
+    kept = [j for j in tried if base and base.accuracy - j[1].accuracy <= 0.02]
+    if kept:
+        free = min(kept, key=lambda j: (j[1].recognisable, _low(j[1].median_db)))
+        if free[0] is not least[0]:
+            said.append(
+                f"Of those that cost at most 2 points of accuracy, {free[0].label} leaves least: "
+                f"{_result(free[1])}{_cost(free[1], base)}."
+            )
+    elif base and len(tried) > 1:
+        said.append("None of them costs less than 2 points of accuracy.")
+    if least[1].recognisable > 0.05:
+        said.append("No defence tried brings recognisable images down to 5 % or fewer: stronger "
+                    "ones, larger batches or secure aggregation are the next to try.")  # fmt: skip
+    if gap := _gap(tried):
+        said.append(gap)
+    if source.kind == "run" and not study.informed:
+        said.append(
+            "The server did not know of the defences here. One that does may recover far more; "
+            "this table is no ground to choose by (set threat.defence = true)."
+        )
+    return said
+
+
+def _low(value: float) -> float:
+    return math.inf if math.isnan(value) else value
+
+
+def _result(found: Figures) -> str:
+    said = f"{percent(found.recognisable)} of the images recognisable"
+    if not math.isnan(found.median_db):
+        said += f", median {decibels(found.median_db)}"
+    return said
+
+
+def _cost(found: Figures, base: Figures | None) -> str:
+    if math.isnan(found.accuracy):
+        return ""
+    said = f", at an accuracy of {100 * found.accuracy:.1f}{NBSP}%"
+    if base is None or math.isnan(base.accuracy):
+        return said
+    points = 100 * (base.accuracy - found.accuracy)
+    less = f"{points:.1f} points less" if points >= 0.05 else "no less"
+    return f"{said} ({less} than without a defence)"
+
+
+def _gap(tried: Sequence[Judged]) -> str:
+    gaps = [(f.median_db - f.unaware_db, a, f) for a, f in tried if math.isfinite(f.unaware_db)]
+    gaps = [g for g in gaps if math.isfinite(g[0])]
+    if not gaps:
+        return ""
+    gap, arm, found = max(gaps, key=lambda g: g[0])
+    if gap < 3:
+        return ""
+    return (
+        f"Beware of tests by an attacker who does not know the defence: {arm.label} looks like "
+        f"{decibels(found.unaware_db)} to that one, and leaves {decibels(found.median_db)} to one "
+        "who does."
+    )
+
+
+def _what_to_run(study: Study, source: Source) -> list[str]:
+    if source.kind == "attack":
+        return ["One folder of updates cannot say which defence would help. In a simulation of "
+                "this federation, fedleak evaluate does."]  # fmt: skip
+    said = []
+    if not study.informed and not all(a.undefended for a in study.arms):
+        said.append(
+            "The server did not know of the defence here. One that does may recover far more: "
+            "judge the defence by that one (threat.defence = true)."
+        )
+    return [
+        *said,
+        "No defences were compared here. To see what each would leave, and cost in accuracy, run "
+        "the commands under “What to run next”.",
+    ]
+
+
+def next_commands(study: Study, source: Source, shape: tuple[int, ...] | None) -> list[str]:
+    """Return commands that would answer what this folder leaves open."""
+    if source.kind == "attack":
+        return ["fedleak evaluate noise-pruning"]
+    import shlex
+
+    scenario = study.scenario
+    name = str(dig(scenario, "name", default="demo"))
+    found = []
+    if source.kind == "run":
+        found.append("fedleak evaluate noise-pruning --set scenario=scenario.toml")
+        if len(study.arms) < 2:
+            compare = 'compare=["noise:0.3","prune:0.9"]'
+            found.append(shlex.join(
+                ["fedleak", "simulate", "scenario.toml", "--set", compare, "--set",
+                 "threat.defence=true", "--out", f"results/runs/{name}-defences"]))  # fmt: skip
+    model = dig(scenario, "model", "name")
+    if isinstance(model, str) and shape is not None and source.audit is None:
+        batch = finite(dig(scenario, "training", "batch_size")) or 1
+        words = ["fedleak", "audit", "--model", model, "--input-shape", ",".join(map(str, shape)),
+                 "--batch-size", f"{batch:.0f}", "--target", "15"]  # fmt: skip
+        found.append(f"{shlex.join(words)} --out DIR/audit")
+    return found
+
+
+def label_of(source: Source, judged: Sequence[Judged]) -> str:
+    """Return what is to be known of the numbers: simulated, and of how many seeds."""
+    simulated = True if source.kind == "evaluation" else source.simulated
+    known = "Simulated clients" if simulated else "Real updates"
+    kind = "Not known whether simulated" if simulated is None else known
+    if source.kind == "attack":
+        return kind
+    seeds = max((f.seeds for _, f in judged), default=1)
+    return f"{kind} · {'one seed' if seeds == 1 else f'mean of {seeds} seeds'}"
+
+
+def status_note(source: Source) -> str:
+    """Return what is to be said of a run that did not finish."""
+    status: Any = source.about.get("status")
+    if status in (None, "finished"):
+        return ""
+    reason = str(source.about.get("reason") or "")
+    said = {
+        "running": "This run had not finished when the report was made (or it was killed)",
+        "interrupted": "This run was interrupted",
+        "failed": "This run failed",
+    }.get(str(status), f"This run has the status {status}")
+    return f"{said}{': ' + reason if reason else ''}. The finished rounds are reported."
