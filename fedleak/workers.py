@@ -158,7 +158,9 @@ def _how_it_ended(code: int | None) -> str:
     return f"the worker process ended with exit code {code}"
 
 
-def _call(function: Callable[[Any], Any], item: Any) -> Any:
+def _call(function: Callable[[Any], Any], item: Any, folder: str) -> Any:
+    if os.path.isdir(folder):  # a worker on another node was not started here
+        os.chdir(folder)
     return function(item)
 
 
@@ -167,7 +169,7 @@ def run_ray(
 ) -> Iterator[tuple[Item, Result | Crash]]:
     """Call ``function`` on Ray: on the cluster at ``RAY_ADDRESS``, or on this machine.
 
-    Every node must see files under the same paths.
+    Every node must see files under the same paths; relative ones are taken from here.
 
     Parameters
     ----------
@@ -198,7 +200,7 @@ def run_ray(
             raise InvalidInputError(f"Ray cannot be started: {error}; use --jobs N") from error
     remote = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=0)(_call)
     try:
-        asked = {remote.remote(function, item): item for item in items}
+        asked = {remote.remote(function, item, os.getcwd()): item for item in items}
         while asked:
             (done,), _ = ray.wait(list(asked), num_returns=1)
             item = asked.pop(done)

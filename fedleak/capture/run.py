@@ -20,6 +20,7 @@ from fedleak.capture.store import Results
 from fedleak.capture.table import write_table
 from fedleak.errors import InvalidInputError
 from fedleak.images import SUFFIXES
+from fedleak.lock import only_writer
 from fedleak.workers import Engine, OnProgress, check_engine
 
 
@@ -117,20 +118,21 @@ def attack_capture(
     work = Work(where, _absolute(capture.spec), attack, _plain(chosen), device, threads)
     work.make()  # refuses what it does not take
     settings = _settings(capture, work, together)
-    results = Results(_folder(capture, out, attack, settings), settings, overwrite)
-    chunks = list(_chunks(capture, capture.names()[: limit or None], together))
-    todo, skipped = _plan(capture, results, chunks)
-    total = sum(len(c.names) for c in chunks)
-    finished = skipped
-    if on_progress is not None:
-        on_progress(finished, total)
-    for chunk, found in _run(work, todo, jobs, engine):
-        results.save(chunk, found)
-        finished += len(found)
+    place = _folder(capture, out, attack, settings)
+    with only_writer(place):
+        results = Results(place, settings, overwrite)
+        chunks = list(_chunks(capture, capture.names()[: limit or None], together))
+        todo, skipped = _plan(capture, results, chunks)
+        finished, total = skipped, sum(len(c.names) for c in chunks)
         if on_progress is not None:
             on_progress(finished, total)
-    stored = {n: _stored(results, n, c) for c in chunks for n in c.names}
-    table = write_table(capture, attack, stored, results.folder)
+        for chunk, found in _run(work, todo, jobs, engine):
+            results.save(chunk, found)
+            finished += len(found)
+            if on_progress is not None:
+                on_progress(finished, total)
+        stored = {n: _stored(results, n, c) for c in chunks for n in c.names}
+        table = write_table(capture, attack, stored, results.folder)
     return Attacked(results.folder, table, skipped, capture.manifest.simulated)
 
 

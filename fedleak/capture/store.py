@@ -19,6 +19,7 @@ from torch import Tensor
 from fedleak.capture.jobs import Chunk, Result, Retry
 from fedleak.capture.manifest import sha256, to_json, write_atomically
 from fedleak.errors import InvalidInputError
+from fedleak.lock import is_empty
 
 SETTINGS = "attack.json"
 TABLE = "attacks.csv"
@@ -68,7 +69,7 @@ class Results:
                 self._clear()
             elif stored.is_file():
                 self._compare(stored, settings)
-            elif folder.exists() and any(folder.iterdir()):
+            elif not is_empty(folder):
                 raise InvalidInputError(
                     f"--out {str(folder)!r} is not empty and holds no attack; use another"
                 )

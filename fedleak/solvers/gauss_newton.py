@@ -104,27 +104,6 @@ class GaussNewton:
         found = [Measurements(rows, deviation, p).log_evidence(target) for p in priors]
         return torch.stack(found).nan_to_num(-torch.inf).argmax(0)
 
-    def scale(
-        self, prior: Gaussian, deviation: Tensor, focus: Tensor, scales: Sequence[float]
-    ) -> Tensor:
-        """Return what the prior's variances must be multiplied by, for each update.
-
-        The errors are taken for known, so that what they do not explain is the images'.
-
-        Parameters
-        ----------
-        prior, deviation, focus
-            As for :meth:`choose`.
-        scales : sequence of float
-            The one with the greatest evidence is returned.
-        """
-        rows, target, deviation = self._weighed(deviation, focus)
-        found = [
-            Measurements(rows, deviation / s**0.5, prior).log_evidence(target, s) for s in scales
-        ]
-        best = torch.stack(found).nan_to_num(-torch.inf).argmax(0)
-        return torch.tensor(scales, dtype=target.dtype, device=target.device)[best]
-
     def _weighed(self, deviation: Tensor, focus: Tensor | None) -> tuple[Rows, Tensor, Tensor]:
         """Return the rows that evidence is weighed on, their target and deviation."""
         target = self._target()

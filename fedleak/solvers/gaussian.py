@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Sequence
 from functools import cached_property
@@ -252,15 +251,14 @@ class Measurements:
         half = torch.linalg.solve_triangular(self._factor, cross, upper=False)
         return self.prior.covariance - half.mT @ half
 
-    def log_evidence(self, target: Tensor, scale: float | None = None) -> Tensor:
+    def log_evidence(self, target: Tensor) -> Tensor:
         """Return the log probability of each target, up to a constant, shape (N,).
+
+        All variances, of prior and errors, are multiplied by what is best for each target.
 
         Parameters
         ----------
         target : Tensor, shape (N, m)
-        scale : float, optional
-            What all variances, of prior and errors, are multiplied by. By default the best for
-            each target.
         """
         rest = self._rest(target)
         log_det = 2 * self._factor.diagonal(dim1=1, dim2=2).log().sum(1)
@@ -270,6 +268,4 @@ class Measurements:
             square = rest.square().sum(1) - square
             log_det = log_det + self.prior.log_det
         count = self.deviation.isfinite().sum(1)  # others say nothing
-        if scale is not None:
-            return -0.5 * (square / scale + count * math.log(scale) + log_det)
         return -0.5 * (count * (square / count).clamp_min(1e-300).log() + log_det)

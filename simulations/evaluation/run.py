@@ -14,6 +14,7 @@ from fedleak import workers
 from fedleak.capture.manifest import now, package_versions, to_json, write_atomically
 from fedleak.errors import InvalidInputError
 from fedleak.events import emit
+from fedleak.lock import is_empty, only_writer
 from fedleak.workers import Engine, OnProgress
 from simulations.evaluation.cell import Outcome, clear_interrupted, finished, run_cell
 from simulations.evaluation.sweep import Cell, Sweep
@@ -79,24 +80,25 @@ def evaluate(
     workers.check_engine(engine, jobs)
     cells = _checked(sweep, confirmed)
     folder = (Path(out) if out is not None else Path("results/runs") / sweep.name).absolute()
-    _prepare(folder, sweep)
-    book = _Book(folder, sweep, cells)
-    skipped = len(book.rows)
-    todo = [c for c in cells if c.key not in book.rows]
-    if on_progress is not None:
-        on_progress(skipped, len(cells))
-    for count, (cell, found) in enumerate(_run(folder, todo, jobs, engine), skipped + 1):
-        outcome = found if isinstance(found, Outcome) else Outcome("failed", found.reason)
-        book.add(cell, outcome)
-        _tell(cell, outcome)
-        book.write()
+    with only_writer(folder):
+        _prepare(folder, sweep)
+        book = _Book(folder, sweep, cells)
+        skipped = len(book.rows)
+        todo = [c for c in cells if c.key not in book.rows]
         if on_progress is not None:
-            on_progress(count, len(cells))
-    book.write()
-    from simulations.evaluation.plots import plot_evaluation  # seaborn takes seconds to import
+            on_progress(skipped, len(cells))
+        for count, (cell, found) in enumerate(_run(folder, todo, jobs, engine), skipped + 1):
+            outcome = found if isinstance(found, Outcome) else Outcome("failed", found.reason)
+            book.add(cell, outcome)
+            _tell(cell, outcome)
+            book.write()
+            if on_progress is not None:
+                on_progress(count, len(cells))
+        book.write()
+        from simulations.evaluation.plots import plot_evaluation  # seaborn takes seconds to import
 
-    plot_evaluation(folder, [c for c in cells if finished(folder, c) is not None])
-    return Evaluated(folder, pd.read_csv(folder / TABLE), skipped)
+        plot_evaluation(folder, [c for c in cells if finished(folder, c) is not None])
+        return Evaluated(folder, pd.read_csv(folder / TABLE), skipped)
 
 
 def _checked(sweep: Sweep, confirmed: bool) -> list[Cell]:
@@ -116,7 +118,7 @@ def _checked(sweep: Sweep, confirmed: bool) -> list[Cell]:
 
 def _prepare(folder: Path, sweep: Sweep) -> None:
     try:
-        if folder.exists() and any(folder.iterdir()) and not (folder / ABOUT).is_file():
+        if not is_empty(folder) and not (folder / ABOUT).is_file():
             raise InvalidInputError(
                 f"--out {str(folder)!r} is not empty and holds no evaluation; use another"
             )

@@ -44,7 +44,7 @@ def _mean(psnr: list[float]) -> float:
 @pytest.mark.parametrize(
     ("defence", "gain_db"),
     [
-        ("none", 0), ("noise:0.001", -0.3), ("noise:0.1", 2), ("laplace:0.1", 2),
+        ("none", 0), ("noise:0.001", 0.5), ("noise:0.1", 5), ("laplace:0.1", 5),
         ("prune:0.5", 60), ("prune:0.9", 4), ("prune:0.99", 0.5), ("sparsify:0.5", 40),
         ("quantise:8", 2), ("quantise:4", 3), ("quantise:2", 0.5), ("sign:1", 1),
         ("sign:0.01,scale=fixed", 1), ("clip:0.5", 60), ("dp:clip=1,noise=0.01", 1),

@@ -20,6 +20,8 @@ from typer.testing import CliRunner
 from fedleak.cli import app
 from fedleak.defences import parse_defence
 from fedleak.errors import FedleakError, InvalidInputError
+from fedleak.lock import only_writer
+from fedleak.workers import _call
 from simulations.engines import simulate
 from simulations.evaluation import cell as cell_module
 from simulations.evaluation.run import evaluate
@@ -293,3 +295,19 @@ def test_two_nodes_agree_with_one_process(tmp_path: Path, monkeypatch: pytest.Mo
     assert (found.table["status"] == "ok").all()
     evaluate(sweep, tmp_path / "one")
     pd.testing.assert_frame_equal(_without_time(tmp_path / "ray"), _without_time(tmp_path / "one"))
+
+
+def test_two_commands_in_one_folder(tmp_path: Path) -> None:
+    """The second is refused, and nothing of the first is touched."""
+    with only_writer(tmp_path / "out"), pytest.raises(InvalidInputError, match="another command"):
+        evaluate(_sweep(), tmp_path / "out")
+    assert [p.name for p in (tmp_path / "out").iterdir()] == [".lock"]
+
+
+def test_a_relative_model_file_on_ray(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Workers take relative paths from where the command was given."""
+    monkeypatch.chdir(tmp_path)
+    assert _call(Path.exists, Path("net.py"), str(tmp_path)) is False
+    (tmp_path / "net.py").touch()
+    monkeypatch.chdir("/")
+    assert _call(Path.exists, Path("net.py"), str(tmp_path)) is True
