@@ -20,6 +20,8 @@ WARM_UP, WARM_LEVEL = 80, 3e-2
 #: Jacobians taken, at most, and the mean square error (in units of the errors allowed) below
 #: which the first was good enough: at the solution it is about 0.1.
 MOST_JACOBIANS, _MATCHED = 3, 0.5
+#: Relative errors, in the median, from which rough images are considered.
+ROUGH_LEVEL = 0.05
 #: Root mean square error, in units of known errors, above which the truth was not found: there
 #: it is 1.
 MISSED = 1.2
@@ -168,10 +170,17 @@ def posterior(
 
     errors = target.errors.clamp_min(precision)
     if begin is None and not target.linear:
-        level = max(precision, WARM_LEVEL)
-        begin = _quasi_newton(target, prior, start, WARM_UP, level).images
+        warm = max(precision, WARM_LEVEL)
+        begin = _quasi_newton(target, prior, start, WARM_UP, warm).images
     solver = GaussNewton(residual, (start if begin is None else begin).flatten(1))
-    chosen = _follow_evidence(solver, [prior] * len(start), target.errors.clamp_min(QUASI_LEVEL))
+    level = target.errors.clamp_min(QUASI_LEVEL)
+    chosen = _follow_evidence(solver, [prior] * len(start), level, (0, 1))
+    if target.calibrated:
+        # Where errors are small, what rough images would explain is the curvature of the model.
+        rough = (target.errors.median(1).values > ROUGH_LEVEL).tolist()
+        if any(rough):
+            rougher = _follow_evidence(solver, chosen, level, (2,))
+            chosen = [r if i else c for r, c, i in zip(rougher, chosen, rough, strict=True)]
     expected = Gaussian.stack([p.dense() for p in chosen])
     for n in range(MOST_JACOBIANS + 1):
         measured = solver.descend(expected, errors)
@@ -197,10 +206,12 @@ def _focus(prior: Prior, like: Tensor) -> Tensor:
     return (2 - y.square()[:, None] - x.square()).expand(prior.shape).flatten()
 
 
-def _follow_evidence(solver: GaussNewton, priors: list[Prior], errors: Tensor) -> list[Prior]:
+def _follow_evidence(
+    solver: GaussNewton, priors: list[Prior], errors: Tensor, stages: tuple[int, ...]
+) -> list[Prior]:
     """Return, for each update, the prior of the family that its evidence prefers."""
     focus = _focus(priors[0], errors)
-    for stage in (0, 1):
+    for stage in stages:
         chosen = list(priors)
         for prior in {id(p): p for p in priors}.values():
             family = prior.family(stage)

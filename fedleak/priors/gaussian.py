@@ -18,6 +18,7 @@ from fedleak.solvers.gaussian import Gaussian, KroneckerGaussian, cholesky
 DENSE_UNKNOWNS = 4096
 #: Smoothness (rho, power) and colour correlations between which the evidence decides.
 _SHAPES = ((0.98, 1.5), (0.97, 1.0), (0.98, 1.75))
+_ROUGH = ((0.9, 1.0), (0.75, 1.0), (0.5, 1.0))
 _COLOURS = (0.93, 0.85, 0.975)
 #: Public images that count as much as the stationary prior that a learned covariance is
 #: shrunk to, and the least weight of the latter: fine detail is learned last.
@@ -132,10 +133,10 @@ class GaussianPrior(Prior):
         return self._families[stage]
 
     def _family(self, stage: int) -> Sequence[Prior]:
-        if not self.adapt or stage > 1 or (self.shape[0] == 1 and not stage):
+        if not self.adapt or stage > 2 or (self.shape[0] == 1 and not stage):
             return [self]
         if stage:
-            shapes = _others((self.rho, self.power), _SHAPES)
+            shapes = _others((self.rho, self.power), _SHAPES if stage == 1 else _ROUGH)
             return [self, *(self._other(rho, power, self.colour) for rho, power in shapes)]
         found = [self._other(self.rho, self.power, c) for c in _others(self.colour, _COLOURS)]
         for prior in found:

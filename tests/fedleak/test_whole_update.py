@@ -59,8 +59,10 @@ def test_rows_have_the_stated_errors_and_no_correlation() -> None:
     torch.testing.assert_close((scaled.mT @ scaled)[:, told], expected[:, told])
 
 
-@pytest.mark.parametrize(("steps", "defence"), [(0, "noise:0.1"), (400, "noise:0.001"),
-                                                (400, "noise:0.3"), (400, "prune:0.9")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("steps", "defence"),
+    [(0, "noise:0.1"), (400, "noise:0.001"), (400, "noise:0.3"), (400, "prune:0.9")],
+)
 def test_the_informed_attacker_of_a_trained_model(steps: int, defence: str) -> None:
     """It is above the unaware one in the median, too, and no image is lost to a bad start."""
     data, _ = load_data("digits", "data", False, 0)
