@@ -1,4 +1,4 @@
-# make demo   install, then run the main job on data that needs no download
+# make demo   install, then run the main job on data that needs no download, and report on it
 # make test   install, then run the tests
 PYTHON ?= python3
 VENV ?= .venv
@@ -8,6 +8,7 @@ BIN := $(VENV)/bin
 
 demo: install
 	$(BIN)/fedleak simulate demo --out results/runs/demo --overwrite
+	$(BIN)/fedleak report results/runs/demo
 
 test: install
 	$(BIN)/pytest

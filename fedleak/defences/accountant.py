@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import math
+import warnings
 
 from fedleak.defences.clipping import DP
 from fedleak.defences.spec import DefenceSpec
@@ -53,9 +55,14 @@ def epsilon(
         return None
     if not rounds:
         return 0.0
+    handlers = list(logging.getLogger().handlers)
     from opacus.accountants import RDPAccountant  # takes seconds, and few need it
 
+    logging.getLogger().handlers[:] = handlers  # importing it sets up the root logger
     accountant = RDPAccountant()
     accountant.history = steps
-    found = float(accountant.get_epsilon(delta=delta))
+    with warnings.catch_warnings():
+        # A larger epsilon than could be shown is still true.
+        warnings.filterwarnings("ignore", "Optimal order is the", UserWarning)
+        found = float(accountant.get_epsilon(delta=delta))
     return found if math.isfinite(found) else None

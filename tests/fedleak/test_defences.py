@@ -356,3 +356,16 @@ def test_epsilon_is_that_of_the_accountants_own_example() -> None:
 def test_the_accountant_is_not_imported_before_it_is_asked() -> None:
     code = "import sys, fedleak; sys.exit(any(m in sys.modules for m in ('opacus', 'flwr', 'ray')))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_the_accountant_is_quiet() -> None:
+    """Importing Opacus sets up the root logger, which would print every event of ours."""
+    code = (
+        "import logging, warnings; warnings.simplefilter('error', UserWarning)\n"
+        "from fedleak.defences import parse_defence\n"
+        "from fedleak.defences.accountant import epsilon\n"
+        "print(epsilon(parse_defence('dp:clip=1,noise=0.02'), 60) > 1000)\n"
+        "print(logging.getLogger().handlers)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.stdout.split() == ["True", "[]"], done.stderr
