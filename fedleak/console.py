@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import ast
+import functools
 import logging
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
@@ -228,6 +229,28 @@ def resumable(doing: str, unit: str, quiet: bool = False) -> Iterator[OnNotedPro
             "command goes on from there"
         )
         raise typer.Exit(130) from None
+
+
+def stoppable(command: Callable[..., None], reason: str) -> Callable[..., None]:
+    """Return a command that says something when the user stops it, and exits with 130.
+
+    Parameters
+    ----------
+    command : callable
+        One that knows more of what is kept says so itself, as :func:`resumable` does.
+    reason : str
+        What is left of it.
+    """
+
+    @functools.wraps(command)
+    def run(*arguments: Any, **options: Any) -> None:
+        try:
+            command(*arguments, **options)
+        except KeyboardInterrupt:  # typer itself would end without a word
+            stopped(reason)
+            raise typer.Exit(130) from None
+
+    return run
 
 
 def stopped(reason: str) -> None:

@@ -12,7 +12,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from fedleak.console import display, near, number, stopped
+from fedleak.console import display, near, number
 from fedleak.events import emit
 
 if TYPE_CHECKING:
@@ -90,11 +90,7 @@ def _progress(scenario: Scenario) -> Iterator[Any]:
 
     with display():
         tell(scenario.arms()[0].spec.label, 0)
-        try:
-            yield on_progress
-        except KeyboardInterrupt:  # typer itself would end without a word
-            stopped("stopped; finished rounds are kept")
-            raise typer.Exit(130) from None
+        yield on_progress
 
 
 def _closing_table(scenario: Scenario, arms: list[Arm]) -> None:
