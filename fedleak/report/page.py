@@ -13,8 +13,9 @@ from typing import Any
 import jinja2
 
 from fedleak import __version__
-from fedleak.capture.manifest import now, write_atomically
+from fedleak.capture.manifest import write_atomically
 from fedleak.errors import InvalidInputError
+from fedleak.provenance import now
 from fedleak.report import words
 from fedleak.report.audited import Audited, audited, layers
 from fedleak.report.charts import (

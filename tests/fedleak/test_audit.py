@@ -77,6 +77,7 @@ def test_verdict_is_in_plain_words() -> None:
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_matrix_free_leaves_attribution_out() -> None:
     found = audit(tiny(), SHAPE, defence="noise:0.1", references=1, matrix_free=True, target_db=15)
     dense = audit(tiny(), SHAPE, defence="noise:0.1", references=1)

@@ -520,6 +520,7 @@ def test_the_same_folder_gives_the_same_page(tmp_path: Path) -> None:
     assert pages[0] == pages[1]
 
 
+@pytest.mark.slow
 def test_the_report_needs_neither_flower_nor_ray() -> None:
     code = (
         "import sys, fedleak.report.page; "
