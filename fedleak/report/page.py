@@ -21,13 +21,13 @@ from fedleak.report.audited import Audited, audited, layers
 from fedleak.report.charts import (
     Chart,
     accuracy_chart,
-    colours,
     frontier_chart,
     leakage_chart,
     predicted_chart,
 )
 from fedleak.report.figures import GRADES, Figures, figures
 from fedleak.report.files import dig, to_toml
+from fedleak.report.marks import looks
 from fedleak.report.pictures import BUDGET, Gallery, Tile, attack_pictures, gallery
 from fedleak.report.sources import Arm, Source, Study, read_source
 
@@ -52,7 +52,6 @@ class Section:
     helps: list[str]
     judged: list[Judged]
     subject: Judged
-    colours: dict[str, int]
     hero: list[tuple[str, Tile]]
     gallery: Gallery | None
     leakage: Chart | None
@@ -145,7 +144,7 @@ def policy(style: str, script: str) -> str:
 
 def _section(study: Study, source: Source, prefix: str) -> Section:
     judged = [(a, figures(a)) for a in study.arms]
-    palette = colours(judged)
+    palette = looks(study.arms)
     subject = next((j for j in judged if j[0].undefended and j[1].images), judged[0])
     shown = gallery(study.arms, source.notes, BUDGET // len(source.studies))
     helps = words.what_helps(study, judged, source)
@@ -162,7 +161,6 @@ def _section(study: Study, source: Source, prefix: str) -> Section:
         helps=helps,
         judged=judged,
         subject=subject,
-        colours=palette,
         hero=_hero(shown, judged),
         gallery=shown,
         leakage=leakage_chart(judged, palette, prefix),
