@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from fedleak.plots import CEILING_DB, compress
+from fedleak.plots import compress
 from fedleak.report.figures import Figures
 from fedleak.report.marks import (
     MOST_LINES,
@@ -28,6 +28,7 @@ from fedleak.report.marks import (
 from fedleak.report.sources import Arm
 from fedleak.report.svg import BAND, FAINT, INK, chart
 from fedleak.report.words import decibels, percent
+from fedleak.wording import CEILING_DB, ENOUGH_DB, INDISTINGUISHABLE
 
 #: Points of a scatter of single images.
 _MOST_POINTS = 240
@@ -251,7 +252,7 @@ def _pairs(arm: Arm) -> pd.DataFrame:
 
 def _scale(axis: Axes, top: float, which: str) -> None:
     """Compress what is exact to the eye, where there is much of it."""
-    if top > 60:
+    if top > ENOUGH_DB:
         compress(axis, which)  # type: ignore[arg-type]
         if which == "y":
             axis.text(0.015, 126, "nobody sees a difference (scale compressed)", fontsize=10,
@@ -259,6 +260,6 @@ def _scale(axis: Axes, top: float, which: str) -> None:
         return
     high = max(10.0, 1.1 * top)
     axis.set(**{f"{which}lim": (0, high)})
-    if high > 40:
+    if high > INDISTINGUISHABLE:
         span = axis.axhspan if which == "y" else axis.axvspan
-        span(40, high, color=BAND, zorder=0)
+        span(INDISTINGUISHABLE, high, color=BAND, zorder=0)

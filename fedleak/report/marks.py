@@ -10,8 +10,9 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from fedleak.report.sources import Arm, clean
+from fedleak.report.sources import Arm
 from fedleak.report.svg import FAINT, SERIES
+from fedleak.wording import clean
 
 #: Defences that one chart tells apart by lines, or names at their points.
 MOST_LINES = 8

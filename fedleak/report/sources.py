@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,8 +10,8 @@ from typing import Any, Literal
 import pandas as pd
 
 from fedleak.errors import InvalidInputError
-from fedleak.metric.verdict import RECOGNISABLE
 from fedleak.report.files import dig, finite, read_json, read_table, try_json, within
+from fedleak.wording import RECOGNISABLE, clean, defence_words, strength_words
 
 Kind = Literal["run", "evaluation", "attack", "audit"]
 LEAKAGE = (
@@ -28,18 +27,13 @@ _ARM = ["defence", "strength"]
 EVALUATION = (
     *_GROUP, "defence", "strength", "seed", "accuracy", "images", "psnr_db_median_unaware",
     "psnr_db_median_informed", "psnr_db_worst_informed", "identified_informed",
-    "label_accuracy_informed", "failed_informed", "c_metric", "predicted_psnr_db", "cramer_rao_db",
+    "label_accuracy_informed", "failed_informed", "c_metric", "predicted_psnr_db",
     "epsilon", "bytes_sent", "status", "reason",
 )  # fmt: skip
 EVALUATION_ROUNDS = (
     *_GROUP, "defence", "strength", "seed", "round", "accuracy", "psnr_db_informed",
     "psnr_db_unaware", "predicted_psnr_db",
 )  # fmt: skip
-
-
-_UNFIT = re.compile(
-    "[\x00-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff]"
-)
 
 
 @dataclass(eq=False)
@@ -110,29 +104,6 @@ class Source:
 
 def _nothing(columns: tuple[str, ...]) -> pd.DataFrame:
     return pd.DataFrame(columns=["seed", *(c for c in columns if c != "seed")])
-
-
-def clean(text: str, most: int = 80) -> str:
-    """Return text for labels: without characters that no XML has or that reorder others."""
-    kept = "".join("�" if _UNFIT.match(c) else c for c in text)
-    return kept if len(kept) <= most else kept[: most - 1] + "…"
-
-
-def defence_words(name: str, strength: str) -> str:
-    """Return ``"no defence"``, ``"noise 0.1"``, or ``"clip 1 + noise 0.1"``."""
-    if name in ("none", ""):
-        return "no defence"
-    names, strengths = name.split("+"), strength.split("+")
-    if len(names) != len(strengths):
-        return f"{name} {strength}".strip()
-    return " + ".join(f"{n} {_short(s)}".strip() for n, s in zip(names, strengths, strict=True))
-
-
-def _short(strength: str) -> str:
-    try:
-        return f"{float(strength):g}"
-    except ValueError:
-        return strength
 
 
 def read_source(folder: Path) -> Source:
@@ -293,7 +264,7 @@ def _cells(folder: Path, notes: list[str]) -> Iterator[Cell]:
 
 def _same(one: tuple[str, ...], other: tuple[str, ...]) -> bool:
     """Whether two cells differ in their seed alone; 1 and 1.0 are the same strength."""
-    return one[:-1] == other[:-1] and _short(one[-1]) == _short(other[-1])
+    return one[:-1] == other[:-1] and strength_words(one[-1]) == strength_words(other[-1])
 
 
 def _cell_arm(

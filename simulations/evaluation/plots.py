@@ -13,7 +13,8 @@ import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
-from fedleak.plots import CEILING_DB, compress, plt
+from fedleak.plots import compress, plt
+from fedleak.wording import CEILING_DB, ENOUGH_DB, strength_words
 from simulations.evaluation.cell import CELLS, INFORMED, UNAWARE
 from simulations.evaluation.sweep import Cell
 
@@ -97,7 +98,7 @@ def frontier(table: pd.DataFrame, path: Path, title: str = "") -> None:
             left = list(palette).index(str(name)) % 2  # neighbours are often of two defences
             for row in group.itertuples():
                 axis.annotate(
-                    "" if name == "none" else _strength(row.strength),
+                    "" if name == "none" else strength_words(row.strength),
                     (float(row.accuracy), float(row.psnr_db_median_informed)),  # type: ignore[arg-type]
                     xytext=(-6 if left else 6, 5), textcoords="offset points", fontsize=8,
                     color=palette[str(name)], ha="right" if left else "left", zorder=5,
@@ -158,7 +159,7 @@ def leakage_vs_rounds(rounds: pd.DataFrame, path: Path, title: str = "") -> None
                 for column, style in zip(psnr, ("-", ":"), strict=True):
                     _line(axis, own, column, colour, style)
             handles = [
-                Line2D([], [], color=c, lw=3, label=_strength(s))
+                Line2D([], [], color=c, lw=3, label=strength_words(s))
                 for c, s in zip(colours, strengths, strict=True)
             ]
             axis.legend(handles=handles, fontsize=8, ncols=2 if len(strengths) > 3 else 1)
@@ -338,19 +339,11 @@ def _handles(palette: dict[str, Any]) -> list[Line2D]:
     return [Line2D([], [], color=c, marker="o", label=name) for name, c in palette.items()]
 
 
-def _strength(value: object) -> str:
-    """Return a strength as a label has it: ``0.1``, ``1+0.1``."""
-    try:
-        return f"{float(str(value)):g}"
-    except ValueError:
-        return str(value)
-
-
 def _fit(axis: Axes, values: pd.Series, which: Any) -> None:
     """Choose the scale of PSNR: compressed where images are exact to the eye."""
     known = values.dropna()
     top = min(float(known.max()), CEILING_DB) if len(known) else 40.0
-    if top > 60:
+    if top > ENOUGH_DB:
         compress(axis, which)
     else:
         axis.set(**{f"{which}lim": (0, 1.1 * top)})

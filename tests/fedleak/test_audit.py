@@ -15,8 +15,9 @@ from torchvision.io import write_png
 from fedleak.cli import main
 from fedleak.errors import InvalidInputError
 from fedleak.metric import audit
-from fedleak.metric.verdict import grade, verdict
+from fedleak.metric.verdict import verdict
 from fedleak.models import build_model
+from fedleak.wording import grade
 from tests.fedleak.test_attribution import SHAPE, tiny
 
 LAYER_KEYS = {

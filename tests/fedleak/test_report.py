@@ -24,8 +24,9 @@ from fedleak.report.figures import GRADES, figures, ranges
 from fedleak.report.files import read_table, to_toml
 from fedleak.report.page import NAME, render, write_report
 from fedleak.report.pictures import COLUMNS, ROUNDS, gallery, read_round, spread, to_uri
-from fedleak.report.sources import LEAKAGE, Arm, defence_words, read_source
+from fedleak.report.sources import LEAKAGE, Arm, read_source
 from fedleak.report.words import decibels, headline, percent
+from fedleak.wording import defence_words
 
 EVIL = '"><img src=x onerror=alert(1)><script>alert(1)</script>'
 LEAK = (
