@@ -151,14 +151,10 @@ def compress(axis: Axes, which: Literal["x", "y"] = "y") -> None:
     top, knee = 1.05 * CEILING_DB, INDISTINGUISHABLE
 
     def down(y: np.ndarray) -> np.ndarray:
-        return np.where(
-            y > INDISTINGUISHABLE, INDISTINGUISHABLE + (y - INDISTINGUISHABLE) / _SQUEEZE, y
-        )
+        return np.where(y > knee, knee + (y - knee) / _SQUEEZE, y)
 
     def up(y: np.ndarray) -> np.ndarray:
-        return np.where(
-            y > INDISTINGUISHABLE, INDISTINGUISHABLE + (y - INDISTINGUISHABLE) * _SQUEEZE, y
-        )
+        return np.where(y > knee, knee + (y - knee) * _SQUEEZE, y)
 
     low, high = range(0, int(knee) + 1, 10), range(100, int(top) + 1, 50)
     set_scale = axis.set_yscale if which == "y" else axis.set_xscale
@@ -166,6 +162,15 @@ def compress(axis: Axes, which: Literal["x", "y"] = "y") -> None:
     axis.set(**{f"{which}ticks": [*low, *high], f"{which}lim": (0, top)})
     span = axis.axhspan if which == "y" else axis.axvspan
     span(knee, top, color="0.95", zorder=0)
+
+
+def front(x: np.ndarray, y: np.ndarray) -> list[int]:
+    """Return the points that no other beats in both, more of x and less of y; most of x first."""
+    chosen: list[int] = []
+    for n in sorted(range(len(x)), key=lambda i: (-x[i], y[i])):
+        if not chosen or y[n] < y[chosen[-1]]:
+            chosen.append(n)
+    return chosen
 
 
 def reconstructions(arms: Sequence[Path], path: Path) -> Path:

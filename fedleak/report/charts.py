@@ -13,14 +13,13 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from fedleak.plots import compress
+from fedleak.plots import compress, front
 from fedleak.report.figures import Figures
 from fedleak.report.marks import (
     MOST_LINES,
     SHAPES,
     Legend,
     Look,
-    front,
     legend,
     named,
     write_names,

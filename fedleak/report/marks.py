@@ -10,6 +10,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from fedleak.plots import front
 from fedleak.report.sources import Arm
 from fedleak.report.svg import FAINT, SERIES
 from fedleak.wording import clean
@@ -76,15 +77,6 @@ def _family(arm: Arm) -> str:
 def legend(shown: Iterable[Look]) -> Legend:
     """Return an entry for each look."""
     return tuple((f"c{x.colour}", x.name, SHAPES[x.shape]) for x in dict.fromkeys(shown))
-
-
-def front(x: np.ndarray, y: np.ndarray) -> list[int]:
-    """Return the points that no other beats in both: more of x, less of y."""
-    chosen: list[int] = []
-    for n in sorted(range(len(x)), key=lambda i: (-x[i], y[i])):
-        if not chosen or y[n] < y[chosen[-1]]:
-            chosen.append(n)
-    return chosen
 
 
 def named(x: np.ndarray, y: np.ndarray, always: Iterable[int] = ()) -> list[int]:

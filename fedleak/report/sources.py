@@ -11,6 +11,7 @@ import pandas as pd
 
 from fedleak.errors import InvalidInputError
 from fedleak.report.files import dig, finite, read_json, read_table, try_json, within
+from fedleak.runs import INFORMED, UNAWARE, finished_cells, judged_side, predicted
 from fedleak.wording import RECOGNISABLE, clean, defence_words, strength_words
 
 Kind = Literal["run", "evaluation", "attack", "audit"]
@@ -253,8 +254,8 @@ Cell = tuple[tuple[str, ...], dict[str, Any], Path]
 
 def _cells(folder: Path, notes: list[str]) -> Iterator[Cell]:
     """Yield what each cell is of, its run.json, and the folder of the informed attacker."""
-    for cell in sorted(p.parent for p in (folder / "cells").glob("*/cell.json")):
-        run = cell / "informed" if (cell / "informed").is_dir() else cell / "unaware"
+    for cell in finished_cells(folder):
+        run = judged_side(cell)
         about = try_json(run / "run.json", notes)
         s = dig(about, "scenario", default={})
         keys = (("name",), ("data", "name"), ("model", "name"), ("defence", "name"))
@@ -293,13 +294,9 @@ def _cell_arm(
 
 def _add_predictions(run: Arm, notes: list[str]) -> None:
     """Take the predictions from the unaware attacker's table: one serves both attackers."""
-    beside = run.folders[0].parent / "unaware" / "leakage.csv"
-    if run.folders[0].name != "informed" or not beside.is_file():
-        return
-    key = ["round", "client", "image"]
-    other = read_table(beside, LEAKAGE, notes)[[*key, "predicted_psnr_db"]].drop_duplicates(key)
-    own = run.leakage.drop(columns="predicted_psnr_db")
-    run.leakage = own.merge(other, on=key, how="left")
+    beside = run.folders[0].parent / UNAWARE / "leakage.csv"
+    if run.folders[0].name == INFORMED and beside.is_file():
+        run.leakage = predicted(run.leakage, read_table(beside, LEAKAGE, notes))
 
 
 def _attacks(folder: Path) -> Source:

@@ -13,9 +13,9 @@ import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
-from fedleak.plots import compress, plt
+from fedleak.plots import compress, front, plt
+from fedleak.runs import CELLS, INFORMED, UNAWARE
 from fedleak.wording import CEILING_DB, ENOUGH_DB, strength_words
-from simulations.evaluation.cell import CELLS, INFORMED, UNAWARE
 from simulations.evaluation.sweep import Cell
 
 _GROUP = ["scenario", "data", "model"]
@@ -82,7 +82,9 @@ def frontier(table: pd.DataFrame, path: Path, title: str = "") -> None:
     with sns.axes_style("whitegrid"):
         figure, axis = plt.subplots(figsize=(8.5, 5.5), layout="constrained")
         _fit(axis, points["psnr_db_median_informed"], "y")
-        best = _pareto(points)
+        best = points.iloc[
+            front(points["accuracy"].to_numpy(), points["psnr_db_median_informed"].to_numpy())
+        ]
         axis.plot(
             best["accuracy"], best["psnr_db_median_informed"], color="0.6", lw=6, alpha=0.5,
             solid_joinstyle="round", solid_capstyle="round", zorder=1,
@@ -116,17 +118,6 @@ def frontier(table: pd.DataFrame, path: Path, title: str = "") -> None:
         axis.set_title(f"What a defence costs, and what it buys: {title}", fontsize=11)
         figure.savefig(path, dpi=150)
         plt.close(figure)
-
-
-def _pareto(points: pd.DataFrame) -> pd.DataFrame:
-    """Return the points that no other beats in both accuracy and privacy."""
-    chosen, least = [], math.inf
-    order = points.sort_values(["accuracy", "psnr_db_median_informed"], ascending=[False, True])
-    for index, psnr in order["psnr_db_median_informed"].items():
-        if psnr < least:
-            chosen.append(index)
-            least = psnr
-    return points.loc[chosen]
 
 
 def leakage_vs_rounds(rounds: pd.DataFrame, path: Path, title: str = "") -> None:
