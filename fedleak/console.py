@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import functools
 import logging
+import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -74,6 +75,14 @@ def number(value: float | None) -> str:
 def near(path: Path) -> Path:
     """Return a path as seen from here, where it is below."""
     return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+
+
+def say_report(console: Console, folder: Path) -> None:
+    """Say how what is in a folder becomes a page for others."""
+    console.print(
+        f"For others, as one page: fedleak report {shlex.quote(str(near(folder)))}",
+        highlight=False, soft_wrap=True, markup=False,
+    )  # fmt: skip
 
 
 class _Display(logging.Handler):

@@ -11,6 +11,7 @@ from typing import Any
 import pandas as pd
 
 from fedleak.errors import InvalidInputError, nearest
+from fedleak.wording import clean
 
 #: Of an evaluation: the folder of its cells, what says that one is finished, and in each cell the
 #: folders of both attackers; the informed one's is missing where there is no defence to know of.
@@ -170,7 +171,7 @@ def _arm(folder: Path, name: str, about: Mapping[str, Any]) -> Run:
     """Read one training, up to its last finished round."""
     leakage, lacking = _table(folder, "leakage.csv")
     rounds, more = _table(folder, "rounds.csv")
-    label = _defence(about["scenario"].get("defence"))
+    label = clean(_defence(about["scenario"].get("defence")))
     who, gaps = f"{name}, {label}", []
     for column in {*lacking, *more}:
         gaps.append(f"{who}: no {column} (written by an earlier version)")

@@ -11,9 +11,8 @@ ENOUGH_DB = 60.0
 #: Exact reconstructions have an infinite PSNR; means are taken, and points drawn, here.
 CEILING_DB = 160.0
 
-_UNFIT = re.compile(
-    "[\x00-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff]"
-)
+_TURNS = "\u200e\u200f\u202a-\u202e\u2066-\u2069"
+_UNFIT = re.compile(f"[\x00-\x1f\x7f-\x9f{_TURNS}\ud800-\udfff\ufffe\uffff]")
 
 
 def grade(psnr_db: float) -> str:
@@ -50,3 +49,8 @@ def clean(text: str, most: int = 80) -> str:
     """Return text for labels: without characters that no XML has or that reorder others."""
     kept = "".join("�" if _UNFIT.match(c) else c for c in text)
     return kept if len(kept) <= most else kept[: most - 1] + "…"
+
+
+def in_order(text: str) -> str:
+    """Return text without characters that turn around what is written after it."""
+    return re.sub(f"[{_TURNS}]", "�", text)

@@ -30,6 +30,7 @@ from fedleak.report.files import dig, to_toml
 from fedleak.report.marks import looks
 from fedleak.report.pictures import BUDGET, Gallery, Tile, attack_pictures, gallery
 from fedleak.report.sources import Arm, Source, Study, read_source
+from fedleak.wording import in_order
 
 #: Name of the file in the folder that is reported.
 NAME = "report.html"
@@ -108,6 +109,7 @@ def render(source: Source) -> tuple[str, str]:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(_TEMPLATES), autoescape=True, trim_blocks=True,
         lstrip_blocks=True, undefined=jinja2.StrictUndefined,
+        finalize=lambda value: in_order(value) if type(value) is str else value,
     )  # fmt: skip
     environment.filters |= {
         "db": words.decibels, "plain_db": words.plain_decibels, "percent": words.percent,

@@ -271,7 +271,7 @@ def test_several_studies_have_headlines_of_their_own(tmp_path: Path) -> None:
 
 def test_hostile_strings_stay_text(tmp_path: Path) -> None:
     name = f"{EVIL} $\\frac{{1}}$ ünïcödé 数据 \x00\x1b[31m ‮ " + "x" * 5000
-    make_run(tmp_path, defence=name, status=EVIL, reason=EVIL, commit=EVIL, seed=EVIL,
+    make_run(tmp_path, defence=name, status=EVIL, reason=f"{EVIL}\u202e", commit=EVIL, seed=EVIL,
              versions={EVIL: EVIL, "more": [1, {"a": EVIL}]})  # fmt: skip
     about = json.loads((tmp_path / "run.json").read_text())
     about["scenario"] |= {"name": EVIL, "model": {"name": EVIL}, EVIL: {EVIL: EVIL}}
@@ -285,6 +285,7 @@ def test_hostile_strings_stay_text(tmp_path: Path) -> None:
     make_pictures(tmp_path)
     text = report(tmp_path)
     assert EVIL in text.words
+    assert "\u202e" not in text.words
     assert sum(tag == "img" and a.get("src") == "x" for tag, a in text.tags) == 0
 
 
