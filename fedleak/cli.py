@@ -15,7 +15,7 @@ from rich.console import Console
 from fedleak import events
 from fedleak.capture.command import attack
 from fedleak.compare import compare
-from fedleak.console import stopped
+from fedleak.console import stoppable, stopped
 from fedleak.errors import FedleakError
 from fedleak.evaluation import evaluate
 from fedleak.listing import list_
@@ -74,7 +74,8 @@ for _name, _command in (
     ("paper", paper),
     ("list", list_),
 ):
-    app.command(_name)(_command)
+    _kept = "finished rounds are kept" if _name == "simulate" else "the same command begins again"
+    app.command(_name)(stoppable(_command, f"stopped; {_kept}"))
 
 
 def _json_by_environment() -> bool:
@@ -106,7 +107,7 @@ def _explain(error: Exception) -> int:
     """Say what went wrong, and return the exit code."""
     code, reason = 1, f"{type(error).__name__}: {error}"
     if isinstance(error, click.Abort):
-        stopped("stopped; finished rounds are kept")
+        stopped("stopped")
         return 130
     if isinstance(error, click.exceptions.Exit):
         return error.exit_code

@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from fedleak.console import display, near, number
 from fedleak.errors import InvalidInputError
+from fedleak.wording import clean
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -22,8 +24,8 @@ if TYPE_CHECKING:
     from fedleak.runs import Run
 
 _console = Console()
-#: More lines than this cannot be told apart.
-_MANY = 10
+#: More lines than this cannot be told apart; letters of a name in the picture.
+_MANY, _LABEL = 10, 60
 
 
 def compare(
@@ -63,7 +65,7 @@ def compare(
         "median, and the worst case (the best image). labels: inferred rightly. predicted:\n"
         "by the metric, in the last round. accuracy: on test images, at the end. All values\n"
         f"are of simulated clients. Look next at, in {near(out.resolve())}:",
-        highlight=False, soft_wrap=True,
+        highlight=False, soft_wrap=True, markup=False,
     )  # fmt: skip
     if picture is not None:
         _console.print("  compare.png     leakage and accuracy over the rounds", highlight=False)
@@ -133,7 +135,7 @@ def _table(rows: Sequence[dict[str, Any]]) -> Table:
     for row in rows:
         right, accuracy = row["labels_right"], row["accuracy"]
         table.add_row(
-            row["run"], row["defence"],
+            escape(row["run"]), escape(row["defence"]),
             *_cells(row["first"]), *_cells(row["last"]),
             "-" if right is None else f"{right:.0%}",
             "-" if accuracy is None else f"{accuracy:.2f}",
@@ -155,10 +157,10 @@ def _differences(rows: Sequence[dict[str, Any]]) -> Table | None:
         show_edge=False,
     )  # fmt: skip
     for name in ("", *(name for name, _ in columns)):
-        table.add_column(name, overflow="fold")
+        table.add_column(escape(name), overflow="fold")
     for key in rows[0]["differs"]:
         values = [differs[key] for _, differs in columns]
-        table.add_row(key, *("-" if v is None else str(v) for v in values))
+        table.add_row(*map(escape, [key, *("-" if v is None else str(v) for v in values)]))
     return table
 
 
@@ -207,7 +209,7 @@ def draw(runs: Sequence[Run], path: Path) -> Path | None:
     from fedleak.plots import leakage_vs_rounds
 
     several = len({r.name for r in runs}) > 1
-    labels = [f"{r.name}, {r.defence}" if several else r.defence for r in runs]
+    labels = [clean(f"{r.name}, {r.defence}" if several else r.defence, _LABEL) for r in runs]
     for n, label in enumerate(labels):  # the same defence twice in an evaluation
         if labels.count(label) > 1:
             labels[n] = f"{label} ({n + 1})"

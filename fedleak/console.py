@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import ast
+import functools
 import logging
+import shlex
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
@@ -73,6 +75,14 @@ def number(value: float | None) -> str:
 def near(path: Path) -> Path:
     """Return a path as seen from here, where it is below."""
     return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+
+
+def say_report(console: Console, folder: Path) -> None:
+    """Say how what is in a folder becomes a page for others."""
+    console.print(
+        f"For others, as one page: fedleak report {shlex.quote(str(near(folder)))}",
+        highlight=False, soft_wrap=True, markup=False,
+    )  # fmt: skip
 
 
 class _Display(logging.Handler):
@@ -228,6 +238,28 @@ def resumable(doing: str, unit: str, quiet: bool = False) -> Iterator[OnNotedPro
             "command goes on from there"
         )
         raise typer.Exit(130) from None
+
+
+def stoppable(command: Callable[..., None], reason: str) -> Callable[..., None]:
+    """Return a command that says something when the user stops it, and exits with 130.
+
+    Parameters
+    ----------
+    command : callable
+        One that knows more of what is kept says so itself, as :func:`resumable` does.
+    reason : str
+        What is left of it.
+    """
+
+    @functools.wraps(command)
+    def run(*arguments: Any, **options: Any) -> None:
+        try:
+            command(*arguments, **options)
+        except KeyboardInterrupt:  # typer itself would end without a word
+            stopped(reason)
+            raise typer.Exit(130) from None
+
+    return run
 
 
 def stopped(reason: str) -> None:

@@ -11,7 +11,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from fedleak.console import near, number, resumable
+from fedleak.console import near, number, resumable, say_report
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -91,10 +91,7 @@ def _report(evaluated: Evaluated, sweep: Sweep) -> None:
     ):
         if any(evaluated.folder.glob(name.replace(".png", "*.png"))):
             _console.print(f"  {name:<28}{what}", highlight=False)
-    shown = near(evaluated.folder)
-    _console.print(
-        f"For others, as one page: fedleak report {shown}", highlight=False, soft_wrap=True
-    )
+    say_report(_console, evaluated.folder)
 
 
 def _label(defence: object, strength: object) -> str:

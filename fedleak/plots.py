@@ -17,10 +17,10 @@ import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
-#: Exact reconstructions have an infinite PSNR; they are drawn here.
-CEILING_DB = 160.0
-#: Above this nobody sees a difference: the axis is compressed there, by the second number.
-_EXACT_DB, _SQUEEZE = 40.0, 5.0
+from fedleak.wording import CEILING_DB, ENOUGH_DB, INDISTINGUISHABLE, defence_words
+
+#: By how much the axis is compressed where nobody sees a difference.
+_SQUEEZE = 5.0
 _COLUMNS = 8
 
 
@@ -50,16 +50,13 @@ def plot_run(folder: Path, arms: Sequence[Path] | None = None) -> list[Path]:
     return made
 
 
-def defence_label(name: str, strength: float | str) -> str:
-    """Return ``"noise 0.1"``, ``"clip+noise 1+0.1"``, or ``"none"``."""
-    if name == "none":
-        return "none"
-    return f"{name} {strength}" if isinstance(strength, str) else f"{name} {strength:g}"
+def _label(name: str, strength: object) -> str:
+    return defence_words(name, strength, "none")
 
 
 def _labels(table: pd.DataFrame) -> pd.Series:
     pairs = zip(table["defence"], table["strength"], strict=True)
-    return pd.Series([defence_label(d, s) for d, s in pairs], index=table.index, dtype=object)
+    return pd.Series([_label(d, s) for d, s in pairs], index=table.index, dtype=object)
 
 
 def leakage_vs_rounds(
@@ -95,9 +92,11 @@ def leakage_vs_rounds(
     # Ten colours can be told apart by anyone; more must at least differ.
     colours = sns.color_palette("colorblind" if len(order) <= 10 else "husl", len(order))
     palette = dict(zip(order, colours, strict=True))
-    with sns.axes_style("whitegrid"):
+    # A "$" in a folder's name begins no formula.
+    wide = 8 + 0.08 * max(0, *(len(str(name)) - 18 for name in order), 0)
+    with sns.axes_style("whitegrid"), mpl.rc_context({"text.parse_math": False}):
         figure, (top, bottom) = plt.subplots(
-            2, 1, figsize=(8, 6.5), sharex=True, height_ratios=(5, 2), layout="constrained"
+            2, 1, figsize=(wide, 6.5), sharex=True, height_ratios=(5, 2), layout="constrained"
         )
         common = {"x": "round", "hue": by, "hue_order": order, "palette": palette}
         _draw_leakage(leakage, top, common)
@@ -140,31 +139,40 @@ def _draw_leakage(leakage: pd.DataFrame, axis: Axes, common: dict[str, Any]) -> 
 
 def _compress(axis: Axes) -> None:
     """Draw what is exact to the eye in less height, where there is much of it."""
-    if axis.get_ylim()[1] < 1.5 * _EXACT_DB:
+    if axis.get_ylim()[1] < ENOUGH_DB:
         return
     compress(axis)
     axis.text(
-        0.01, _EXACT_DB + _SQUEEZE, "nobody sees a difference here (scale compressed)", va="bottom",
-        transform=axis.get_yaxis_transform(), fontsize=8, color="0.4",
+        0.01, INDISTINGUISHABLE + _SQUEEZE, "nobody sees a difference here (scale compressed)",
+        va="bottom", transform=axis.get_yaxis_transform(), fontsize=8, color="0.4",
     )  # fmt: skip
 
 
 def compress(axis: Axes, which: Literal["x", "y"] = "y") -> None:
     """Draw PSNR above 40 dB, where nobody sees a difference, on a fifth of the scale."""
-    top = 1.05 * CEILING_DB
+    top, knee = 1.05 * CEILING_DB, INDISTINGUISHABLE
 
     def down(y: np.ndarray) -> np.ndarray:
-        return np.where(y > _EXACT_DB, _EXACT_DB + (y - _EXACT_DB) / _SQUEEZE, y)
+        return np.where(y > knee, knee + (y - knee) / _SQUEEZE, y)
 
     def up(y: np.ndarray) -> np.ndarray:
-        return np.where(y > _EXACT_DB, _EXACT_DB + (y - _EXACT_DB) * _SQUEEZE, y)
+        return np.where(y > knee, knee + (y - knee) * _SQUEEZE, y)
 
-    low, high = range(0, int(_EXACT_DB) + 1, 10), range(100, int(top) + 1, 50)
+    low, high = range(0, int(knee) + 1, 10), range(100, int(top) + 1, 50)
     set_scale = axis.set_yscale if which == "y" else axis.set_xscale
     set_scale("function", functions=(down, up))
     axis.set(**{f"{which}ticks": [*low, *high], f"{which}lim": (0, top)})
     span = axis.axhspan if which == "y" else axis.axvspan
-    span(_EXACT_DB, top, color="0.95", zorder=0)
+    span(knee, top, color="0.95", zorder=0)
+
+
+def front(x: np.ndarray, y: np.ndarray) -> list[int]:
+    """Return the points that no other beats in both, more of x and less of y; most of x first."""
+    chosen: list[int] = []
+    for n in sorted(range(len(x)), key=lambda i: (-x[i], y[i])):
+        if not chosen or y[n] < y[chosen[-1]]:
+            chosen.append(n)
+    return chosen
 
 
 def reconstructions(arms: Sequence[Path], path: Path) -> Path:
@@ -245,7 +253,7 @@ def _first_round(arm: Path) -> tuple[str, dict[tuple[int, int, int], Picture]]:
         for client, image, truth, made, psnr in zip(*fields, strict=True)
     }
     table = pd.read_csv(arm / "leakage.csv", nrows=1)
-    return defence_label(table["defence"][0], table["strength"][0]), images
+    return _label(table["defence"][0], table["strength"][0]), images
 
 
 def _caption(psnr_db: float) -> str:

@@ -11,7 +11,11 @@ from typing import Any
 import pandas as pd
 
 from fedleak.errors import InvalidInputError, nearest
+from fedleak.wording import clean
 
+#: Of an evaluation: the folder of its cells, what says that one is finished, and in each cell the
+#: folders of both attackers; the informed one's is missing where there is no defence to know of.
+CELLS, DONE, UNAWARE, INFORMED = "cells", "cell.json", "unaware", "informed"
 #: Columns without which nothing can be said.
 _NEEDED = {
     "leakage.csv": ("round", "psnr_db", "status"),
@@ -167,7 +171,7 @@ def _arm(folder: Path, name: str, about: Mapping[str, Any]) -> Run:
     """Read one training, up to its last finished round."""
     leakage, lacking = _table(folder, "leakage.csv")
     rounds, more = _table(folder, "rounds.csv")
-    label = _defence(about["scenario"].get("defence"))
+    label = clean(_defence(about["scenario"].get("defence")))
     who, gaps = f"{name}, {label}", []
     for column in {*lacking, *more}:
         gaps.append(f"{who}: no {column} (written by an earlier version)")
@@ -194,22 +198,18 @@ def _evaluation(folder: Path, name: str) -> Iterator[Run]:
     """Read an evaluation: the cells of one defence and setting, over all seeds."""
     groups: dict[str, list[Run]] = {}
     # Undefended first: all else is held against it.
-    order = {
-        f: not f.parent.name.startswith("none") for f in (folder / "cells").glob("*/cell.json")
-    }
-    for done in sorted(order, key=lambda f: (order[f], f)):
-        sides = [done.parent / side for side in ("informed", "unaware")]
-        seen = next((s for s in sides if (s / "run.json").is_file()), None)
-        if seen is None:
+    for cell in sorted(finished_cells(folder), key=lambda c: not c.name.startswith("none")):
+        seen = judged_side(cell)
+        if not (seen / "run.json").is_file():
             continue
         about = _about(seen)
-        run = _predicted(_arm(seen, name, about), done.parent / "unaware")
+        run = _predicted(_arm(seen, name, about), cell / UNAWARE)
         same = {k: v for k, v in run.settings.items() if k not in ("seed", "threat.defence")}
         key = json.dumps([run.defence, about["scenario"].get("name"), same], sort_keys=True)
         groups.setdefault(key, []).append(replace(run, settings={**same, "attacker": "informed"}))
     if not groups:
         raise InvalidInputError(
-            f"{str(folder / 'cells')!r} has no finished cell; the same fedleak evaluate goes on "
+            f"{str(folder / CELLS)!r} has no finished cell; the same fedleak evaluate goes on "
             "where it stopped"
         )
     told_apart = differences([runs[0] for runs in groups.values()])
@@ -225,16 +225,29 @@ def _evaluation(folder: Path, name: str) -> Iterator[Run]:
 
 
 def _predicted(run: Run, unaware: Path) -> Run:
-    """Add the predictions, which an evaluation keeps beside the attacker who is unaware."""
     if run.folder == unaware or not (unaware / "run.json").is_file():
         return run
     other = _arm(unaware, run.name, _about(unaware))
+    return replace(run, leakage=predicted(run.leakage, other.leakage), rounds=other.rounds)
+
+
+def predicted(informed: pd.DataFrame, unaware: pd.DataFrame) -> pd.DataFrame:
+    """Return the informed attacker's table with the predictions, which lie beside the other."""
     keys, column = ["round", "client", "image"], "predicted_psnr_db"
-    if not set(keys) <= set(other.leakage) & set(run.leakage):
-        return run
-    told = other.leakage.drop_duplicates(keys)[[*keys, column]]
-    leakage = run.leakage.drop(columns=column).merge(told, on=keys, how="left")
-    return replace(run, leakage=leakage, rounds=other.rounds)
+    if not set(keys) <= set(unaware) & set(informed):
+        return informed
+    told = unaware.drop_duplicates(keys)[[*keys, column]]
+    return informed.drop(columns=column).merge(told, on=keys, how="left")
+
+
+def finished_cells(folder: Path) -> list[Path]:
+    """Return the folders of an evaluation's finished cells."""
+    return sorted(done.parent for done in (folder / CELLS).glob(f"*/{DONE}"))
+
+
+def judged_side(cell: Path) -> Path:
+    """Return the folder of the attacker that a defence is judged by."""
+    return next(s for s in (cell / INFORMED, cell / UNAWARE) if s.is_dir() or s.name == UNAWARE)
 
 
 def _defence(value: Any) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,7 +13,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from fedleak.console import display, near, number, stopped
+from fedleak.console import display, near, number, say_report
 from fedleak.events import emit
 
 if TYPE_CHECKING:
@@ -90,11 +91,7 @@ def _progress(scenario: Scenario) -> Iterator[Any]:
 
     with display():
         tell(scenario.arms()[0].spec.label, 0)
-        try:
-            yield on_progress
-        except KeyboardInterrupt:  # typer itself would end without a word
-            stopped("stopped; finished rounds are kept")
-            raise typer.Exit(130) from None
+        yield on_progress
 
 
 def _closing_table(scenario: Scenario, arms: list[Arm]) -> None:
@@ -139,9 +136,8 @@ def _closing_table(scenario: Scenario, arms: list[Arm]) -> None:
         "\nfailed: of all images. Rounds: median over clients. predicted: by the metric, for\n"
         "the last round and an attacker who knows the defence. best: the best image.\n"
         f"labels: inferred rightly. accuracy: at the end. Look next at, in {shown}:",
-        highlight=False,
-        soft_wrap=True,
-    )
+        highlight=False, soft_wrap=True, markup=False,
+    )  # fmt: skip
     for name, what in (
         ("leakage_vs_rounds.png", "leakage and accuracy over the rounds"),
         ("reconstructions.png", "true images beside their reconstructions"),
@@ -150,11 +146,10 @@ def _closing_table(scenario: Scenario, arms: list[Arm]) -> None:
     ):
         if "," in name or any(folder.glob(name)):
             _console.print(f"  {name:<26}{what}", highlight=False)
-    _console.print(
-        f"For others, as one page: fedleak report {shown}", highlight=False, soft_wrap=True
-    )
+    say_report(_console, folder)
     if (captures := arms[0].out / "captures").is_dir():
         _console.print(
-            f"Captured. Attack it, here or elsewhere: fedleak attack {near(captures)}",
-            highlight=False, soft_wrap=True,
+            f"Captured. Attack it, here or elsewhere: fedleak attack "
+            f"{shlex.quote(str(near(captures)))}",
+            highlight=False, soft_wrap=True, markup=False,
         )  # fmt: skip

@@ -9,13 +9,9 @@ from __future__ import annotations
 import csv
 import json
 import math
-import platform
 import shutil
-import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -24,9 +20,11 @@ import numpy as np
 from torch import Tensor, nn
 
 from fedleak.capture import CaptureWriter, Update
+from fedleak.capture.manifest import write_atomically
 from fedleak.capture.truth import write_truth
 from fedleak.errors import InvalidInputError
 from fedleak.metric import SecurityMetric
+from fedleak.provenance import commit, now, package_versions
 from fedleak.quality import score_batch
 from simulations.partition import client_images, training_data
 from simulations.prediction import UpdatePrediction
@@ -42,7 +40,6 @@ ROUNDS = (
     "clients", "failures", "bytes_sent", "seconds_train", "seconds_attack",
 )  # fmt: skip
 METRIC = ("round", "name", "kind", "unknowns", "rank", "deficiency", "weight", "exact")
-_PACKAGES = ("fedleak", "flwr", "ray", "torch", "torchvision", "numpy", "pandas")
 #: Folder of the captured updates, in that of the run.
 CAPTURES = "captures"
 #: What a run writes; ``overwrite`` removes these and nothing else.
@@ -128,21 +125,20 @@ def about_run(scenario: Scenario, engine: str) -> dict[str, Any]:
         "reason": "",
         "simulated": True,
         "engine": engine,
-        "started": _now(),
+        "started": now(),
         "finished": None,
         "seed": scenario.seed,
         "arms": [d.spec.label for d in scenario.arms()] if scenario.compare else [],
         "scenario": scenario.model_dump(mode="json"),
-        "versions": _versions(),
-        "commit": _commit(),
+        "versions": package_versions(),
+        "commit": commit(),
     }
 
 
 def write_about(out: Path, about: Mapping[str, Any]) -> None:
-    """Write ``run.json``: beside and moved, so that a kill leaves the old or the new one."""
-    fresh = out / "run.json.new"
-    fresh.write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
-    fresh.replace(out / "run.json")
+    """Write ``run.json``."""
+    text = json.dumps(about, indent=2) + "\n"
+    write_atomically(out / "run.json", text.encode())
 
 
 class Recorder:
@@ -344,45 +340,10 @@ def ended(error: BaseException | None = None) -> dict[str, Any]:
         status, reason = "interrupted", "stopped by the user"
     elif error is not None:
         status, reason = "failed", f"{type(error).__name__}: {error}"
-    return {"status": status, "reason": reason, "finished": _now()}
+    return {"status": status, "reason": reason, "finished": now()}
 
 
 def _plain(value: Any) -> Any:
     if isinstance(value, float):
         return "" if math.isnan(value) else round(value, 6)
     return value
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")
-
-
-def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for package in _PACKAGES:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            found[package] = "not installed"
-    return found
-
-
-def _commit() -> str | None:
-    """Return the commit of the code that runs, with ``-dirty`` if files were changed.
-
-    None for an installed package: a repository around it, as that of a project with its
-    environment inside, is not the one that this code is from.
-    """
-    file = Path(__file__)
-    try:
-        _git(file.parent, "ls-files", "--error-unmatch", file.name)
-        return _git(file.parent, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
-    except (OSError, subprocess.SubprocessError):
-        return None
-
-
-def _git(where: Path, *arguments: str) -> str:
-    done = subprocess.run(
-        ["git", *arguments], cwd=where, capture_output=True, text=True, check=True, timeout=10
-    )
-    return done.stdout.strip()

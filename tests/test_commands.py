@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests.documents import folder, table
-from tests.documents.reading import ROOT, Step, documents, spans, split, steps
+from tests.documents.reading import ROOT, Step, cut, documents, spans, split, steps
 from tests.documents.walk import Walk, check_module, check_options, recipe
 
 STEPS = [step for document in documents() for step in steps(document)]
@@ -55,9 +55,7 @@ def test_a_command_is_known_and_has_its_options(step: Step) -> None:
         return
     unknown = folder.placeholders(step.text) - set(folder.PLACEHOLDERS)
     assert not unknown, f"{unknown}: say in tests/documents/folder.py what it stands for"
-    words = split(table.shortened(step.text))
-    for cut in ("|", ">", ">>"):
-        words = words[: words.index(cut)] if cut in words else words
+    words, _ = cut(split(table.shortened(step.text)))
     while re.match(r"\w+=", words[0]):
         words = words[1:]
     if Path(words[0]).name == "fedleak":
@@ -112,6 +110,28 @@ def test_the_table_has_no_dead_rules() -> None:
         if not seen:
             dead.append(rule.pattern)
     assert not dead
+
+
+@pytest.mark.parametrize(
+    ("command", "before", "after"),
+    [
+        ("fedleak list 2> 'a b'", ["fedleak", "list"], ["2>", "a b"]),
+        ("fedleak list 2>a", ["fedleak", "list"], ["2>", "a"]),
+        ("fedleak list >> a 2>&1", ["fedleak", "list"], [">>", "a", "2>&1"]),
+        ("fedleak list --json|head -n 2", ["fedleak", "list", "--json"], ["|", "head", "-n", "2"]),
+        ("fedleak audit --seed 2 > a", ["fedleak", "audit", "--seed", "2"], [">", "a"]),
+    ],
+)
+def test_where_output_goes_is_no_option(command: str, before: list[str], after: list[str]) -> None:
+    assert cut(split(command)) == (before, after)
+
+
+def test_each_stream_goes_where_the_line_says(tmp_path: Path) -> None:
+    walk = Walk("README.md", tmp_path)
+    with walk._inside():
+        walk.run("fedleak --log-json list priors > out 2> events.jsonl")
+    assert "gaussian" in (tmp_path / "out").read_text()
+    assert '"event": "start"' in (tmp_path / "events.jsonl").read_text()
 
 
 def test_a_command_that_nobody_knows_fails(tmp_path: Path) -> None:

@@ -10,12 +10,9 @@ import hashlib
 import inspect
 import json
 import os
-import platform
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
-from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
@@ -35,7 +32,6 @@ VERSION = 1
 MANIFEST = "manifest.json"
 #: Bounds what a hostile file can make the reader allocate or list.
 _MANY = 100_000
-_PACKAGES = ("fedleak", "flwr", "numpy", "ray", "safetensors", "torch")
 _FILE = r"^[A-Za-z0-9][A-Za-z0-9_-]*\.safetensors$"
 _SHA256 = r"^[0-9a-f]{64}$"
 
@@ -325,19 +321,3 @@ def to_json(values: Mapping[str, Any]) -> bytes:
 def sha256(content: bytes) -> str:
     """Return a checksum in hexadecimal."""
     return hashlib.sha256(content).hexdigest()
-
-
-def package_versions() -> dict[str, str]:
-    """Return the versions of what took part; packages that are absent are left out."""
-    found = {"python": platform.python_version()}
-    for package in _PACKAGES:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
-
-
-def now() -> str:
-    """Return the time, in UTC."""
-    return datetime.now(UTC).isoformat(timespec="microseconds")

@@ -14,8 +14,6 @@ from fedleak.capture.manifest import (
     Manifest,
     Record,
     describe_model,
-    now,
-    package_versions,
     sha256,
     spec_of,
     to_json,
@@ -23,6 +21,7 @@ from fedleak.capture.manifest import (
 )
 from fedleak.capture.update import Update
 from fedleak.errors import InvalidInputError
+from fedleak.provenance import now, package_versions
 
 _log = logging.getLogger(__name__)
 
@@ -78,7 +77,10 @@ class CaptureWriter:
             _log.warning("the captured model has no name to make it by; attack with --model")
         card = describe_model(made, (channels, height, width), name, classes)
         manifest = Manifest(
-            created=now(), simulated=simulated, model=card, versions=package_versions()
+            created=now(),
+            simulated=simulated,
+            model=card,
+            versions=package_versions(),
         )
         try:
             if self.folder.exists() and any(self.folder.iterdir()):

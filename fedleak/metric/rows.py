@@ -69,7 +69,7 @@ def _patches(layer: nn.Module, x: Tensor) -> Tensor:
     # Views of strides, copied once: F.unfold takes three times as long.
     x = F.pad(x.unflatten(2, (groups, -1)), (pw, pw, ph, ph))
     x = x.unfold(4, dh * (kh - 1) + 1, sh).unfold(5, dw * (kw - 1) + 1, sw)[..., ::dh, ::dw]
-    # (K, B, groups, channels, rows, columns, kh, kw)
+    # Axes now: K, B, groups, channels, rows, columns, kh, kw.
     x = x.permute(0, 2, 1, 4, 5, 3, 6, 7)
     return x.reshape(len(x), groups, batch * x.shape[3] * x.shape[4], -1)
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from fedleak.metric.attribution import LayerLeak
 from fedleak.metric.auditing import Audit
+from fedleak.wording import grade
 
-#: Predicted PSNR in dB from which on images are recovered so well.
-INDISTINGUISHABLE, RECOGNISABLE, BLURRED = 40.0, 20.0, 14.0
 #: Numerical uncertainty in dB beyond which a prediction says nothing.
 _UNKNOWN = 5.0
 
@@ -16,17 +15,6 @@ LIMITS = (
     "less well than predicted; a server that changes the model, sees many updates or knows more "
     "of the images may recover more. It is no proof of safety."
 )
-
-
-def grade(psnr_db: float) -> str:
-    """Return what a PSNR in dB looks like, as the end of "a server can recover ..."."""
-    if psnr_db >= INDISTINGUISHABLE:
-        return "images that nobody can tell from the true ones"
-    if psnr_db >= RECOGNISABLE:
-        return "images in which people and objects can be recognised"
-    if psnr_db >= BLURRED:
-        return "blurred images: large shapes and colours"
-    return "little more than the average image"
 
 
 def verdict(audit: Audit) -> str:

@@ -16,7 +16,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from fedleak.paper.cells import AttackSpec, Images, pictures_of
-from fedleak.paper.tables import CEILING_DB, select
+from fedleak.paper.tables import select
+from fedleak.wording import CEILING_DB
 
 #: How the paper and its readers call the attacks.
 TITLES = {

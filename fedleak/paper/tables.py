@@ -10,9 +10,7 @@ import pandas as pd
 from scipy.stats import t as student
 
 from fedleak.paper.cells import AttackSpec
-
-#: A reconstruction equal to the truth has an infinite PSNR; it counts as this many dB.
-CEILING_DB = 160.0
+from fedleak.wording import CEILING_DB
 
 
 def mean_and_width(values: Sequence[float]) -> tuple[float, float]:

@@ -8,8 +8,9 @@ from typing import Any
 
 import pandas as pd
 
-from fedleak.metric.verdict import LIMITS, grade
+from fedleak.metric.verdict import LIMITS
 from fedleak.report.files import dig, finite, rows
+from fedleak.wording import grade
 
 
 @dataclass(frozen=True, eq=False)

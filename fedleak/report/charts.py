@@ -13,44 +13,35 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from fedleak.plots import CEILING_DB, compress
+from fedleak.plots import compress, front
 from fedleak.report.figures import Figures
-from fedleak.report.sources import Arm, clean
-from fedleak.report.svg import BAND, FAINT, INK, SERIES, chart
+from fedleak.report.marks import (
+    MOST_LINES,
+    SHAPES,
+    Legend,
+    Look,
+    legend,
+    named,
+    write_names,
+)
+from fedleak.report.sources import Arm
+from fedleak.report.svg import BAND, FAINT, INK, chart
 from fedleak.report.words import decibels, percent
+from fedleak.wording import CEILING_DB, ENOUGH_DB, INDISTINGUISHABLE
 
-#: Defences in one chart; more would hide each other. Points of a scatter of single images.
-MOST_LINES, _MOST_POINTS = 8, 240
-_MARKERS = "osD^vPX*"
-_LABEL = 22
-#: Distance of labels, in pixels.
-_APART = 13.0
+#: Points of a scatter of single images.
+_MOST_POINTS = 240
 
 Judged = tuple[Arm, Figures]
 
 
 @dataclass(frozen=True)
 class Chart:
-    """A chart with its legend: (class of the colour, text) of each entry."""
+    """A chart with its legend, and what is to be said below it."""
 
     svg: Markup
-    legend: tuple[tuple[str, str], ...]
+    legend: Legend = ()
     note: str = ""
-
-
-def _short(text: str) -> str:
-    return text if len(text) <= _LABEL else text[: _LABEL - 1] + "…"
-
-
-def colours(judged: Sequence[Judged]) -> dict[str, int]:
-    """Return a number of the page's colours for each defence; the first is that of none."""
-    families = [a.defence for a, _ in judged if not a.undefended]
-    single = len(set(families)) < len(families) and len(judged) > MOST_LINES
-    keys = [a.defence if single else a.label for a, _ in judged if not a.undefended]
-    places = {key: 1 + n % (len(SERIES) - 1) for n, key in enumerate(dict.fromkeys(keys))}
-    return {
-        a.label: 0 if a.undefended else places[a.defence if single else a.label] for a, _ in judged
-    }
 
 
 def _over_rounds(arm: Arm) -> pd.DataFrame:
@@ -72,7 +63,7 @@ def _over_rounds(arm: Arm) -> pd.DataFrame:
 
 
 def leakage_chart(
-    judged: Sequence[Judged], palette: dict[str, int], prefix: str = ""
+    judged: Sequence[Judged], palette: dict[str, Look], prefix: str = ""
 ) -> Chart | None:
     """Draw the median PSNR of every defence over rounds, with quartiles; predictions dashed."""
     lines = [(a, _over_rounds(a)) for a, _ in judged]
@@ -85,20 +76,25 @@ def leakage_chart(
         lines = [line for n, line in enumerate(lines) if n in chosen]
     if not lines:
         return None
-    places = {a.label: n if left_out else palette[a.label] for n, (a, _) in enumerate(lines)}
+    shown = [palette[a.label] for a, _ in lines]
+    if len({look.colour for look in shown}) < len(lines):
+        shown = [Look(n, look.shape, a.label)
+                 for n, ((a, _), look) in enumerate(zip(lines, shown, strict=True))]  # fmt: skip
+    shown = [Look(look.colour, shape, look.name)
+             for look, shape in zip(shown, SHAPES, strict=False)]  # fmt: skip
 
     def draw(figure: Figure, narrow: bool) -> dict[str, list[str]]:
         axis = figure.subplots()
         titles = {}
         for n, (arm, table) in enumerate(lines):
-            colour = SERIES[places[arm.label]]
+            colour = shown[n].series
             axis.fill_between(table.index, table["low"], table["high"], color=colour, alpha=0.15,
                               linewidth=0)  # fmt: skip
             known = table[table["median"].notna()]
             axis.plot(known.index, known["median"], color=colour, linewidth=1.6)
             axis.plot(table.index, table["predicted"], color=colour, linewidth=1.2, linestyle="--")
             points = axis.scatter(known.index, known["median"], s=20, color=colour, zorder=3,
-                                  marker=_MARKERS[n % len(_MARKERS)])  # fmt: skip
+                                  marker=shown[n].shape)  # fmt: skip
             points.set_gid(f"line{n}")
             titles[f"line{n}"] = [
                 f"{arm.label}, round {i:.0f}: median {decibels(m)}, best {decibels(b)}, "
@@ -115,13 +111,12 @@ def leakage_chart(
         f"{decibels(float(t['median'].dropna().iloc[-1]))}" for a, t in lines
     )  # fmt: skip
     note = f"{left_out} defences between these are left out of this chart." if left_out else ""
-    legend = tuple((f"c{places[a.label]}", a.label) for a, _ in lines)
     svg = chart(f"{prefix}leakage", draw, f"Median PSNR from the first to the last round: {said}")
-    return Chart(svg, legend, note)
+    return Chart(svg, legend(shown), note)
 
 
 def accuracy_chart(
-    judged: Sequence[Judged], palette: dict[str, int], prefix: str = ""
+    judged: Sequence[Judged], palette: dict[str, Look], prefix: str = ""
 ) -> Chart | None:
     """Draw the test accuracy over rounds; the mean over seeds."""
     lines = [(a, _accuracy(a)) for a, _ in judged]
@@ -132,14 +127,14 @@ def accuracy_chart(
     def draw(figure: Figure, narrow: bool) -> dict[str, list[str]]:
         axis = figure.subplots()
         for arm, table in lines:
-            axis.plot(table.index, 100 * table, color=SERIES[palette[arm.label]], linewidth=1.6)
+            axis.plot(table.index, 100 * table, color=palette[arm.label].series, linewidth=1.6)
         axis.set(xlabel="round", ylabel="accuracy (%)", ylim=(0, 100))
         axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1, steps=[1, 2, 5, 10]))
         return {}
 
     said = "; ".join(f"{a.label} ends at {percent(float(t.iloc[-1]))}" for a, t in lines)
     svg = chart(f"{prefix}accuracy", draw, f"Test accuracy over rounds: {said}", height=0.55)
-    return Chart(svg, ())
+    return Chart(svg)
 
 
 def _accuracy(arm: Arm) -> pd.Series:
@@ -148,7 +143,7 @@ def _accuracy(arm: Arm) -> pd.Series:
 
 
 def frontier_chart(
-    judged: Sequence[Judged], palette: dict[str, int], prefix: str = ""
+    judged: Sequence[Judged], palette: dict[str, Look], prefix: str = ""
 ) -> Chart | None:
     """Draw what is recovered against the accuracy: best are points at the lower right."""
     known = [j for j in judged if math.isfinite(j[1].accuracy) and not math.isnan(j[1].median_db)]
@@ -156,20 +151,21 @@ def frontier_chart(
         return None
     x = np.array([100 * f.accuracy for _, f in known])
     y = np.minimum([f.median_db for _, f in known], CEILING_DB)
+    beside = named(x, y, [n for n, (a, _) in enumerate(known) if a.undefended])
 
     def draw(figure: Figure, narrow: bool) -> dict[str, list[str]]:
         axis = figure.subplots()
-        best = _front(x, y)
+        best = front(x, y)
         axis.plot(x[best], y[best], color=FAINT, linewidth=7, alpha=0.3, zorder=1)
         titles = {}
         for n, (arm, f) in enumerate(known):
-            colour = SERIES[palette[arm.label]]
+            look = palette[arm.label]
             across = np.array([100 * a for a in f.accuracy_range]), np.array([y[n], y[n]])
             upright = np.array([x[n], x[n]]), np.minimum(f.median_range, CEILING_DB)
             for line in (across, upright):
-                axis.plot(*line, color=colour, linewidth=1.2, zorder=3)
+                axis.plot(*line, color=look.series, linewidth=1.2, zorder=3)
             point = axis.scatter(x[n : n + 1], y[n : n + 1], s=46, zorder=4,
-                                 color=SERIES[palette[arm.label]])  # fmt: skip
+                                 color=look.series, marker=look.shape)  # fmt: skip
             point.set_gid(f"point{n}")
             titles[f"point{n}"] = [
                 f"{arm.label}: accuracy {100 * f.accuracy:.1f} %, median {decibels(f.median_db)}, "
@@ -181,52 +177,21 @@ def frontier_chart(
         room = max(3.0, 0.1 * (high - low))
         axis.set(xlim=(max(0, low - room), min(102, high + room)), xlabel="test accuracy (%)")
         axis.set_ylabel("median PSNR (dB): less is safer")
-        _label(figure, axis, [(_short(a.label), x[n], y[n]) for n, (a, _) in enumerate(known)])
+        write_names(figure, axis, [(known[n][0].label, n) for n in beside], x, y)
         return titles
 
     said = "; ".join(
         f"{a.label}: {100 * f.accuracy:.1f} %, {decibels(f.median_db)}" for a, f in known
     )
-    return Chart(
-        chart(f"{prefix}frontier", draw, f"Accuracy and median PSNR. {said}", height=1.15), ()
-    )
-
-
-def _front(x: np.ndarray, y: np.ndarray) -> list[int]:
-    """Return the points that no other beats in accuracy and in what is hidden."""
-    chosen: list[int] = []
-    for n in sorted(range(len(x)), key=lambda i: (-x[i], y[i])):
-        if not chosen or y[n] < y[chosen[-1]]:
-            chosen.append(n)
-    return chosen
-
-
-def _label(figure: Figure, axis: Axes, points: Sequence[tuple[str, float, float]]) -> None:
-    """Write a name beside each point; names at the same height are moved apart."""
-    figure.draw_without_rendering()
-    places = [(text, *axis.transData.transform((px, py))) for text, px, py in points]
-    middle = axis.transAxes.transform((0.5, 0.5))[0]
-    taken: list[tuple[float, float, float]] = []
-    for text, px, py in sorted(places, key=lambda p: p[2]):
-        left, width = px > middle, 6.2 * len(text)
-        begin = px - 8 - width if left else px + 8
-        height = py
-        for _ in range(40):
-            if all(abs(height - h) >= _APART or begin + width < b or begin > e
-                   for b, e, h in taken):  # fmt: skip
-                break
-            height += 2
-        taken.append((begin, begin + width, height))
-        axis.annotate(
-            text, tuple(axis.transData.inverted().transform((px, py))), textcoords="offset points",
-            xytext=(-8 if left else 8, height - py), ha="right" if left else "left", va="center",
-            fontsize=11, zorder=5,
-            arrowprops={"arrowstyle": "-", "color": FAINT, "lw": 0.6} if height - py > 8 else None,
-        )  # fmt: skip
+    svg = chart(f"{prefix}frontier", draw, f"Accuracy and median PSNR. {said}", height=1.15)
+    if len(beside) == len(known):
+        return Chart(svg)
+    note = "Named are the best and the ends: for the others rest on a point, or see the table."
+    return Chart(svg, legend(palette[a.label] for a, _ in known), note)
 
 
 def predicted_chart(
-    judged: Sequence[Judged], palette: dict[str, int], prefix: str = ""
+    judged: Sequence[Judged], palette: dict[str, Look], prefix: str = ""
 ) -> Chart | None:
     """Draw the PSNR that was attained against the predicted one."""
     sets = [(a, _pairs(a)) for a, _ in judged]
@@ -234,6 +199,7 @@ def predicted_chart(
     if not sets:
         return None
     most = max(8, _MOST_POINTS // len(sets))
+    size = 16 if sum(len(p) for _, p in sets) > 60 else 40
 
     def draw(figure: Figure, narrow: bool) -> dict[str, list[str]]:
         axis = figure.subplots()
@@ -242,8 +208,8 @@ def predicted_chart(
         for n, (arm, pairs) in enumerate(sets):
             own = pairs.iloc[:: max(1, math.ceil(len(pairs) / most))]
             points = axis.scatter(
-                own["predicted"], own["attained"], s=16, alpha=0.75, linewidths=0,
-                color=SERIES[palette[arm.label]], zorder=3,
+                own["predicted"], own["attained"], s=size, alpha=0.75, linewidths=0,
+                color=palette[arm.label].series, marker=palette[arm.label].shape, zorder=3,
             )  # fmt: skip
             points.set_gid(f"set{n}")
             titles[f"set{n}"] = [
@@ -259,23 +225,10 @@ def predicted_chart(
     every = pd.concat([p for _, p in sets])
     gap = (every["attained"] - every["predicted"]).abs().median()
     said = f"Attained against predicted PSNR; the median distance is {gap:.1f} dB"
-    legend = _families(sets, palette)
     shown = sum(math.ceil(len(p) / max(1, math.ceil(len(p) / most))) for _, p in sets)
     note = f"{shown} of {len(every)} points are drawn." if shown < len(every) else ""
-    if not legend:
-        note += " There are more defences than colours: rest on a point for its name."
-    return Chart(chart(f"{prefix}predicted", draw, said, height=1.1), legend, note)
-
-
-def _families(
-    sets: Sequence[tuple[Arm, pd.DataFrame]], palette: dict[str, int]
-) -> tuple[tuple[str, str], ...]:
-    """Return a legend; of the defences' names alone where there are many, none where too many."""
-    many = len(sets) > MOST_LINES
-    names = {(a.defence if many else a.label): palette[a.label] for a, _ in sets}
-    if len(set(names.values())) < len(names):
-        return ()
-    return tuple((f"c{place}", clean(name)) for name, place in names.items())
+    svg = chart(f"{prefix}predicted", draw, said, height=1.1)
+    return Chart(svg, legend(palette[a.label] for a, _ in sets), note)
 
 
 def _pairs(arm: Arm) -> pd.DataFrame:
@@ -298,7 +251,7 @@ def _pairs(arm: Arm) -> pd.DataFrame:
 
 def _scale(axis: Axes, top: float, which: str) -> None:
     """Compress what is exact to the eye, where there is much of it."""
-    if top > 60:
+    if top > ENOUGH_DB:
         compress(axis, which)  # type: ignore[arg-type]
         if which == "y":
             axis.text(0.015, 126, "nobody sees a difference (scale compressed)", fontsize=10,
@@ -306,6 +259,6 @@ def _scale(axis: Axes, top: float, which: str) -> None:
         return
     high = max(10.0, 1.1 * top)
     axis.set(**{f"{which}lim": (0, high)})
-    if high > 40:
+    if high > INDISTINGUISHABLE:
         span = axis.axhspan if which == "y" else axis.axvspan
-        span(40, high, color=BAND, zorder=0)
+        span(INDISTINGUISHABLE, high, color=BAND, zorder=0)

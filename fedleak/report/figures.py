@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from fedleak.metric.verdict import BLURRED, INDISTINGUISHABLE, RECOGNISABLE
 from fedleak.report.sources import Arm
+from fedleak.wording import BLURRED, CEILING_DB, INDISTINGUISHABLE, RECOGNISABLE
 
 #: Grades of an image, best recovered first, as the legend names them.
 GRADES = (
@@ -19,8 +19,6 @@ GRADES = (
     "little more than the average image",
     "not recovered by this attack",
 )
-#: Exact images have an infinite PSNR; means are taken, and points drawn, here.
-CEILING_DB = 160.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,7 +59,7 @@ class Figures:
     median_db, best_db, unaware_db : float
         PSNR of the median and the best image; the median for an attacker who does not know
         the defence.
-    predicted_db, bound_db : float
+    predicted_db : float
     labels : float
         Share of images whose label was inferred rightly.
     accuracy : float
@@ -85,7 +83,6 @@ class Figures:
     best_db: float
     unaware_db: float
     predicted_db: float
-    bound_db: float
     labels: float
     accuracy: float
     accuracy_range: tuple[float, float]
@@ -141,7 +138,6 @@ def figures(arm: Arm) -> Figures:
         unaware_db=_mean(table["psnr_db_median_unaware"]) if wide else math.nan,
         predicted_db=_mean(table["predicted_psnr_db"]) if wide
         else _median(leakage["predicted_psnr_db"]),
-        bound_db=_mean(table["cramer_rao_db"]) if wide else math.nan,
         labels=_labels(ok, images) if known else _mean(table["label_accuracy_informed"]),
         accuracy=accuracy,
         accuracy_range=between,

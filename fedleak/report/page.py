@@ -13,22 +13,24 @@ from typing import Any
 import jinja2
 
 from fedleak import __version__
-from fedleak.capture.manifest import now, write_atomically
+from fedleak.capture.manifest import write_atomically
 from fedleak.errors import InvalidInputError
+from fedleak.provenance import now
 from fedleak.report import words
 from fedleak.report.audited import Audited, audited, layers
 from fedleak.report.charts import (
     Chart,
     accuracy_chart,
-    colours,
     frontier_chart,
     leakage_chart,
     predicted_chart,
 )
 from fedleak.report.figures import GRADES, Figures, figures
 from fedleak.report.files import dig, to_toml
+from fedleak.report.marks import looks
 from fedleak.report.pictures import BUDGET, Gallery, Tile, attack_pictures, gallery
 from fedleak.report.sources import Arm, Source, Study, read_source
+from fedleak.wording import in_order
 
 #: Name of the file in the folder that is reported.
 NAME = "report.html"
@@ -51,7 +53,6 @@ class Section:
     helps: list[str]
     judged: list[Judged]
     subject: Judged
-    colours: dict[str, int]
     hero: list[tuple[str, Tile]]
     gallery: Gallery | None
     leakage: Chart | None
@@ -108,6 +109,7 @@ def render(source: Source) -> tuple[str, str]:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(_TEMPLATES), autoescape=True, trim_blocks=True,
         lstrip_blocks=True, undefined=jinja2.StrictUndefined,
+        finalize=lambda value: in_order(value) if type(value) is str else value,
     )  # fmt: skip
     environment.filters |= {
         "db": words.decibels, "plain_db": words.plain_decibels, "percent": words.percent,
@@ -144,7 +146,7 @@ def policy(style: str, script: str) -> str:
 
 def _section(study: Study, source: Source, prefix: str) -> Section:
     judged = [(a, figures(a)) for a in study.arms]
-    palette = colours(judged)
+    palette = looks(study.arms)
     subject = next((j for j in judged if j[0].undefended and j[1].images), judged[0])
     shown = gallery(study.arms, source.notes, BUDGET // len(source.studies))
     helps = words.what_helps(study, judged, source)
@@ -161,7 +163,6 @@ def _section(study: Study, source: Source, prefix: str) -> Section:
         helps=helps,
         judged=judged,
         subject=subject,
-        colours=palette,
         hero=_hero(shown, judged),
         gallery=shown,
         leakage=leakage_chart(judged, palette, prefix),

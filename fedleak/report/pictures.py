@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from fedleak.report.sources import Arm
+from fedleak.wording import ENOUGH_DB
 
 #: Images beside each other in one round.
 COLUMNS = 6
@@ -23,8 +24,6 @@ ROUNDS, BUDGET = 24, 2_500_000
 _SIDE = 96
 #: A file that unpacks to more bytes is not read.
 _BYTES = 1 << 30
-#: Above this one exact image counts as much as another.
-_ENOUGH_DB = 60.0
 _FIELDS = ("client", "image", "truth", "reconstruction", "psnr_db")
 
 Key = tuple[int, int]
@@ -189,7 +188,7 @@ def _panel(
     for _, pictures in found:
         for key, picture in pictures.items():
             finite = 0.0 if math.isnan(picture.psnr_db) else picture.psnr_db
-            scores.setdefault(key, []).append(min(finite, _ENOUGH_DB))
+            scores.setdefault(key, []).append(min(finite, ENOUGH_DB))
     keys = sorted(scores, key=lambda k: (-sum(scores[k]), k))[:columns]
     if not keys:
         return None
@@ -206,7 +205,7 @@ def _panel(
 
 def _worst(panel: Panel) -> float:
     """Return by how much a round leaks: the PSNR of its images, over all defences."""
-    values = [min(t.psnr_db, _ENOUGH_DB) for _, row in panel.rows[1:] for t in row if t.src]
+    values = [min(t.psnr_db, ENOUGH_DB) for _, row in panel.rows[1:] for t in row if t.src]
     return float(np.nanmean(values)) if values and not np.isnan(values).all() else 0.0
 
 

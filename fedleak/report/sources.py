@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,8 +10,9 @@ from typing import Any, Literal
 import pandas as pd
 
 from fedleak.errors import InvalidInputError
-from fedleak.metric.verdict import RECOGNISABLE
 from fedleak.report.files import dig, finite, read_json, read_table, try_json, within
+from fedleak.runs import INFORMED, UNAWARE, finished_cells, judged_side, predicted
+from fedleak.wording import RECOGNISABLE, clean, defence_words, strength_words
 
 Kind = Literal["run", "evaluation", "attack", "audit"]
 LEAKAGE = (
@@ -28,18 +28,13 @@ _ARM = ["defence", "strength"]
 EVALUATION = (
     *_GROUP, "defence", "strength", "seed", "accuracy", "images", "psnr_db_median_unaware",
     "psnr_db_median_informed", "psnr_db_worst_informed", "identified_informed",
-    "label_accuracy_informed", "failed_informed", "c_metric", "predicted_psnr_db", "cramer_rao_db",
+    "label_accuracy_informed", "failed_informed", "c_metric", "predicted_psnr_db",
     "epsilon", "bytes_sent", "status", "reason",
 )  # fmt: skip
 EVALUATION_ROUNDS = (
     *_GROUP, "defence", "strength", "seed", "round", "accuracy", "psnr_db_informed",
     "psnr_db_unaware", "predicted_psnr_db",
 )  # fmt: skip
-
-
-_UNFIT = re.compile(
-    "[\x00-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff]"
-)
 
 
 @dataclass(eq=False)
@@ -110,29 +105,6 @@ class Source:
 
 def _nothing(columns: tuple[str, ...]) -> pd.DataFrame:
     return pd.DataFrame(columns=["seed", *(c for c in columns if c != "seed")])
-
-
-def clean(text: str, most: int = 80) -> str:
-    """Return text for labels: without characters that no XML has or that reorder others."""
-    kept = "".join("�" if _UNFIT.match(c) else c for c in text)
-    return kept if len(kept) <= most else kept[: most - 1] + "…"
-
-
-def defence_words(name: str, strength: str) -> str:
-    """Return ``"no defence"``, ``"noise 0.1"``, or ``"clip 1 + noise 0.1"``."""
-    if name in ("none", ""):
-        return "no defence"
-    names, strengths = name.split("+"), strength.split("+")
-    if len(names) != len(strengths):
-        return f"{name} {strength}".strip()
-    return " + ".join(f"{n} {_short(s)}".strip() for n, s in zip(names, strengths, strict=True))
-
-
-def _short(strength: str) -> str:
-    try:
-        return f"{float(strength):g}"
-    except ValueError:
-        return strength
 
 
 def read_source(folder: Path) -> Source:
@@ -282,8 +254,8 @@ Cell = tuple[tuple[str, ...], dict[str, Any], Path]
 
 def _cells(folder: Path, notes: list[str]) -> Iterator[Cell]:
     """Yield what each cell is of, its run.json, and the folder of the informed attacker."""
-    for cell in sorted(p.parent for p in (folder / "cells").glob("*/cell.json")):
-        run = cell / "informed" if (cell / "informed").is_dir() else cell / "unaware"
+    for cell in finished_cells(folder):
+        run = judged_side(cell)
         about = try_json(run / "run.json", notes)
         s = dig(about, "scenario", default={})
         keys = (("name",), ("data", "name"), ("model", "name"), ("defence", "name"))
@@ -293,7 +265,7 @@ def _cells(folder: Path, notes: list[str]) -> Iterator[Cell]:
 
 def _same(one: tuple[str, ...], other: tuple[str, ...]) -> bool:
     """Whether two cells differ in their seed alone; 1 and 1.0 are the same strength."""
-    return one[:-1] == other[:-1] and _short(one[-1]) == _short(other[-1])
+    return one[:-1] == other[:-1] and strength_words(one[-1]) == strength_words(other[-1])
 
 
 def _cell_arm(
@@ -322,13 +294,9 @@ def _cell_arm(
 
 def _add_predictions(run: Arm, notes: list[str]) -> None:
     """Take the predictions from the unaware attacker's table: one serves both attackers."""
-    beside = run.folders[0].parent / "unaware" / "leakage.csv"
-    if run.folders[0].name != "informed" or not beside.is_file():
-        return
-    key = ["round", "client", "image"]
-    other = read_table(beside, LEAKAGE, notes)[[*key, "predicted_psnr_db"]].drop_duplicates(key)
-    own = run.leakage.drop(columns="predicted_psnr_db")
-    run.leakage = own.merge(other, on=key, how="left")
+    beside = run.folders[0].parent / UNAWARE / "leakage.csv"
+    if run.folders[0].name == INFORMED and beside.is_file():
+        run.leakage = predicted(run.leakage, read_table(beside, LEAKAGE, notes))
 
 
 def _attacks(folder: Path) -> Source:

@@ -6,10 +6,10 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from fedleak.metric.verdict import grade
 from fedleak.report.figures import Exposure, Figures
 from fedleak.report.files import dig, finite
 from fedleak.report.sources import Arm, Source, Study
+from fedleak.wording import ENOUGH_DB, grade
 
 Judged = tuple[Arm, Figures]
 #: Between a number and its unit.
@@ -122,7 +122,9 @@ def headline(arm: Arm, found: Figures, informed: bool = True) -> str:
 
 def _could(arm: Arm, found: Figures) -> str:
     """Say what the prediction leaves open beyond what the attack attained; empty if little."""
-    known = [0.0 if math.isnan(x) else min(x, 60.0) for x in (found.predicted_db, found.median_db)]
+    known = [
+        0.0 if math.isnan(x) else min(x, ENOUGH_DB) for x in (found.predicted_db, found.median_db)
+    ]
     if known[0] < known[1] + 3:
         return ""
     knows = "" if arm.undefended else "the defence and "
@@ -175,7 +177,7 @@ def _who(found: Figures) -> str:
 
 def _when(found: Figures) -> str:
     first, last = found.rounds[0], found.rounds[-1]
-    capped = [min(x, 60.0) for x in (found.first_db, found.last_db)]
+    capped = [min(x, ENOUGH_DB) for x in (found.first_db, found.last_db)]
     change = capped[1] - capped[0]
     trend = "stays about as high" if abs(change) < 2 else ("grows" if change > 0 else "falls")
     return (

@@ -11,15 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fedleak.capture.manifest import to_json, write_atomically
+from fedleak.runs import CELLS, DONE, INFORMED, UNAWARE
 from simulations.engines import quiet_flower, run_inline
 from simulations.evaluation.sweep import Cell
 from simulations.scenario import Scenario
 from simulations.task import cpu_threads
 
-#: Folders of a cell. ``informed`` is missing where there is no defence to know of.
-UNAWARE, INFORMED = "unaware", "informed"
-#: Folder of the cells, in that of the evaluation, and what says that one is finished.
-CELLS, DONE = "cells", "cell.json"
 #: End of the folder's name of a cell that runs, or was interrupted.
 _PART = ".part"
 

@@ -13,8 +13,9 @@ import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
-from fedleak.plots import CEILING_DB, compress, plt
-from simulations.evaluation.cell import CELLS, INFORMED, UNAWARE
+from fedleak.plots import compress, front, plt
+from fedleak.runs import CELLS, INFORMED, UNAWARE
+from fedleak.wording import CEILING_DB, ENOUGH_DB, strength_words
 from simulations.evaluation.sweep import Cell
 
 _GROUP = ["scenario", "data", "model"]
@@ -81,7 +82,9 @@ def frontier(table: pd.DataFrame, path: Path, title: str = "") -> None:
     with sns.axes_style("whitegrid"):
         figure, axis = plt.subplots(figsize=(8.5, 5.5), layout="constrained")
         _fit(axis, points["psnr_db_median_informed"], "y")
-        best = _pareto(points)
+        best = points.iloc[
+            front(points["accuracy"].to_numpy(), points["psnr_db_median_informed"].to_numpy())
+        ]
         axis.plot(
             best["accuracy"], best["psnr_db_median_informed"], color="0.6", lw=6, alpha=0.5,
             solid_joinstyle="round", solid_capstyle="round", zorder=1,
@@ -97,7 +100,7 @@ def frontier(table: pd.DataFrame, path: Path, title: str = "") -> None:
             left = list(palette).index(str(name)) % 2  # neighbours are often of two defences
             for row in group.itertuples():
                 axis.annotate(
-                    "" if name == "none" else _strength(row.strength),
+                    "" if name == "none" else strength_words(row.strength),
                     (float(row.accuracy), float(row.psnr_db_median_informed)),  # type: ignore[arg-type]
                     xytext=(-6 if left else 6, 5), textcoords="offset points", fontsize=8,
                     color=palette[str(name)], ha="right" if left else "left", zorder=5,
@@ -115,17 +118,6 @@ def frontier(table: pd.DataFrame, path: Path, title: str = "") -> None:
         axis.set_title(f"What a defence costs, and what it buys: {title}", fontsize=11)
         figure.savefig(path, dpi=150)
         plt.close(figure)
-
-
-def _pareto(points: pd.DataFrame) -> pd.DataFrame:
-    """Return the points that no other beats in both accuracy and privacy."""
-    chosen, least = [], math.inf
-    order = points.sort_values(["accuracy", "psnr_db_median_informed"], ascending=[False, True])
-    for index, psnr in order["psnr_db_median_informed"].items():
-        if psnr < least:
-            chosen.append(index)
-            least = psnr
-    return points.loc[chosen]
 
 
 def leakage_vs_rounds(rounds: pd.DataFrame, path: Path, title: str = "") -> None:
@@ -158,7 +150,7 @@ def leakage_vs_rounds(rounds: pd.DataFrame, path: Path, title: str = "") -> None
                 for column, style in zip(psnr, ("-", ":"), strict=True):
                     _line(axis, own, column, colour, style)
             handles = [
-                Line2D([], [], color=c, lw=3, label=_strength(s))
+                Line2D([], [], color=c, lw=3, label=strength_words(s))
                 for c, s in zip(colours, strengths, strict=True)
             ]
             axis.legend(handles=handles, fontsize=8, ncols=2 if len(strengths) > 3 else 1)
@@ -338,19 +330,11 @@ def _handles(palette: dict[str, Any]) -> list[Line2D]:
     return [Line2D([], [], color=c, marker="o", label=name) for name, c in palette.items()]
 
 
-def _strength(value: object) -> str:
-    """Return a strength as a label has it: ``0.1``, ``1+0.1``."""
-    try:
-        return f"{float(str(value)):g}"
-    except ValueError:
-        return str(value)
-
-
 def _fit(axis: Axes, values: pd.Series, which: Any) -> None:
     """Choose the scale of PSNR: compressed where images are exact to the eye."""
     known = values.dropna()
     top = min(float(known.max()), CEILING_DB) if len(known) else 40.0
-    if top > 60:
+    if top > ENOUGH_DB:
         compress(axis, which)
     else:
         axis.set(**{f"{which}lim": (0, 1.1 * top)})

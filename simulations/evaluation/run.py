@@ -11,10 +11,11 @@ from typing import Any
 import pandas as pd
 
 from fedleak import workers
-from fedleak.capture.manifest import now, package_versions, to_json, write_atomically
+from fedleak.capture.manifest import to_json, write_atomically
 from fedleak.errors import InvalidInputError
 from fedleak.events import emit
 from fedleak.lock import is_empty, only_writer
+from fedleak.provenance import commit, now, package_versions
 from fedleak.workers import Engine, OnProgress
 from simulations.evaluation.cell import Outcome, clear_interrupted, finished, run_cell
 from simulations.evaluation.sweep import Cell, Sweep
@@ -127,6 +128,7 @@ def _prepare(folder: Path, sweep: Sweep) -> None:
             "simulated": True,
             "started": now(),
             "versions": package_versions(),
+            "commit": commit(),
         }
         write_atomically(folder / ABOUT, to_json(about))
     except OSError as error:

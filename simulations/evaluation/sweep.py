@@ -13,6 +13,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from fedleak.errors import InvalidInputError
+from fedleak.wording import RECOGNISABLE
 from simulations.scenario import Scenario, explain, make_scenario, override, read_table
 
 SHIPPED = Path(__file__).parents[1] / "sweeps"
@@ -37,7 +38,9 @@ class Sweep(BaseModel):
     datasets: tuple[str, ...] = Field((), description="data.name; none: the scenario's")
     models: tuple[str, ...] = Field((), description="model.name; none: the scenario's")
     seeds: tuple[int, ...] = Field((0,), min_length=1)
-    threshold_db: float = Field(20.0, gt=0, description="PSNR from which an image is identifiable")
+    threshold_db: float = Field(
+        RECOGNISABLE, gt=0, description="PSNR from which an image is identifiable"
+    )
     delta: float = Field(1e-5, gt=0, lt=1, description="of (epsilon, delta), where dp is used")
     max_cells: int = Field(60, ge=1, description="more cells than this need --yes")
 

@@ -10,7 +10,8 @@ from typing import Any
 import pandas as pd
 
 from fedleak.defences.accountant import epsilon
-from simulations.evaluation.cell import CELLS, INFORMED, UNAWARE, Outcome
+from fedleak.runs import CELLS, INFORMED, UNAWARE
+from simulations.evaluation.cell import Outcome
 from simulations.evaluation.sweep import Cell, Sweep
 
 _ATTACKED = (

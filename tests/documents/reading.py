@@ -14,6 +14,8 @@ _FENCE = re.compile(r"^(?P<indent> *)```(?P<language>\w*)[^\n]*\n(?P<text>.*?)^(
                     re.DOTALL | re.MULTILINE)  # fmt: skip
 #: "`net.py`:" at the end of a paragraph says that the block below is that file.
 _FILE = re.compile(r"`([\w.-]+\.(?:py|toml))`[^`]*:\s*\Z")
+#: A pipe or a redirection.
+_OUTPUT = re.compile(r"\||\d?>>?(&\d)?")
 
 
 @dataclass(frozen=True)
@@ -85,13 +87,21 @@ def _commands(block: str) -> list[str]:
 
 def split(command: str) -> list[str]:
     """Split a command into words as a shell does; pipes and redirections are words."""
+    # shlex would make two words of "2>"; quoted, it stays one.
+    command = re.sub(r"(?<!\S)(\d?>>?&\d|\d>>?)", r"'\1' ", command)
     reader = shlex.shlex(command, posix=True, punctuation_chars="|>&;")
     reader.whitespace_split = True
     return list(reader)
 
 
+def cut(words: list[str]) -> tuple[list[str], list[str]]:
+    """Return a command, and where its output goes: pipes and redirections, ``2> FILE`` as well."""
+    place = next((n for n, w in enumerate(words) if _OUTPUT.fullmatch(w)), len(words))
+    return words[:place], words[place:]
+
+
 def _join(words: list[str]) -> str:
-    return " ".join(w if w in ("|", ">", ">>", "&") else shlex.quote(w) for w in words)
+    return " ".join(w if w == "&" or _OUTPUT.fullmatch(w) else shlex.quote(w) for w in words)
 
 
 def spans(document: str) -> list[str]:

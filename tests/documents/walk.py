@@ -32,7 +32,7 @@ from fedleak.defences import DEFENCES
 from fedleak.models import MODELS
 from fedleak.priors import PRIORS
 from tests.documents import folder, table
-from tests.documents.reading import ROOT, Step, split, steps
+from tests.documents.reading import ROOT, Step, cut, split, steps
 
 #: Run by the shell, in the folder of the document, and only there.
 _HARMLESS = ("ls", "cat", "head", "tail", "mkdir", "cp", "mv", "test", "echo", "unzip")
@@ -124,7 +124,7 @@ class Walk:
 
     def run(self, command: str) -> None:
         """Run one command, already shortened."""
-        words, rest = _piped(split(command))
+        words, rest = cut(split(command))
         if words and re.match(r"\w+=", words[0]):  # NAME=VALUE before a command
             values = variables(words[:1])
             paths = values.get("PYTHONPATH", "").split(os.pathsep)
@@ -141,8 +141,8 @@ class Walk:
             for line in recipe(words[1]):
                 self.run(table.shortened(line))
         elif name == "fedleak" or words[1:3] == ["-m", "fedleak"]:
-            output = fedleak(words[1:] if name == "fedleak" else words[3:])
-            _pass_on(output, rest)
+            printed = fedleak(words[1:] if name == "fedleak" else words[3:])
+            _pass_on(printed, rest)
         elif name == "scp":
             missing = [w for w in words[1:-1] if not w.startswith("-") and not Path(w).exists()]
             assert not missing, f"{missing} are not there to be copied"
@@ -164,8 +164,8 @@ def variables(words: list[str]) -> dict[str, str]:
     return {name: os.path.expandvars(value) for name, value in (w.split("=", 1) for w in words)}
 
 
-def fedleak(arguments: list[str]) -> str:
-    """Run the command line in this process; return what it printed."""
+def fedleak(arguments: list[str]) -> dict[str, str]:
+    """Run the command line in this process; return what it printed, by stream: 1 and 2."""
     done = CliRunner().invoke(app, arguments, env={"COLUMNS": "120"})
     if done.exception is not None and not isinstance(done.exception, SystemExit):
         raise AssertionError(f"fedleak {shlex.join(arguments)}") from done.exception
@@ -176,7 +176,7 @@ def fedleak(arguments: list[str]) -> str:
         out = Path(arguments[arguments.index("--out") + 1])
         assert out.is_file() or any(out.iterdir()), f"nothing in {out}"
         _some_leak(out, arguments)
-    return done.stdout
+    return {"1": done.stdout, "2": done.stderr}
 
 
 def _objects(text: str) -> list[str]:
@@ -192,18 +192,17 @@ def _some_leak(out: Path, arguments: list[str]) -> None:
         assert not len(rows) or (rows["status"] == "ok").any(), rows["reason"].iloc[0]
 
 
-def _piped(words: list[str]) -> tuple[list[str], list[str]]:
-    """Return a command, and what its output goes to."""
-    place = next((n for n, w in enumerate(words) if w in ("|", ">", ">>")), len(words))
-    return words[:place], words[place:]
-
-
-def _pass_on(output: str, rest: list[str]) -> None:
-    if rest and rest[0] in (">", ">>"):
-        Path(rest[1]).write_text(output)
-    elif rest and shutil.which(rest[1]):
+def _pass_on(printed: dict[str, str], rest: list[str]) -> None:
+    """Write what a command printed, by stream, to where it goes."""
+    while rest and rest[0] != "|":
+        if "&" in rest[0]:  # 2>&1
+            rest = rest[1:]
+            continue
+        Path(rest[1]).write_text(printed["2" if rest[0].startswith("2") else "1"])
+        rest = rest[2:]
+    if rest and shutil.which(rest[1]):
         subprocess.run(
-            shlex.join(rest[1:]), shell=True, input=output, text=True, check=True,
+            shlex.join(rest[1:]), shell=True, input=printed["1"], text=True, check=True,
             capture_output=True, timeout=30,
         )  # fmt: skip
 

@@ -15,8 +15,9 @@ from torchvision.io import write_png
 from fedleak.cli import main
 from fedleak.errors import InvalidInputError
 from fedleak.metric import audit
-from fedleak.metric.verdict import grade, verdict
+from fedleak.metric.verdict import verdict
 from fedleak.models import build_model
+from fedleak.wording import grade
 from tests.fedleak.test_attribution import SHAPE, tiny
 
 LAYER_KEYS = {
@@ -77,6 +78,7 @@ def test_verdict_is_in_plain_words() -> None:
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_matrix_free_leaves_attribution_out() -> None:
     found = audit(tiny(), SHAPE, defence="noise:0.1", references=1, matrix_free=True, target_db=15)
     dense = audit(tiny(), SHAPE, defence="noise:0.1", references=1)

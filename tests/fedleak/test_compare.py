@@ -89,6 +89,16 @@ def test_the_command(tmp_path: Path) -> None:
     assert [r["differs"] for r in found["runs"]] == [{"seed": 0}, {"seed": 7}]
 
 
+def test_strings_of_a_folder_are_shown_as_they_are(tmp_path: Path) -> None:
+    evil = make_run(tmp_path / "[red]$a_{$", ("\x1b[31m[red]" + "x" * 200, 0.1), seed=3)
+    words = ["compare", str(evil), str(make_run(tmp_path / "b")), "--out", str(tmp_path / "out")]
+    done = CliRunner().invoke(app, words, env={"COLUMNS": "200"})
+    assert done.exit_code == 0, done.output
+    assert done.stdout.count("[red]$a_{$") >= 2
+    assert "\x1b" not in done.stdout
+    assert (tmp_path / "out" / "compare.png").is_file()
+
+
 def test_the_picture_has_a_line_for_each_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

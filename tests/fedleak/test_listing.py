@@ -76,6 +76,7 @@ def test_json_and_a_kind_that_does_not_exist() -> None:
     assert set(KINDS) >= {"attacks", "datasets", "sweeps"}
 
 
+@pytest.mark.slow
 def test_the_librarys_own_need_no_flower() -> None:
     code = (
         "import sys; from fedleak.listing import entries\n"

@@ -24,8 +24,9 @@ from fedleak.report.figures import GRADES, figures, ranges
 from fedleak.report.files import read_table, to_toml
 from fedleak.report.page import NAME, render, write_report
 from fedleak.report.pictures import COLUMNS, ROUNDS, gallery, read_round, spread, to_uri
-from fedleak.report.sources import LEAKAGE, Arm, defence_words, read_source
+from fedleak.report.sources import LEAKAGE, Arm, read_source
 from fedleak.report.words import decibels, headline, percent
+from fedleak.wording import defence_words
 
 EVIL = '"><img src=x onerror=alert(1)><script>alert(1)</script>'
 LEAK = (
@@ -270,7 +271,7 @@ def test_several_studies_have_headlines_of_their_own(tmp_path: Path) -> None:
 
 def test_hostile_strings_stay_text(tmp_path: Path) -> None:
     name = f"{EVIL} $\\frac{{1}}$ ünïcödé 数据 \x00\x1b[31m ‮ " + "x" * 5000
-    make_run(tmp_path, defence=name, status=EVIL, reason=EVIL, commit=EVIL, seed=EVIL,
+    make_run(tmp_path, defence=name, status=EVIL, reason=f"{EVIL}\u202e", commit=EVIL, seed=EVIL,
              versions={EVIL: EVIL, "more": [1, {"a": EVIL}]})  # fmt: skip
     about = json.loads((tmp_path / "run.json").read_text())
     about["scenario"] |= {"name": EVIL, "model": {"name": EVIL}, EVIL: {EVIL: EVIL}}
@@ -284,6 +285,7 @@ def test_hostile_strings_stay_text(tmp_path: Path) -> None:
     make_pictures(tmp_path)
     text = report(tmp_path)
     assert EVIL in text.words
+    assert "\u202e" not in text.words
     assert sum(tag == "img" and a.get("src") == "x" for tag, a in text.tags) == 0
 
 
@@ -520,6 +522,7 @@ def test_the_same_folder_gives_the_same_page(tmp_path: Path) -> None:
     assert pages[0] == pages[1]
 
 
+@pytest.mark.slow
 def test_the_report_needs_neither_flower_nor_ray() -> None:
     code = (
         "import sys, fedleak.report.page; "

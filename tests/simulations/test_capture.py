@@ -75,6 +75,7 @@ def strangers_client() -> ClientApp:
     return app
 
 
+@pytest.mark.slow
 def test_the_documented_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A stranger's app captures; a machine without Flower and Ray attacks."""
     monkeypatch.chdir(tmp_path)

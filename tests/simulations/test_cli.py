@@ -160,6 +160,32 @@ def test_a_stopped_run_says_what_is_kept(
     assert "fedleak: stopped; finished rounds are kept" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("where", "command"),
+    [
+        ("fedleak.models.build_model", ["audit", "--model", "cnn2-v2"]),
+        ("fedleak.laboratory.read_images", ["reconstruct", "--model", "m", "--images", "."]),
+        ("fedleak.runs.read_runs", ["compare", "a", "b"]),
+        ("fedleak.report.page.write_report", ["report", "a"]),
+    ],
+)
+def test_any_command_ends_with_a_message_when_stopped(
+    where: str,
+    command: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def stop(*arguments: object, **options: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(where, stop)
+    monkeypatch.setattr("sys.argv", ["fedleak", *command])
+    with pytest.raises(SystemExit) as caught:
+        main()
+    assert caught.value.code == 130
+    assert capsys.readouterr().err == "fedleak: stopped; the same command begins again\n"
+
+
 def test_an_unknown_tracker(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

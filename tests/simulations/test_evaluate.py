@@ -69,6 +69,12 @@ def test_a_row_for_each_cell_and_seed(done: tuple[Path, pd.DataFrame]) -> None:
         assert (out / f"{name}.png").read_bytes()[:4] == b"\x89PNG"
     rounds = pd.read_csv(out / "rounds.csv")
     assert rounds["round"].tolist() == [1, 3] * 8
+    about = json.loads((out / "sweep.json").read_text())
+    (run,) = out.glob("cells/none_seed-0_*/unaware/run.json")
+    ran = json.loads(run.read_text())
+    assert {k: about[k] for k in ("versions", "commit")} == {
+        k: ran[k] for k in ("versions", "commit")
+    }
 
 
 def test_strength_zero_is_no_defence_bit_for_bit(done: tuple[Path, pd.DataFrame]) -> None:

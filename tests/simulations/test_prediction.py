@@ -29,6 +29,7 @@ def run(out: Path, *options: str, scenario: str | None = None) -> tuple[pd.DataF
     return pd.read_csv(out / "leakage.csv"), pd.read_csv(out / "rounds.csv")
 
 
+@pytest.mark.slow
 def test_the_demo_is_predicted(tmp_path: Path) -> None:
     """An attacker who knows the defence attains what is predicted, to a few dB."""
     leakage, rounds = run(tmp_path, "threat.defence=true", scenario="demo")

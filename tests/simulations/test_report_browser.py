@@ -245,6 +245,7 @@ def test_points_have_titles(browser: Any, drawn: Path) -> None:
         assert any("noise 0.3: accuracy 60.0 %" in t for t in titles)
 
 
+@pytest.mark.slow
 def test_hostile_strings_do_nothing(browser: Any, tmp_path: Path) -> None:
     make_run(tmp_path, defence=EVIL, reason=EVIL, status=EVIL, versions={EVIL: EVIL})
     rows = [(r, EVIL, n, EVIL, EVIL, EVIL, 30.0, 31.0, 0.9, 1, 1, "ok", EVIL)

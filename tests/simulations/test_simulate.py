@@ -60,6 +60,7 @@ def test_a_run_leaves_tables_pictures_and_provenance(tmp_path: Path) -> None:
         assert stored["truth"].shape == stored["reconstruction"].shape == (4, 1, 8, 8)
 
 
+@pytest.mark.slow
 def test_same_seed_same_numbers(tmp_path: Path) -> None:
     options = [*SMALL, "federation.fraction=0.5", "defence=noise:0.1"]
     frames = []
@@ -70,6 +71,7 @@ def test_same_seed_same_numbers(tmp_path: Path) -> None:
     assert not frames[0]["psnr_db"].equals(frames[2]["psnr_db"])
 
 
+@pytest.mark.slow
 def test_defences_side_by_side(tmp_path: Path) -> None:
     described = load_scenario("demo", [*SMALL, "federation.rounds=2"])
     arms = simulate(described, tmp_path)
@@ -95,6 +97,7 @@ def test_defences_side_by_side(tmp_path: Path) -> None:
     assert (tmp_path / "none" / "notes.txt").is_file()
 
 
+@pytest.mark.slow
 def test_an_arm_that_breaks_leaves_the_others(tmp_path: Path) -> None:
     def stop(arm: Any, progress: Any) -> None:
         if arm.defence.name == "prune":
@@ -126,6 +129,7 @@ def test_pictures_are_paired_by_client_and_image(tmp_path: Path) -> None:
         assert all(truth.max() == psnr == k[1] for k, (truth, _, psnr) in images.items())
 
 
+@pytest.mark.slow
 def test_a_defence_of_strength_zero_is_none(tmp_path: Path) -> None:
     for name in ("none", "noise:0", "prune:0"):
         simulate(load_scenario(None, [*SMALL, f"defence={name}"]), tmp_path / name[:4])
@@ -233,6 +237,7 @@ def test_an_interrupted_run_keeps_its_rounds(tmp_path: Path) -> None:
     assert about["status"] == "interrupted"
 
 
+@pytest.mark.slow
 def test_folders_are_not_overwritten_unasked(tmp_path: Path) -> None:
     described = load_scenario(None, [*SMALL, "federation.rounds=1"])
     simulate(described, tmp_path)

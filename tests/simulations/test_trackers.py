@@ -21,6 +21,7 @@ from simulations.server_app import Progress
 SMALL = ["federation.clients=3", "federation.rounds=2"]
 
 
+@pytest.mark.slow
 def test_tensorboard_is_told_of_every_round(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -52,6 +53,7 @@ def test_arms_share_a_folder_that_one_tensorboard_shows(tmp_path: Path) -> None:
     assert sorted(p.name for p in (tmp_path / "tensorboard").iterdir()) == ["noise-0.1", "none"]
 
 
+@pytest.mark.slow
 def test_mlflow_has_numbers_settings_and_pictures(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,0 +1,56 @@
+"""What numbers and defences are called: for tables, pictures and pages alike."""
+
+from __future__ import annotations
+
+import re
+
+#: PSNR in dB from which on images are recovered so well; limits of experience.
+INDISTINGUISHABLE, RECOGNISABLE, BLURRED = 40.0, 20.0, 14.0
+#: Above this one exact image counts as much as another, and scales are compressed.
+ENOUGH_DB = 60.0
+#: Exact reconstructions have an infinite PSNR; means are taken, and points drawn, here.
+CEILING_DB = 160.0
+
+_TURNS = "\u200e\u200f\u202a-\u202e\u2066-\u2069"
+_UNFIT = re.compile(f"[\x00-\x1f\x7f-\x9f{_TURNS}\ud800-\udfff\ufffe\uffff]")
+
+
+def grade(psnr_db: float) -> str:
+    """Return what a PSNR in dB looks like, as the end of "a server can recover ..."."""
+    if psnr_db >= INDISTINGUISHABLE:
+        return "images that nobody can tell from the true ones"
+    if psnr_db >= RECOGNISABLE:
+        return "images in which people and objects can be recognised"
+    if psnr_db >= BLURRED:
+        return "blurred images: large shapes and colours"
+    return "little more than the average image"
+
+
+def defence_words(name: str, strength: object, none: str = "no defence") -> str:
+    """Return ``"no defence"``, ``"noise 0.1"``, or ``"clip 1 + noise 0.1"``."""
+    if name in ("none", ""):
+        return none
+    names, strengths = name.split("+"), str(strength).split("+")
+    if len(names) != len(strengths):
+        return f"{name} {strength}".strip()
+    pairs = zip(names, strengths, strict=True)
+    return " + ".join(f"{n} {strength_words(s)}".strip() for n, s in pairs)
+
+
+def strength_words(strength: object) -> str:
+    """Return a strength as people write it: ``0.1``, ``1+0.1``; 1 and 1.0 are the same."""
+    try:
+        return f"{float(str(strength)):g}"
+    except ValueError:
+        return str(strength)
+
+
+def clean(text: str, most: int = 80) -> str:
+    """Return text for labels: without characters that no XML has or that reorder others."""
+    kept = "".join("�" if _UNFIT.match(c) else c for c in text)
+    return kept if len(kept) <= most else kept[: most - 1] + "…"
+
+
+def in_order(text: str) -> str:
+    """Return text without characters that turn around what is written after it."""
+    return re.sub(f"[{_TURNS}]", "�", text)
