@@ -20,8 +20,6 @@ WARM_UP, WARM_LEVEL = 80, 3e-2
 #: Jacobians taken, at most, and the mean square error (in units of the errors allowed) below
 #: which the first was good enough: at the solution it is about 0.1.
 MOST_JACOBIANS, _MATCHED = 3, 0.5
-#: Relative errors, in the median, from which rough images are considered.
-ROUGH_LEVEL = 0.05
 #: Root mean square error, in units of known errors, above which the truth was not found: there
 #: it is 1.
 MISSED = 1.2
@@ -175,12 +173,6 @@ def posterior(
     solver = GaussNewton(residual, (start if begin is None else begin).flatten(1))
     level = target.errors.clamp_min(QUASI_LEVEL)
     chosen = _follow_evidence(solver, [prior] * len(start), level, (0, 1))
-    if target.calibrated:
-        # Where errors are small, what rough images would explain is the curvature of the model.
-        rough = (target.errors.median(1).values > ROUGH_LEVEL).tolist()
-        if any(rough):
-            rougher = _follow_evidence(solver, chosen, level, (2,))
-            chosen = [r if i else c for r, c, i in zip(rougher, chosen, rough, strict=True)]
     expected = Gaussian.stack([p.dense() for p in chosen])
     for n in range(MOST_JACOBIANS + 1):
         measured = solver.descend(expected, errors)
@@ -188,6 +180,12 @@ def posterior(
         if target.linear or n == MOST_JACOBIANS or bool(matched):
             break
         solver.linearise()
+    if target.calibrated and not target.linear and any(len(p.family(2)) > 1 for p in chosen):
+        # Only now: from afar, what rough images would explain is the curvature of the model.
+        solver.linearise()
+        chosen = _follow_evidence(solver, chosen, level, (2,))
+        expected = Gaussian.stack([p.dense() for p in chosen])
+        measured = solver.descend(expected, errors)
     if target.calibrated and not target.linear and bool((target.errors < precision).any()):
         solver.linearise()
         measured = solver.descend(expected, target.errors.clamp_min(FINE * precision))
