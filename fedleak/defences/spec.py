@@ -11,7 +11,7 @@ from typing import Literal
 
 import torch
 
-from fedleak.defences.base import Defence, Update, make_defence
+from fedleak.defences.base import DEFENCES, Defence, Update, make_defence
 from fedleak.defences.clipping import DP
 from fedleak.errors import InvalidInputError
 
@@ -169,7 +169,7 @@ def parse_defence(text: str) -> DefenceSpec:
     Parameters
     ----------
     text : str
-        ``"name"``, ``"name:strength"``, or several: ``"clip:1+noise:0.1"``.
+        ``"none"``, ``"name:strength"``, or several: ``"clip:1+noise:0.1"``.
 
     Returns
     -------
@@ -185,13 +185,13 @@ def parse_defence(text: str) -> DefenceSpec:
     names = [name.strip() for name, _, _ in parts]
     # 1e+3 is 1e3: a plus stands between defences only.
     strengths = [re.sub(r"(?<=[0-9.])[eE]\+", "e", strength.strip()) for *_, strength in parts]
-    if len(parts) == 1:
-        return DefenceSpec(names[0], strengths[0])
     for name, strength in zip(names, strengths, strict=True):
-        if not strength and name != "none":
+        if not strength and name != "none" and (len(parts) > 1 or name in DEFENCES):
             raise InvalidInputError(
                 f"defence {text!r}: {name!r} has no strength; write {name}:STRENGTH (0 is none)"
             )
+    if len(parts) == 1:
+        return DefenceSpec(names[0], strengths[0])
     return DefenceSpec("+".join(names), "+".join(s or "0" for s in strengths))
 
 

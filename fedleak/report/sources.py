@@ -118,7 +118,7 @@ def read_source(folder: Path) -> Source:
     folder = folder.absolute()
     if not folder.is_dir():
         raise InvalidInputError(
-            f"there is no folder {str(folder)!r}; name one that fedleak simulate, evaluate, attack "
+            f"{str(folder)!r} is no folder; name one that fedleak simulate, evaluate, attack "
             "or audit (--out) has written"
         )
     present = {p.name for p in folder.iterdir()}

@@ -42,8 +42,10 @@ def test_every_defence_is_tested() -> None:
 @pytest.mark.parametrize("name", ["none", *DEFENCES])
 def test_strength_zero_changes_no_bit(name: str) -> None:
     update = _update()
-    specs = [DefenceSpec(name, 0.0), parse_defence(name)]
+    specs = [DefenceSpec(name, 0.0)]
     if name != "none":
+        with pytest.raises(InvalidInputError, match=f"write {name}:STRENGTH"):
+            parse_defence(name)
         specs += [parse_defence(f"{name}:0"), parse_defence(f"{name}:0+prune:0")]
     for spec in specs:
         assert spec.parts == ()

@@ -453,7 +453,7 @@ def test_an_attack_on_a_capture(tmp_path: Path) -> None:
 
 
 def test_refusals_name_the_folder_and_what_to_do(tmp_path: Path) -> None:
-    with pytest.raises(InvalidInputError, match="there is no folder"):
+    with pytest.raises(InvalidInputError, match="is no folder"):
         write_report(tmp_path / "nowhere")
     with pytest.raises(InvalidInputError, match="holds no results of fedleak"):
         write_report(tmp_path)
