@@ -101,9 +101,8 @@ def _closing_table(scenario: Scenario, arms: list[Arm]) -> None:
     table = Table(
         title=title, box=box.SIMPLE, title_justify="left", padding=(0, 1, 0, 0), show_edge=False
     )
-    rounds_last = scenario.federation.rounds
-    rounds_run = f"round {rounds_last}"
-    columns = ["defence", "failed", "round 1", rounds_run, "predicted", "best", "labels",
+    told = sorted({1, scenario.federation.rounds})
+    columns = ["defence", "failed", *(f"round {n}" for n in told), "predicted", "best", "labels",
                "accuracy", "c(M)"]  # fmt: skip
     for column in columns:
         side, narrow = "left" if column == "defence" else "right", column.startswith("round")
@@ -118,8 +117,7 @@ def _closing_table(scenario: Scenario, arms: list[Arm]) -> None:
         table.add_row(
             arm.defence.spec.label,
             f"{len(leakage) - len(ok)}/{len(leakage)}",
-            number(median[1]) if 1 in median.index else "-",
-            number(median[rounds_last]) if rounds_last in median.index else "-",
+            *(number(median[n]) if n in median.index else "-" for n in told),
             "-" if pd.isna(last["predicted_psnr_db"]) else number(last["predicted_psnr_db"]),
             number(ok["psnr_db"].max()) if len(ok) else "-",
             f"{right:.0%}" if len(ok) else "-",
@@ -130,6 +128,11 @@ def _closing_table(scenario: Scenario, arms: list[Arm]) -> None:
             reasons = leakage.loc[leakage["status"] != "ok", "reason"].value_counts()
             table.caption = f"most frequent reason for a failure: {reasons.index[0]}"
     _console.print(table)
+    if not scenario.threat.defence and any(arm.defence.spec.parts for arm in arms):
+        _console.print(
+            "The server did not know of the defence; --set threat.defence=true for one that does.",
+            highlight=False, soft_wrap=True,
+        )  # fmt: skip
     folder = arms[0].out if len(arms) == 1 else arms[0].out.parent
     shown = near(folder)
     _console.print(
