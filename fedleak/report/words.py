@@ -389,4 +389,4 @@ def status_note(source: Source) -> str:
         "interrupted": "This run was interrupted",
         "failed": "This run failed",
     }.get(str(status), f"This run has the status {status}")
-    return f"{said}{': ' + reason if reason else ''}. The finished rounds are reported."
+    return f"{said}{': ' + reason if reason else ''}. What was attacked until then is reported."
