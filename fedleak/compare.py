@@ -16,7 +16,7 @@ from rich.table import Table
 
 from fedleak.console import display, near, number
 from fedleak.errors import InvalidInputError
-from fedleak.wording import clean
+from fedleak.wording import clean, json_ready
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -103,22 +103,18 @@ def summary(run: Run, differs: dict[str, Any]) -> dict[str, Any]:
         "predicted_psnr_db": float(last["predicted_psnr_db"].median()),
         "commit": run.commit,
     }
-    return {k: _finite(v) for k, v in found.items()}
+    return dict(json_ready(found))
 
 
 def _leakage(ok: pd.DataFrame, which: int) -> dict[str, Any]:
     psnr = ok.loc[ok["round"] == which, "psnr_db"].astype(float)
     return {
         "round": int(which),
-        "psnr_db_median": _finite(float(psnr.median())),
-        "psnr_db_worst": _finite(float(psnr.max())),
+        "psnr_db_median": json_ready(float(psnr.median())),
+        "psnr_db_worst": json_ready(float(psnr.max())),
         "images": len(psnr),
         "exact": int((psnr == math.inf).sum()),
     }
-
-
-def _finite(value: Any) -> Any:
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _table(rows: Sequence[dict[str, Any]]) -> Table:

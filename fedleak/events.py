@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import sys
 import time
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from typing import Any
+
+from fedleak.wording import json_ready
 
 #: Everything is logged here or below; set its level to INFO to be told of progress.
 LOGGER = logging.getLogger("fedleak")
@@ -96,7 +97,7 @@ class JsonFormatter(logging.Formatter):
             "level": record.levelname.lower(),
             **fields_of(record),
         }
-        return json.dumps({k: _plain(v) for k, v in whole.items()}, default=str)
+        return json.dumps(json_ready(whole), default=str)
 
 
 class _Words(logging.Formatter):
@@ -151,12 +152,3 @@ def take_over(logger: logging.Logger) -> None:
     if as_json():
         logger.handlers.clear()
         logger.propagate = True
-
-
-def _plain(value: Any) -> Any:
-    """Replace what JSON has no word for by null."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {k: _plain(v) for k, v in value.items()}
-    return [_plain(v) for v in value] if isinstance(value, list | tuple) else value

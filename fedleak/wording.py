@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import re
+from typing import Any
 
 #: PSNR in dB from which on images are recovered so well; limits of experience.
 INDISTINGUISHABLE, RECOGNISABLE, BLURRED = 40.0, 20.0, 14.0
@@ -54,3 +56,18 @@ def clean(text: str, most: int = 80) -> str:
 def in_order(text: str) -> str:
     """Return text without characters that turn around what is written after it."""
     return re.sub(f"[{_TURNS}]", "�", text)
+
+
+def json_ready(value: Any) -> Any:
+    """Replace what JSON has no word for by null: an exact image has no finite PSNR.
+
+    Parameters
+    ----------
+    value : object
+        Dictionaries, lists and tuples are gone through.
+    """
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {k: json_ready(v) for k, v in value.items()}
+    return [json_ready(v) for v in value] if isinstance(value, list | tuple) else value

@@ -9,7 +9,7 @@ from torch import Tensor
 from fedleak.attacks.evidence import Evidence
 from fedleak.attacks.heads import ROUNDING
 from fedleak.attacks.linear import LinearSolution
-from fedleak.attacks.solution import rms, spread
+from fedleak.attacks.solution import rms
 from fedleak.attacks.targets import Target
 
 #: Of a row that the others contain, this part of its variance may be left by rounding.
@@ -21,8 +21,8 @@ class HeadRows:
 
     ``G`` changes by ``dg x^T + g dx^T``: to first order all that it says is in its products
     with ``x`` and with ``g``, weighted by the errors. That is ``F + C`` numbers in the place of
-    ``F C``, made uncorrelated and of unit error here. They are linear in ``G``, so they stay
-    unbiased where ``g`` and ``x`` are off, and lose little.
+    ``F C``, made uncorrelated here. They are linear in ``G``, so they stay unbiased where ``g``
+    and ``x`` are off, and lose little.
 
     Parameters
     ----------
@@ -65,11 +65,12 @@ class HeadRows:
 
 
 class UpdateTarget(Target):
-    """Every gradient of a chain, of one image, each with its error."""
+    """Every gradient of a chain, of one image, each with the error that a known defence tells."""
+
+    calibrated = True
 
     def __init__(self, evidence: Evidence, solution: LinearSolution):
         self.evidence, self.solution = evidence, solution
-        self.calibrated = evidence.defended
         self.head = evidence.chain.head.weight_name
         self.names = [n for n in evidence.gradient if n != self.head]
         error = {n: self._error(n) for n in evidence.gradient}
@@ -83,12 +84,9 @@ class UpdateTarget(Target):
         )
 
     def _error(self, name: str) -> Tensor:
-        """Return the errors of a gradient's entries: known, or as large a part as estimated."""
-        gradient = self.evidence.gradient[name]
-        size = rms(gradient)
-        if self.evidence.defended:
-            return torch.hypot(self.evidence.errors[name], 3 * ROUNDING * size)
-        return (spread(self.solution.noise, gradient) * size).expand_as(gradient)
+        """Return the errors of a gradient's entries, with the rounding of the client's own."""
+        size = rms(self.evidence.gradient[name])
+        return torch.hypot(self.evidence.errors[name], 3 * ROUNDING * size)
 
     def made(self, images: Tensor, hidden: Tensor | None = None) -> Tensor:
         traced = self.evidence.chain.trace(images[:, 0], self.evidence.labels[:, 0])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -14,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fedleak.console import near, number, read_options, resumable
+from fedleak.wording import json_ready
 
 if TYPE_CHECKING:
     from fedleak.capture.run import Attacked
@@ -78,7 +78,7 @@ def _report(attacked: Attacked, attack: str, json_: bool) -> None:
     if json_:
         rows = json.loads(attacked.table.to_json(orient="records", double_precision=15))
         whole = {"attack": attack, "out": str(attacked.folder), **found, "rows": rows}
-        print(json.dumps({k: _finite(v) for k, v in whole.items()}, indent=2))  # noqa: T201
+        print(json.dumps(json_ready(whole), indent=2))  # noqa: T201
         return
     title = "captured updates" + (" (simulated)" if attacked.simulated else "")
     table = Table(title=title, box=box.SIMPLE, title_justify="left", padding=(0, 1, 0, 0))
@@ -112,8 +112,3 @@ def _notes(attacked: Attacked, found: dict[str, Any]) -> Iterator[str]:
     if attacked.skipped:
         yield f"{attacked.skipped} updates had been done before and were not attacked again."
     yield f"Look next at, in {near(attacked.folder)}:"
-
-
-def _finite(value: Any) -> Any:
-    """Replace what JSON has no word for: an exact image has no PSNR."""
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -31,6 +31,7 @@ from fedleak.metric.prediction import (
 )
 from fedleak.metric.redesign import redesign
 from fedleak.priors import Prior
+from fedleak.wording import json_ready
 
 #: Unknowns of a batch above which one reference must do.
 _MANY = 2048
@@ -116,15 +117,7 @@ class Audit:
             "seed": self.seed,
             "seconds": self.seconds,
         }
-        return {k: _plain(v) for k, v in found.items()}
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {k: _plain(v) for k, v in value.items()}
-    return [_plain(v) for v in value] if isinstance(value, list | tuple) else value
+        return dict(json_ready(found))
 
 
 def audit(
