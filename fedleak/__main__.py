@@ -1,5 +1,5 @@
 """``python -m fedleak``."""
 
-from fedleak.cli import main
+from fedleak.commands.app import main
 
 main()

@@ -1,7 +1,7 @@
 """What happens while something runs, as events of the standard ``logging``.
 
 The library emits; whoever listens decides. Without a listener nothing is written and next to
-nothing is spent. The command line listens with bars (:mod:`fedleak.console`) or, with
+nothing is spent. The command line listens with bars or, with
 ``--log-json``, writes one JSON object for each event to standard error.
 """
 

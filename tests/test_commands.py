@@ -85,7 +85,7 @@ def test_a_command_within_a_sentence_has_its_options(document: str, span: str) -
 def _options(name: str) -> set[str]:
     from typer.main import get_command
 
-    from fedleak.cli import app
+    from fedleak.commands.app import app
 
     command = get_command(app)
     if not name.startswith("-"):

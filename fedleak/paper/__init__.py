@@ -1,6 +1,5 @@
-"""The paper's comparison (Chen & Campbell, BMVC 2022): attacks by networks, as one command."""
+"""The paper's comparison (Chen & Campbell, BMVC 2022): attacks by networks."""
 
-from fedleak.paper.command import paper
 from fedleak.paper.photographs import photographs
 
-__all__ = ["paper", "photographs"]
+__all__ = ["photographs"]

@@ -26,7 +26,7 @@ import typer
 from typer.testing import CliRunner
 
 from fedleak.attacks import ATTACKS
-from fedleak.cli import app
+from fedleak.commands.app import app
 from fedleak.data import DATASETS
 from fedleak.defences import DEFENCES
 from fedleak.models import MODELS

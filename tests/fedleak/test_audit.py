@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torchvision.io import write_png
 
-from fedleak.cli import main
+from fedleak.commands.app import main
 from fedleak.errors import InvalidInputError
 from fedleak.metric import audit
 from fedleak.metric.verdict import verdict

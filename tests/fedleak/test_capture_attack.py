@@ -21,7 +21,7 @@ from fedleak.capture import CaptureWriter, Update
 from fedleak.capture.run import Attacked, attack_capture
 from fedleak.capture.table import COLUMNS, summary
 from fedleak.capture.truth import write_truth
-from fedleak.cli import main
+from fedleak.commands.app import main
 from fedleak.errors import FedleakError, InvalidInputError
 from fedleak.models import build_model
 from tests.fedleak.test_capture import SHAPE, gradient_of, images, make_capture

@@ -11,8 +11,8 @@ import pandas as pd
 import pytest
 from typer.testing import CliRunner
 
-from fedleak.cli import app
-from fedleak.compare import draw, summary
+from fedleak.commands.app import app
+from fedleak.commands.compare import draw, summary
 from fedleak.errors import InvalidInputError
 from fedleak.runs import differences, read_runs
 

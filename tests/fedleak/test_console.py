@@ -11,8 +11,9 @@ from collections.abc import Iterator
 import pytest
 import typer
 
-from fedleak import console, events
-from fedleak.cli import main
+from fedleak import events
+from fedleak.commands import console
+from fedleak.commands.app import main
 
 
 @pytest.fixture(autouse=True)
@@ -152,7 +153,7 @@ def test_an_error_of_ours_has_its_traceback_in_the_event(
     def broken(kind: str) -> None:
         raise ZeroDivisionError("oh")
 
-    monkeypatch.setattr("fedleak.listing.entries", broken)
+    monkeypatch.setattr("fedleak.commands.listing.entries", broken)
     assert run(["--log-json", "list", "attacks"], monkeypatch) == 1
     error = events_in(capsys.readouterr().err)[1]
     assert error["reason"] == "ZeroDivisionError: oh"
@@ -160,3 +161,14 @@ def test_an_error_of_ours_has_its_traceback_in_the_event(
     monkeypatch.setattr(sys, "argv", ["fedleak", "list", "attacks"])
     with pytest.raises(ZeroDivisionError):  # a person is shown the traceback itself
         main()
+
+
+def test_without_the_federation_its_commands_name_the_extra(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def missing(*arguments: object) -> None:
+        raise ModuleNotFoundError("No module named 'flwr'", name="flwr.app")
+
+    monkeypatch.setattr("fedleak.commands.listing.entries", missing)
+    assert run(["list", "attacks"], monkeypatch) == 2
+    assert "pip install 'fedleak[federation]'" in capsys.readouterr().err

@@ -14,7 +14,7 @@ from torchvision.io import write_png
 
 from fedleak.attacks import make_attack
 from fedleak.attacks.evidence import Evidence
-from fedleak.cli import main
+from fedleak.commands.app import main
 from fedleak.data import load_data
 from fedleak.defences import defend, parse_defence
 from fedleak.errors import InvalidInputError

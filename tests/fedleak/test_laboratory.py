@@ -12,7 +12,7 @@ from torch import Tensor
 from torchvision.io import write_png
 
 from fedleak.attacks import HybridAttack
-from fedleak.cli import main
+from fedleak.commands.app import main
 from fedleak.errors import DataUnavailableError, InvalidInputError
 from fedleak.laboratory import labels_of, read_images, reconstruct
 from fedleak.models import build_model

@@ -11,10 +11,10 @@ import pytest
 from typer.testing import CliRunner
 
 from fedleak.attacks import ATTACKS
-from fedleak.cli import app
+from fedleak.commands.app import app
+from fedleak.commands.listing import KINDS, entries, summary
 from fedleak.defences import DEFENCES
 from fedleak.errors import UnknownNameError
-from fedleak.listing import KINDS, entries, summary
 from fedleak.models import MODELS
 from fedleak.priors import PRIORS
 
@@ -79,7 +79,7 @@ def test_json_and_a_kind_that_does_not_exist() -> None:
 @pytest.mark.slow
 def test_the_librarys_own_need_no_flower() -> None:
     code = (
-        "import sys; from fedleak.listing import entries\n"
+        "import sys; from fedleak.commands.listing import entries\n"
         "for k in ('attacks', 'defences', 'models', 'priors', 'datasets'): entries(k)\n"
         "print([m for m in ('flwr', 'ray', 'simulations') if m in sys.modules])"
     )

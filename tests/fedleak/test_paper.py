@@ -17,7 +17,7 @@ from torch import Tensor
 from torchvision.io import write_png
 
 from fedleak.attacks import ATTACKS, Reconstruction
-from fedleak.cli import main
+from fedleak.commands.app import main
 from fedleak.errors import InvalidInputError, UnknownNameError
 from fedleak.observation import Observation
 from fedleak.paper import photographs

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from fedleak.cli import app
+from fedleak.commands.app import app
 from fedleak.errors import FedleakError, InvalidInputError
 from fedleak.report import pictures
 from fedleak.report.figures import GRADES, figures, ranges

@@ -14,7 +14,7 @@ import pandas as pd
 import pytest
 from typer.testing import CliRunner
 
-from fedleak.cli import app, main
+from fedleak.commands.app import app, main
 from simulations.scenario import SHIPPED
 
 ROOT = Path(__file__).parents[2]

@@ -17,7 +17,7 @@ import pytest
 from flwr.app import ArrayRecord, Message, RecordDict
 from typer.testing import CliRunner
 
-from fedleak.cli import app
+from fedleak.commands.app import app
 from fedleak.defences import parse_defence
 from fedleak.errors import FedleakError, InvalidInputError
 from fedleak.lock import only_writer

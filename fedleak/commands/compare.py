@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from fedleak.console import display, near, number
+from fedleak.commands.console import display, near, number
 from fedleak.errors import InvalidInputError
 from fedleak.wording import clean, json_ready
 

@@ -12,7 +12,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from fedleak.console import near, number, read_options, resumable
+from fedleak.commands.console import near, number, read_options, resumable
 from fedleak.wording import json_ready
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from fedleak.console import display, number, read_options
+from fedleak.commands.console import display, number, read_options
 from fedleak.errors import InvalidInputError
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from fedleak.console import near
+from fedleak.commands.console import near
 
 
 def report(

@@ -11,7 +11,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from fedleak.console import near, number, resumable, say_report
+from fedleak.commands.console import near, number, resumable, say_report
 
 if TYPE_CHECKING:
     import pandas as pd

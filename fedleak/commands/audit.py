@@ -12,7 +12,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from fedleak.console import display, number
+from fedleak.commands.console import display, number
 from fedleak.errors import InvalidInputError
 from fedleak.metric.auditing import Audit
 from fedleak.metric.auditing import audit as run

@@ -13,17 +13,17 @@ import typer
 from rich.console import Console
 
 from fedleak import events
-from fedleak.capture.command import attack
-from fedleak.compare import compare
-from fedleak.console import stoppable, stopped
-from fedleak.errors import FedleakError
-from fedleak.evaluation import evaluate
-from fedleak.listing import list_
-from fedleak.metric.command import audit
-from fedleak.paper import paper
-from fedleak.reconstruction import reconstruct
-from fedleak.report.command import report
-from fedleak.simulation import simulate
+from fedleak.commands.attack import attack
+from fedleak.commands.audit import audit
+from fedleak.commands.compare import compare
+from fedleak.commands.console import stoppable, stopped
+from fedleak.commands.evaluate import evaluate
+from fedleak.commands.listing import list_
+from fedleak.commands.paper import paper
+from fedleak.commands.reconstruct import reconstruct
+from fedleak.commands.report import report
+from fedleak.commands.simulate import simulate
+from fedleak.errors import FedleakError, InvalidInputError
 
 app = typer.Typer(
     name="fedleak",
@@ -32,6 +32,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+#: Packages of the extra of that name; without them, commands that need no federation work.
+FEDERATION = {"flwr", "flwr_datasets", "datasets", "ray"}
 #: Set to anything but 0 or nothing, it is as ``--log-json``.
 LOG_JSON = "FEDLEAK_LOG_JSON"
 
@@ -105,6 +107,11 @@ def main() -> None:
 
 def _explain(error: Exception) -> int:
     """Say what went wrong, and return the exit code."""
+    if isinstance(error, ModuleNotFoundError) and (error.name or "").split(".")[0] in FEDERATION:
+        error = InvalidInputError(
+            f"this command runs a federation, and {error.name!r} is not installed; "
+            "pip install 'fedleak[federation]'"
+        )
     code, reason = 1, f"{type(error).__name__}: {error}"
     if isinstance(error, click.Abort):
         stopped("stopped")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
-from fedleak.console import resumable
+from fedleak.commands.console import resumable
 from fedleak.errors import InvalidInputError
 
 if TYPE_CHECKING:

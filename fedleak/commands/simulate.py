@@ -13,7 +13,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from fedleak.console import display, near, number, say_report
+from fedleak.commands.console import display, near, number, say_report
 from fedleak.events import emit
 
 if TYPE_CHECKING:
