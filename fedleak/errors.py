@@ -43,6 +43,14 @@ class ForbiddenError(FedleakError):
     """An attack needs to know or do what the threat model does not allow."""
 
 
+class TimeLimitError(FedleakError):
+    """The time that was allowed ran out before there was anything to show."""
+
+    def __init__(self, seconds: float):
+        self.seconds = seconds
+        super().__init__(f"time: nothing was found in the {seconds:.3g} s allowed; allow more")
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """Return ``"; did you mean ...? Known: ..."`` for a name that is not known."""
     known = sorted(known)

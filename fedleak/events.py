@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from datetime import UTC, datetime
 from typing import Any
 
+from fedleak import deadline
 from fedleak.wording import json_ready
 
 #: Everything is logged here or below; set its level to INFO to be told of progress.
@@ -56,6 +57,8 @@ def stage(what: str) -> None:
 def steps(count: int, doing: str) -> Iterator[int]:
     """Yield 0 ... count - 1, and tell how far that is, at most once a second.
 
+    It ends early where the time that is allowed (:mod:`fedleak.deadline`) has passed.
+
     Parameters
     ----------
     count : int
@@ -63,11 +66,16 @@ def steps(count: int, doing: str) -> Iterator[int]:
         What the loop does, as ``cosine``.
     """
     if not LOGGER.isEnabledFor(logging.INFO):
-        yield from range(count)
+        for n in range(count):
+            if deadline.passed():
+                return
+            yield n
         return
     last, told = time.monotonic(), False
     try:
         for n in range(count):
+            if deadline.passed():
+                return
             if time.monotonic() - last >= _PAUSE:
                 last, told = time.monotonic(), True
                 emit("step", doing=doing, done=n, total=count)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import inspect
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
 
+from fedleak import deadline
+from fedleak.deadline import Deadline
 from fedleak.errors import FedleakError, InvalidInputError
 from fedleak.observation import Observation
 from fedleak.registry import Registry
@@ -117,7 +119,7 @@ class Outcome:
     ----------
     reconstruction : Reconstruction or None
     reason : str
-        Why there is none; empty where there is one.
+        Why there is none, or, of one that the time limit cut short, that. Else empty.
     seconds : float
     """
 
@@ -126,7 +128,11 @@ class Outcome:
     seconds: float
 
 
-def run_attack(attack: Attack, observations: Sequence[Observation]) -> list[Outcome]:
+def run_attack(
+    attack: Attack,
+    observations: Sequence[Observation],
+    seconds: float = deadline.DEFAULT_SECONDS,
+) -> list[Outcome]:
     """Attack all observations together; never raise.
 
     If the attack fails on all of them together, each is tried alone, so that one bad
@@ -136,14 +142,30 @@ def run_attack(attack: Attack, observations: Sequence[Observation]) -> list[Outc
     ----------
     attack : Attack
     observations : sequence of Observation
+    seconds : float
+        Allowed for each observation; 0: no limit. What is attacked together has the sum. An
+        attack ends at the limit with the best it has by then (:mod:`fedleak.deadline`).
 
     Returns
     -------
     list of Outcome
         One for each observation, in order; ``seconds`` is the shared time divided evenly.
+
+    Raises
+    ------
+    InvalidInputError
+        If ``seconds`` is negative or no number.
     """
     if not observations:
         return []
+    with deadline.limit(seconds * len(observations)) as allowed:
+        return _attempt(attack, observations, allowed)
+
+
+def _attempt(
+    attack: Attack, observations: Sequence[Observation], allowed: Deadline
+) -> list[Outcome]:
+    """Attack all observations together, else each alone."""
     begin = time.perf_counter()
     try:
         done = list(attack(observations))
@@ -153,12 +175,25 @@ def run_attack(attack: Attack, observations: Sequence[Observation]) -> list[Outc
             _check_result(result, observation)
     except Exception as error:  # whatever an attack does, the training must go on
         if len(observations) > 1:
-            return [outcome for o in observations for outcome in run_attack(attack, [o])]
+            return list(_each_alone(attack, observations))
         expected = isinstance(error, FedleakError)
         reason = str(error) if expected else f"{type(error).__name__}: {error}"
         return [Outcome(None, reason, time.perf_counter() - begin)]
     share = (time.perf_counter() - begin) / len(observations)
-    return [Outcome(r, "", share) for r in done]
+    return [Outcome(r, _cut_short(r, allowed), share) for r in done]
+
+
+def _each_alone(attack: Attack, observations: Sequence[Observation]) -> Iterator[Outcome]:
+    for n, observation in enumerate(observations):
+        with deadline.part(1 / (len(observations) - n)) as allowed:
+            yield from _attempt(attack, [observation], allowed)
+
+
+def _cut_short(result: Reconstruction, allowed: Deadline) -> str:
+    """Say that an attack was stopped by its time limit; nothing where it was not."""
+    if not (allowed.hit or result.details.get("cut_short")):
+        return ""
+    return f"time: stopped at the limit of {allowed.seconds:.3g} s, the best so far"
 
 
 def _check_result(result: Reconstruction, observation: Observation) -> None:

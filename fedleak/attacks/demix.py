@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fedleak import deadline
 from fedleak.attacks.labels import label_candidates
 from fedleak.attacks.mixture import NOISY, Constraint, Mixture, rows_rms
 
@@ -172,6 +173,8 @@ def demix(
         # At first every set of labels, later the better half of them again, and so on.
         tried = sorted(tried, key=lambda t: t.misfit)[: (len(tried) + 1) // 2]
         for attempt in itertools.islice(list(tried) if effort else fresh, left):
+            if deadline.passed() and tried:
+                break
             left -= 1
             m, misfit = _sharpen(attempt.problem, _search(attempt.problem, effort))
             if misfit < _SOLVED:

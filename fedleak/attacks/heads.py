@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cache, partial
 
@@ -72,7 +72,7 @@ def solve_head(evidence: Evidence) -> list[HeadSolution]:
         If the images of a batch cannot be told apart.
     """
     if evidence.images > 1:
-        return [of_batches(demix_heads(evidence), evidence)]
+        return [of_batches(list(demix_heads(evidence)), evidence)]
     chain, labels = evidence.chain, evidence.labels
     if evidence.defended and evidence.rescales != "tensor":
         return [_informed(evidence)]
@@ -108,8 +108,8 @@ def _informed(evidence: Evidence) -> HeadSolution:
     return HeadSolution(g, value, deviation, noise, evidence.labels)
 
 
-def demix_heads(evidence: Evidence) -> list[Demixed]:
-    """Demix the head's gradient of every batch.
+def demix_heads(evidence: Evidence) -> Iterator[Demixed]:
+    """Demix the head's gradient of every batch, one after the other as they are asked for.
 
     Raises
     ------
@@ -121,8 +121,8 @@ def demix_heads(evidence: Evidence) -> list[Demixed]:
     weights, biases = (evidence.gradient[n] for n in (head.weight_name, head.bias_name))
     typical = typical_probabilities(evidence.replay)
     demands = forward_constraint(evidence.chain)
-    return [
-        demix(
+    for n, (gradient, bias) in enumerate(zip(weights, biases, strict=True)):
+        yield demix(
             gradient,
             bias,
             head.weight[0],
@@ -133,8 +133,6 @@ def demix_heads(evidence: Evidence) -> list[Demixed]:
             demands,
             (evidence.rounding(head.weight_name), evidence.rounding(head.bias_name)),
         )
-        for n, (gradient, bias) in enumerate(zip(weights, biases, strict=True))
-    ]
 
 
 def forward_constraint(chain: Chain) -> Constraint | None:

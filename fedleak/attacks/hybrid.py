@@ -12,8 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fedleak import deadline
 from fedleak.attacks import shared_rows
 from fedleak.attacks.base import ATTACKS, Attack, Reconstruction
+from fedleak.attacks.demix import Demixed
 from fedleak.attacks.evidence import Evidence
 from fedleak.attacks.heads import HeadSolution, demix_heads, of_batches
 from fedleak.attacks.joint import Match, match
@@ -132,20 +134,29 @@ class HybridAttack(Attack):
             return self._match_module(evidence, evidence.why_not_chain)
         if evidence.images == 1:
             return self._solve_chain(evidence, None)
-        results: dict[int, Reconstruction] = {}
-        for n, batch in enumerate(demix_heads(evidence)):
-            part = evidence.subset(torch.tensor([n], device=evidence.replay.device))
-            try:
-                (results[n],) = self._solve_chain(part, [of_batches([batch], part)])
-            except UnsupportedModelError as error:
-                (results[n],) = self._match_module(part, str(error))
-                continue
-            if results[n].fit > _POOR:  # the layers below left little: perhaps all at once do more
-                why = "the layers below the head leave too much open"
-                (whole,) = self._match_module(part.with_labels(batch.labels.unsqueeze(0)), why)
-                if whole.fit < _CLEARLY * results[n].fit:
-                    results[n] = whole
-        return [results[n] for n in range(len(evidence))]
+        results = []
+        demixed = demix_heads(evidence)
+        for n in range(len(evidence)):
+            # One after the other: none takes the time of those behind it.
+            with deadline.part(1 / (len(evidence) - n)) as allowed:
+                part = evidence.subset(torch.tensor([n], device=evidence.replay.device))
+                result = self._solve_batch(part, next(demixed))
+            result.details["cut_short"] = allowed.hit
+            results.append(result)
+        return results
+
+    def _solve_batch(self, evidence: Evidence, batch: Demixed) -> Reconstruction:
+        """Solve one batch layer by layer, and match it as a whole where that leaves much open."""
+        try:
+            (result,) = self._solve_chain(evidence, [of_batches([batch], evidence)])
+        except UnsupportedModelError as error:
+            return self._match_module(evidence, str(error))[0]
+        if result.fit > _POOR:  # the layers below left little: perhaps all at once do more
+            why = "the layers below the head leave too much open"
+            (whole,) = self._match_module(evidence.with_labels(batch.labels.unsqueeze(0)), why)
+            if whole.fit < _CLEARLY * result.fit:
+                return whole
+        return result
 
     def _solve_chain(
         self, evidence: Evidence, heads: list[HeadSolution] | None

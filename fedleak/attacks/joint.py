@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fedleak.attacks.targets import QUASI_LEVEL, Target
+from fedleak.errors import TimeLimitError
 from fedleak.priors import Prior
 from fedleak.priors.gaussian import DENSE_UNKNOWNS
 from fedleak.solvers import Gaussian, GaussNewton, Measurements, cgls, lbfgs
@@ -136,7 +137,12 @@ def _least_squares(target: Target, prior: Prior, start: Tensor, precision: float
 
 def _gauss_newton(target: Target, prior: Prior, start: Tensor, precision: float) -> Match:
     """Match by Gauss-Newton, the prior following the evidence of each update."""
-    solver, _, chosen = posterior(target, prior, start, precision)
+    begin = None if target.linear else _warm(target, prior, start, precision)
+    try:
+        solver, _, chosen = posterior(target, prior, start, precision, begin)
+    except TimeLimitError:
+        so_far = start if begin is None else begin
+        return Match(so_far, "l-bfgs", [str(prior)] * len(start))
     images, names = solver.x.reshape(start.shape), [str(p) for p in chosen]
     if not target.calibrated or target.linear:
         return Match(images, "gauss-newton", names)
@@ -145,7 +151,10 @@ def _gauss_newton(target: Target, prior: Prior, start: Tensor, precision: float)
     lost = (missed > MISSED).nonzero().flatten()
     if len(lost):
         part = target.subset(lost)
-        solver, _, chosen = posterior(part, prior, start[lost], precision, start[lost])
+        try:
+            solver, _, chosen = posterior(part, prior, start[lost], precision, start[lost])
+        except TimeLimitError:
+            return Match(images, "gauss-newton", names)
         again = solver.x.reshape(-1, *start.shape[1:])
         better = part.misfit(again, precision) < missed[lost]
         images[lost[better]] = again[better]
@@ -161,6 +170,11 @@ def posterior(
 
     It begins at ``begin``; else, where the images act on the target in other than linear ways,
     where a quasi-Newton solver came to from the prior's mean.
+
+    Raises
+    ------
+    TimeLimitError
+        If the time allowed passes while a Jacobian is taken.
     """
 
     def residual(x: Tensor) -> Tensor:
@@ -168,8 +182,7 @@ def posterior(
 
     errors = target.errors.clamp_min(precision)
     if begin is None and not target.linear:
-        warm = max(precision, WARM_LEVEL)
-        begin = _quasi_newton(target, prior, start, WARM_UP, warm).images
+        begin = _warm(target, prior, start, precision)
     solver = GaussNewton(residual, (start if begin is None else begin).flatten(1))
     level = target.errors.clamp_min(QUASI_LEVEL)
     chosen = _follow_evidence(solver, [prior] * len(start), level, (0, 1))
@@ -195,6 +208,12 @@ def posterior(
         del measured, covariances
         measured = solver.descend(Gaussian.stack(near), errors)
     return solver, measured, chosen
+
+
+def _warm(target: Target, prior: Prior, start: Tensor, precision: float) -> Tensor:
+    """Return where a quasi-Newton solver comes to from the prior's mean: the right valley."""
+    level = max(precision, WARM_LEVEL)
+    return _quasi_newton(target, prior, start, WARM_UP, level).images
 
 
 def _focus(prior: Prior, like: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fedleak import deadline
 from fedleak.solvers.gaussian import cholesky
 
 #: Relative rounding of a client's softmax of small logits, and of an entry of its weight
@@ -132,6 +133,8 @@ class Mixture:
         idle = torch.zeros(len(m), dtype=torch.int64, device=m.device)
         p, e, r1, r2, value = self.evaluate(m)
         for _ in range(steps):
+            if deadline.passed():
+                break
             jtj, slope = self.normal(m, p, e, r1, r2)
             step = _damped(jtj, slope, damping)
             trial = m - step.reshape(m.shape)

@@ -39,6 +39,8 @@ class Work:
     threads : int
         CPU threads of one worker. A sum in several threads rounds differently, so that one
         number everywhere makes one table everywhere.
+    seconds : float
+        Allowed for each update; 0: no limit.
     """
 
     capture: str
@@ -47,6 +49,7 @@ class Work:
     options: dict[str, Any] = field(hash=False)
     device: str
     threads: int
+    seconds: float = 0.0
 
     def make(self) -> Attack:
         """Make the attack."""
@@ -108,7 +111,7 @@ def attack_chunk(work: Work, chunk: Chunk) -> list[Result]:
             if c.observation is not None:
                 groups.setdefault(c.observation.model, []).append((c.name, c.observation))
         for group in groups.values():
-            outcomes = run_attack(attack, [o for _, o in group])
+            outcomes = run_attack(attack, [o for _, o in group], work.seconds)
             for (name, _), outcome in zip(group, outcomes, strict=True):
                 made = outcome.reconstruction
                 if made is None:
@@ -120,6 +123,7 @@ def attack_chunk(work: Work, chunk: Chunk) -> list[Result]:
                     tuple(int(y) for y in made.labels),
                     float(made.fit),
                     outcome.seconds,
+                    outcome.reason,
                 )
     return [results[name] for name in chunk.names]
 

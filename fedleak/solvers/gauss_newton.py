@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.func import jvp, vjp, vmap
 
+from fedleak import deadline
 from fedleak.solvers.gaussian import Gaussian, Measurements, Rows
 
 #: Rows or columns of the Jacobian that are computed together.
@@ -31,6 +32,11 @@ def jacobian(residual: Residual, x: Tensor) -> Tensor:
     -------
     Tensor, shape (N, m, n)
         By columns (forward mode) where there are fewer of them, else by rows.
+
+    Raises
+    ------
+    TimeLimitError
+        If the time allowed passes meanwhile.
     """
     count, n = x.shape
     value, pull = vjp(residual, x)  # type: ignore[misc]
@@ -46,6 +52,7 @@ def jacobian(residual: Residual, x: Tensor) -> Tensor:
             return pull(unit(i, m))[0]
 
         for rows in torch.arange(m, device=x.device).split(_TOGETHER):
+            deadline.check()
             out[:, rows] = vmap(row)(rows).transpose(0, 1)
         return out
 
@@ -53,6 +60,7 @@ def jacobian(residual: Residual, x: Tensor) -> Tensor:
         return jvp(residual, (x,), (unit(i, n).clone(),))[1]
 
     for columns in torch.arange(n, device=x.device).split(_TOGETHER):
+        deadline.check()
         out[:, :, columns] = vmap(column)(columns).permute(1, 2, 0)
     return out
 
@@ -137,7 +145,7 @@ class GaussNewton:
             value = self._objective(self.x, prior, deviation)
             going &= value < best * (1 - 1e-2)
             best = value
-            if not bool(going.any()):
+            if not bool(going.any()) or deadline.passed():
                 break
         return measured
 

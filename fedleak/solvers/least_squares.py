@@ -7,6 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from fedleak import deadline
+
 Vector = tuple[Tensor, ...]
 
 
@@ -38,7 +40,8 @@ def cgls(
     """Solve ``min ||U x - v||`` for many right sides at once.
 
     Started at zero, the limit is the least-norm solution, also where ``U`` is rank
-    deficient. Each update stops on its own; the loop ends when all have.
+    deficient. Each update stops on its own; the loop ends when all have, or when the time allowed
+    (:mod:`fedleak.deadline`) has passed.
 
     Parameters
     ----------
@@ -69,7 +72,7 @@ def cgls(
     goal = tolerance**2 * _dot((adjoint(rhs),))
     for step in range(max_iterations):
         active = gamma > goal
-        if step % _LOOK == 0 and not bool(active.any()):
+        if step % _LOOK == 0 and (not bool(active.any()) or deadline.passed()):
             break
         q = apply(p)
         delta = _dot(q)

@@ -358,7 +358,9 @@ def test_shared_rows_are_conditioned_on_as_in_one_dense_system() -> None:
     model = build_model("cnn2-v2", (1, 8, 8), 10, seed=0)
     x, y = _digits(2)
     evidence = Evidence.gather([_seen(model, x, y)], "cpu")
-    solution = solve_recursively(evidence, heads=[of_batches(demix_heads(evidence), evidence)])
+    solution = solve_recursively(
+        evidence, heads=[of_batches(list(demix_heads(evidence)), evidence)]
+    )
     prior = make_prior("gaussian", (1, 8, 8), adapt=False)
     precision = 1e-2
     found = match_batch(evidence, solution, prior, precision)
