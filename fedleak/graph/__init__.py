@@ -1,0 +1,1 @@
+"""Networks as graphs, and the linear systems of their layers."""
