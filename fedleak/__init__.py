@@ -27,6 +27,7 @@ from fedleak.priors import PRIORS, GaussianPrior, Prior, make_prior
 from fedleak.quality import Quality, score
 from fedleak.replay import Replay
 from fedleak.systems import Chain
+from fedleak.terms import Terms
 from fedleak.threat import LocalTraining, ThreatModel
 
 # torch.func's first use loads code of torch's own that torch itself deprecates.
@@ -55,6 +56,7 @@ __all__ = [
     "Reconstruction",
     "Replay",
     "SecurityMetric",
+    "Terms",
     "ThreatModel",
     "__version__",
     "build_model",

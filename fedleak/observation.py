@@ -4,20 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fedleak.defences import DefenceSpec
 from fedleak.errors import InvalidInputError, InvalidUpdateError
-from fedleak.threat import HONEST, LocalTraining, ThreatModel
-
-Shared = Literal["gradient", "weights"]
+from fedleak.terms import Terms, WithTerms
+from fedleak.threat import LocalTraining, ThreatModel
 
 
 @dataclass(frozen=True, eq=False)
-class Observation:
+class Observation(WithTerms):
     """One client's update, as an honest-but-curious server sees it.
 
     This is all that an attack receives: no image, no clean gradient, and no label
@@ -30,25 +29,12 @@ class Observation:
     gradient : dict of str to Tensor
         Mean gradient of the loss over the client's batch, by parameter name; or its best
         estimate where the client sent weights.
-    input_shape : tuple of int
-        Shape (C, H, W) of one image.
-    images : int
-        Number of images behind the update, of all its clients.
-    labels : tuple of int or None
-        The labels, where the threat model says that the server knows them.
-    threat : ThreatModel
-        What the attacker knows and may do.
-    training : LocalTraining or None
-        How the clients trained, where they share weights and the attacker knows it.
-    shared : {"gradient", "weights"}
-        What the clients sent.
-    clients : int
-        Number of clients that the update is the mean of: above 1 under secure aggregation.
+    terms : Terms
+        Number and shape of the images, what clients share and did, what the attacker knows;
+        each of these can be read from the observation itself, as ``images``.
     buffers : dict of str to Tensor
         Statistics of batch normalisation that came along, where the threat model lets the
         attacker use them.
-    defence : DefenceSpec or None
-        The clients' defence, where the threat model says that the server knows it.
     errors : dict of str to Tensor
         Of an informed attacker: how far each entry of ``gradient`` may be from the true one,
         as a standard deviation; infinite where it says nothing. Empty otherwise.
@@ -56,40 +42,33 @@ class Observation:
 
     model: nn.Module = field(repr=False)
     gradient: dict[str, Tensor] = field(repr=False)
-    input_shape: tuple[int, int, int]
-    images: int = 1
-    labels: tuple[int, ...] | None = None
-    threat: ThreatModel = HONEST
-    training: LocalTraining | None = None
-    shared: Shared = "gradient"
-    clients: int = 1
+    terms: Terms
     buffers: dict[str, Tensor] = field(default_factory=dict, repr=False)
-    defence: DefenceSpec | None = None
     errors: dict[str, Tensor] = field(default_factory=dict, repr=False)
 
-    def __post_init__(self) -> None:
-        if self.labels is not None and not self.threat.labels:
-            raise InvalidInputError(
-                f"labels {self.labels} are given, but the threat model does not let the attacker "
-                "know them; pass threat=ThreatModel(labels=True)"
-            )
-        if self.defence is not None and not self.threat.defence:
-            raise InvalidInputError(
-                f"defence {self.defence.label!r} is given, but the threat model does not let the "
-                "attacker know it; pass threat=ThreatModel(defence=True)"
-            )
-        for name in ("images", "clients"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise InvalidInputError(f"{name} must be a whole number from 1, not {value!r}")
-        if self.images % self.clients:
-            raise InvalidInputError(
-                f"{self.images} images cannot be those of {self.clients} clients alike"
-            )
-        if self.clients > 1 and self.threat.view != "sum":
-            raise InvalidInputError(
-                f"an update of {self.clients} clients is a sum; pass ThreatModel(view='sum')"
-            )
+    @classmethod
+    def of(cls, model: nn.Module, received: Mapping[str, Any], terms: Terms) -> Observation:
+        """Take what a client shared under ``terms``, and leave out what they do not grant.
+
+        Parameters
+        ----------
+        model : nn.Module
+            The model as sent.
+        received : mapping
+            Arrays or tensors by name: of a gradient, or of the weights after local training.
+        terms : Terms
+            ``training`` is what the client does, whether or not the attacker knows it.
+
+        Raises
+        ------
+        InvalidUpdateError
+            If a parameter is missing, misshapen or not finite, or all of them are zero.
+        """
+        if terms.shared == "weights":
+            return cls._of_weights(model, received, terms)
+        checked = _checked(model, received)
+        errors = {} if terms.defence is None else _errors(terms.defence, checked)
+        return cls(model, checked, terms, errors=errors)
 
     @classmethod
     def from_gradient(
@@ -128,17 +107,14 @@ class Observation:
         """
         channels, height, width = input_shape
         known = None if labels is None else tuple(int(y) for y in labels)
-        checked = _checked(model, gradient)
-        return cls(
-            model,
-            checked,
-            (channels, height, width),
-            batch_size,
-            known,
-            threat or ThreatModel(labels=known is not None, defence=defence is not None),
+        terms = Terms(
+            input_shape=(channels, height, width),
+            images=batch_size,
+            labels=known,
+            threat=threat or ThreatModel(labels=known is not None, defence=defence is not None),
             defence=defence,
-            errors={} if defence is None else _errors(defence, checked),
         )
+        return cls.of(model, gradient, terms)
 
     @classmethod
     def from_weights(
@@ -179,33 +155,46 @@ class Observation:
         InvalidUpdateError
             As for :meth:`from_gradient`.
         """
-        threat = threat or ThreatModel(labels=labels is not None, defence=defence is not None)
-        count = training.batch_size if images is None else images
+        channels, height, width = input_shape
+        known = None if labels is None else tuple(int(y) for y in labels)
+        terms = Terms(
+            input_shape=(channels, height, width),
+            images=training.batch_size if images is None else images,
+            labels=known,
+            threat=threat or ThreatModel(labels=known is not None, defence=defence is not None),
+            training=training,
+            shared="weights",
+            defence=defence,
+        )
+        return cls.of(model, weights, terms)
+
+    @classmethod
+    def _of_weights(
+        cls, model: nn.Module, received: Mapping[str, Any], terms: Terms
+    ) -> Observation:
+        training, threat = terms.training, terms.threat
+        if training is None:
+            raise InvalidInputError("weights are shared; say by training what the clients do")
         rate = training.learning_rate if threat.learning_rate else 1.0
-        gain = training.gain(count) if threat.local_steps else 1.0
+        gain = training.gain(terms.own) if threat.local_steps else 1.0
         decay = training.weight_decay if threat.learning_rate and threat.local_steps else 0.0
         change, moved = {}, {}
         for name, parameter in model.named_parameters():
-            if name in weights:
-                received = _check(name, torch.as_tensor(weights[name]), tuple(parameter.shape))
+            if name in received:
+                came = _check(name, torch.as_tensor(received[name]), tuple(parameter.shape))
                 sent = parameter.detach().cpu().double()
-                moved[name] = sent - received
+                moved[name] = sent - came
                 change[name] = moved[name] / (rate * gain) - decay * sent
-        seen = cls.from_gradient(model, change, input_shape, count, labels, threat)
+        gradient = _checked(model, change)
         buffers = {}
         for name, buffer in model.named_buffers() if threat.buffers else ():
-            if name in weights and buffer.is_floating_point():
-                buffers[name] = _check(name, torch.as_tensor(weights[name]), tuple(buffer.shape))
-        told = training if threat.learning_rate and threat.local_steps else None
-        errors = {} if defence is None else _errors(defence, moved)
-        return replace(
-            seen,
-            training=told,
-            shared="weights",
-            buffers=buffers,
-            defence=defence,
-            errors={k: e / (rate * gain) for k, e in errors.items() if k in seen.gradient},
-        )
+            if name in received and buffer.is_floating_point():
+                buffers[name] = _check(name, torch.as_tensor(received[name]), tuple(buffer.shape))
+        if not (threat.learning_rate and threat.local_steps):
+            terms = replace(terms, training=None)
+        errors = {} if terms.defence is None else _errors(terms.defence, moved)
+        errors = {k: e / (rate * gain) for k, e in errors.items() if k in gradient}
+        return cls(model, gradient, terms, buffers, errors)
 
     @classmethod
     def sum_of(cls, observations: Sequence[Observation]) -> Observation:
@@ -228,8 +217,8 @@ class Observation:
             raise InvalidInputError("a sum is over at least one client's update; there is none")
         first = observations[0]
 
-        def kind(o: Observation) -> tuple[Any, ...]:
-            return o.training, o.shared, o.threat, o.input_shape, o.defence
+        def kind(o: Observation) -> Terms:
+            return replace(o.terms, labels=None, images=o.clients)
 
         if any(o.model is not first.model or kind(o) != kind(first) for o in observations):
             raise InvalidInputError(
@@ -245,18 +234,23 @@ class Observation:
 
         known = [o.labels for o in observations]
         labels = None if None in known else tuple(y for part in known for y in part or ())
-        return replace(
-            first,
-            gradient=mean([o.gradient for o in observations]),
+        terms = replace(
+            first.terms,
             images=count * first.images,
             labels=labels,
             threat=replace(first.threat, view="sum"),
             clients=count,
-            buffers=mean([o.buffers for o in observations]),
-            errors={
-                k: torch.stack([o.errors[k] for o in observations]).square().sum(0).sqrt() / count
-                for k in first.errors
-            },
+        )
+        errors = {
+            k: torch.stack([o.errors[k] for o in observations]).square().sum(0).sqrt() / count
+            for k in first.errors
+        }
+        return cls(
+            first.model,
+            mean([o.gradient for o in observations]),
+            terms,
+            mean([o.buffers for o in observations]),
+            errors,
         )
 
 

@@ -23,7 +23,8 @@ from fedleak.capture import CaptureWriter, Update
 from fedleak.capture.update import load_sent
 from fedleak.defences import DefenceSpec, parse_defence
 from fedleak.errors import FedleakError, InvalidInputError, InvalidUpdateError
-from fedleak.observation import Observation, Shared
+from fedleak.observation import Observation
+from fedleak.terms import Shared, Terms
 from fedleak.threat import HONEST, LocalTraining, ThreatModel
 from strategies.delegate import DelegatingStrategy
 
@@ -275,11 +276,17 @@ class MaliciousServer(DelegatingStrategy):
         labels = None
         if self.threat.labels and self.labels_of is not None:
             labels = tuple(int(y) for y in self.labels_of(server_round, node))
-        return Update(
-            server_round, (node,), sent, self._named(_to_tensors(record), like), self.input_shape,
-            self.images, labels, self.threat, self.training,
-            shared="gradient" if self.training is None else "weights", defence=self.defence,
-        )  # fmt: skip
+        terms = Terms(
+            input_shape=self.input_shape,
+            images=self.images,
+            labels=labels,
+            threat=self.threat,
+            training=self.training,
+            shared="gradient" if self.training is None else "weights",
+            defence=self.defence,
+        )
+        received = self._named(_to_tensors(record), like)
+        return Update(server_round, (node,), sent, received, terms)
 
     @staticmethod
     def _named(arrays: dict[str, Tensor], like: Mapping[str, Tensor]) -> dict[str, Tensor]:

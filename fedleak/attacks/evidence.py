@@ -17,7 +17,7 @@ from fedleak.local_training import LocalReplay
 from fedleak.observation import Observation
 from fedleak.replay import Replay
 from fedleak.systems import Chain, Gradients
-from fedleak.threat import LocalTraining
+from fedleak.terms import Terms
 
 #: Standard deviation of the rounding of a float32 weight after a step, relative to the weight.
 _ULP = 4e-8
@@ -30,8 +30,8 @@ class Evidence:
     Attributes
     ----------
     model : nn.Module
-    input_shape : tuple of int
-        Shape (C, H, W) of one image.
+    terms : Terms
+        Of all of them, without their labels.
     gradient : dict
         Observed gradients by parameter name, float64, shape (N, *parameter).
     labels : Tensor, int64, shape (N, B)
@@ -40,10 +40,6 @@ class Evidence:
         The client's step on any torch module, float64.
     granted : Tensor of bool, shape (N,)
         Whether the labels were known beforehand.
-    training : LocalTraining or None
-        How the clients trained, where that is known and they share weights.
-    clients : int
-        Number of clients that each update is the mean of.
     simulated : LocalReplay or None
         All steps of the clients, where they take several and the attack simulates them;
         else one step is taken for the whole.
@@ -54,27 +50,22 @@ class Evidence:
         defence; else empty.
     rescales : {"", "update", "tensor"}
         What of ``gradient`` is known up to a factor only, see :class:`Defence`.
-    signs : bool
-        Whether only the signs of ``gradient`` are known to mean anything.
     statistics : dict
         Statistics of batch normalisation over the batch, shape (N, channels), where they
         are known: see :func:`fedleak.attacks.statistics.received_statistics`.
     """
 
     model: nn.Module
-    input_shape: tuple[int, int, int]
+    terms: Terms
     gradient: Gradients
     labels: Tensor
     replay: Replay
     granted: Tensor
-    training: LocalTraining | None = None
-    clients: int = 1
     simulated: LocalReplay | None = None
     plan: Tensor | None = None
     statistics: Gradients = field(default_factory=dict)
     errors: Gradients = field(default_factory=dict)
     rescales: str = ""
-    signs: bool = False
 
     @classmethod
     def gather(
@@ -118,27 +109,23 @@ class Evidence:
         else:
             labels = torch.zeros(len(observations), first.images, dtype=torch.int64, device=where)
         granted = torch.tensor([o.labels is not None for o in observations], device=where)
-        training, own = first.training, first.images // first.clients
         simulated = None
-        if simulate and training is not None and training.steps(own) > 1:
+        if simulate and first.training is not None and first.terms.steps > 1:
             # Without recomputation torch.func can transform it; one image needs no memory.
-            simulated = LocalReplay(replay, training, first.clients, first.images > 1)
+            simulated = LocalReplay(replay, first.training, first.clients, first.images > 1)
         if rescales == "update" and infer and first.images == 1:
             gradient, errors, rescales = _unscaled(gradient, errors, labels, replay)
         return cls(
             first.model,
-            first.input_shape,
+            replace(first.terms, labels=None),
             gradient,
             labels,
             replay,
             granted,
-            training,
-            first.clients,
             simulated,
             statistics=received_statistics(observations, replay),
             errors=errors,
             rescales=rescales,
-            signs=first.defence is not None and first.defence.signs,
         )
 
     @cached_property
@@ -148,7 +135,7 @@ class Evidence:
                 "the update mixes several local steps; the linear systems cover one step"
             )
         try:
-            chain = Chain.read(self.model, self.input_shape).to(self.replay.device)
+            chain = Chain.read(self.model, self.terms.input_shape).to(self.replay.device)
         except UnsupportedModelError as error:
             return error
         reason = self._why_not_demixed(chain) if self.images > 1 else ""
@@ -156,8 +143,7 @@ class Evidence:
 
     def _why_not_demixed(self, chain: Chain) -> str:
         """Return why the images of a batch cannot be told apart at the head."""
-        count, head = self.images, chain.head
-        steps = 1 if self.training is None else self.training.steps(count // self.clients)
+        count, steps, head = self.images, self.terms.steps, chain.head
         features, classes = head.in_shape[0], head.out_shape[0]
         if steps > 1:
             return f"the update is the sum of {steps} local steps; the linear systems cover one"
@@ -201,18 +187,22 @@ class Evidence:
     @property
     def steps(self) -> int:
         """Number of local steps that are simulated."""
-        if self.simulated is None:
-            return 1
-        return self.simulated.training.steps(self.images // self.clients)
+        return 1 if self.simulated is None else self.terms.steps
+
+    @property
+    def signs(self) -> bool:
+        """Whether only the signs of ``gradient`` are known to mean anything."""
+        return self.terms.defence is not None and self.terms.defence.signs
 
     def rounding(self, name: str) -> float:
         """Return the standard deviation of rounding in the entries of a parameter's gradient.
 
         Where it is a difference of float32 weights, beside the gradient's own; else 0.
         """
-        if self.training is None:
+        training = self.terms.training
+        if training is None:
             return 0.0
-        scale = self.training.learning_rate * self.training.gain(self.images // self.clients)
+        scale = training.learning_rate * training.gain(self.terms.own)
         return _ULP * float(self.replay.parameters[name].square().mean().sqrt()) / scale
 
     @property

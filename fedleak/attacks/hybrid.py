@@ -195,7 +195,7 @@ class HybridAttack(Attack):
 
     def _prior(self, evidence: Evidence) -> Prior:
         """Return the prior for these images, made once for each shape and device."""
-        shape, device = evidence.input_shape, evidence.replay.device
+        shape, device = evidence.terms.input_shape, evidence.replay.device
         if (shape, device) not in self._made:
             public = self.public
             if isinstance(public, (str, Path)):
@@ -237,7 +237,7 @@ class HybridAttack(Attack):
         """Match a model that is no chain, or batches, on the module itself."""
         prior, count, batch = self._prior(evidence), len(evidence), evidence.images
         # The reverse pass keeps the weights of every client and step.
-        kept = evidence.steps * (evidence.clients if evidence.simulated else 1)
+        kept = evidence.steps * (evidence.terms.clients if evidence.simulated else 1)
         parameters = kept * sum(p.numel() for p in evidence.replay.parameters.values())
         together = int(_PARAMETERS[evidence.replay.device.type] / max(parameters, 1))
         parts = torch.arange(count, device=evidence.replay.device).split(max(1, together))

@@ -64,8 +64,8 @@ def observed_labels(
         weight = gradient.get(f"{prefix}weight") if replay.head is not None else None
         typical = typical_probabilities(replay)
         first = observations[0]
-        own = first.images // first.clients
-        if first.training is not None and first.training.steps(own) > 1:
+        if first.training is not None and first.terms.steps > 1:
+            own = first.terms.own
             typical = typical_on_the_way(replay, gradient, first.training, own, grey(replay))
         if errors and images == 1:
             inferred = _informed_labels(gradient, errors, replay)

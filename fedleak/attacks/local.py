@@ -91,7 +91,7 @@ class LocalTarget(Target):
         assert evidence.simulated is not None
         self.evidence, self.simulated = evidence, evidence.simulated
         self.shuffles = Shuffles(
-            self.simulated.training, evidence.images // evidence.clients, evidence.clients
+            self.simulated.training, evidence.terms.own, evidence.terms.clients
         )
         self.hidden = 0 if _mixes(evidence.replay.model) else self.shuffles.size
         known = list(evidence.gradient.values())

@@ -65,8 +65,8 @@ class DLGAttack(Attack):
 
     def reconstruct(self, observations: Sequence[Observation]) -> list[Reconstruction]:
         evidence = Evidence.gather(observations, self.device, infer=self._infers)
-        replay, shape = evidence.replay, (-1, evidence.images, *evidence.input_shape)
-        pixels = evidence.images * math.prod(evidence.input_shape)
+        replay, shape = evidence.replay, (-1, evidence.images, *evidence.terms.input_shape)
+        pixels = evidence.images * math.prod(evidence.terms.input_shape)
         soft = 0 if self._infers else evidence.images * replay.classes
 
         def dummy(u: Tensor) -> tuple[Tensor, Tensor]:
@@ -175,8 +175,7 @@ class CosineAttack(Attack):
             raise InvalidInputError(f"learning_rate must be above 0, not {self.learning_rate!r}")
 
     def needs(self, observation: Observation) -> set[str]:
-        training, own = observation.training, observation.images // observation.clients
-        several = training is not None and training.steps(own) > 1
+        several = observation.terms.steps > 1
         # Labels of a batch are counted, which takes the size of the update.
         counts = observation.labels is None and observation.images > 1
         if (several and self.local_training) or (observation.shared == "weights" and counts):
@@ -185,7 +184,7 @@ class CosineAttack(Attack):
 
     def reconstruct(self, observations: Sequence[Observation]) -> list[Reconstruction]:
         evidence = Evidence.gather(observations, self.device, simulate=self.local_training)
-        shape = (evidence.images, *evidence.input_shape)
+        shape = (evidence.images, *evidence.terms.input_shape)
         start = _draw(evidence.gradient, self.seed, self.restarts * math.prod(shape))
         # float32, as published: half the time, and far finer than the last step size.
         images, loss, distance = self._descend(evidence, start.reshape(-1, *shape).float())
@@ -197,11 +196,11 @@ class CosineAttack(Attack):
     def _client(evidence: Evidence, start: Tensor) -> Replay | LocalReplay:
         """Return what a client does, in the precision of ``start``."""
         replay = Replay(
-            evidence.model, evidence.input_shape, dtype=start.dtype, device=start.device
+            evidence.model, evidence.terms.input_shape, dtype=start.dtype, device=start.device
         )
         if evidence.simulated is None:
             return replay
-        return LocalReplay(replay, evidence.simulated.training, evidence.clients)
+        return LocalReplay(replay, evidence.simulated.training, evidence.terms.clients)
 
     def _descend(self, evidence: Evidence, start: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return the best images from each start, their objective and cosine distance."""

@@ -24,7 +24,7 @@ from fedleak.capture.update import Update
 from fedleak.defences import parse_defence
 from fedleak.errors import InvalidInputError, InvalidUpdateError
 from fedleak.models import MODELS, call_factory
-from fedleak.observation import Shared
+from fedleak.terms import Shared, Terms
 from fedleak.threat import LocalTraining, ThreatModel
 
 FORMAT = "fedleak-capture"
@@ -82,7 +82,46 @@ class Manifest(_Part):
     versions: dict[str, str]
 
 
-class Record(_Part):
+class _StoredTerms(_Part):
+    """The terms of an update, as far as the attacker knows them."""
+
+    images: int = Field(1, ge=1, le=_MANY)
+    labels: tuple[int, ...] | None = None
+    threat: dict[str, bool | str] = {}
+    training: dict[str, int | float] | None = None
+    shared: Shared = "gradient"
+    defence: str | None = None
+
+    @staticmethod
+    def of(terms: Terms) -> dict[str, Any]:
+        """Return the fields of terms."""
+        return {
+            "images": terms.images,
+            "labels": terms.labels,
+            "threat": asdict(terms.threat),
+            "training": None if terms.training is None else asdict(_known_training(terms)),
+            "shared": terms.shared,
+            "defence": None if terms.defence is None else str(terms.defence),
+        }
+
+    def terms(self, input_shape: tuple[int, int, int], clients: int) -> Terms:
+        """Return the terms; what the file does not hold is given."""
+        try:
+            return Terms(
+                input_shape=input_shape,
+                images=self.images,
+                labels=self.labels,
+                threat=ThreatModel(**self.threat),  # type: ignore[arg-type]
+                training=None if self.training is None else LocalTraining(**self.training),  # type: ignore[arg-type]
+                shared=self.shared,
+                clients=clients,
+                defence=None if self.defence is None else parse_defence(self.defence),
+            )
+        except TypeError as error:
+            raise InvalidUpdateError(f"threat or training of the update: {error}") from error
+
+
+class Record(_StoredTerms):
     """What belongs to one update, beside its tensors."""
 
     round: int = Field(ge=0)
@@ -91,29 +130,17 @@ class Record(_Part):
     tensors_sha256: str | None = Field(None, pattern=_SHA256)
     sent: str | None = Field(None, pattern=_FILE)
     sent_sha256: str | None = Field(None, pattern=_SHA256)
-    images: int = Field(1, ge=1, le=_MANY)
-    labels: tuple[int, ...] | None = None
-    threat: dict[str, bool | str] = {}
-    training: dict[str, int | float] | None = None
     summed: bool = False
-    shared: Shared = "gradient"
-    defence: str | None = None
     reason: str = ""
 
     @classmethod
-    def of(cls, update: Update, **files: str) -> Record:
+    def of_update(cls, update: Update, **files: str) -> Record:
         """Return the record of an update whose tensors are in ``files``."""
-        known = None if update.training is None else asdict(_known_training(update))
         return cls(
             round=update.server_round,
             nodes=update.nodes,
-            images=update.images,
-            labels=update.labels,
-            threat=asdict(update.threat),
-            training=known,
             summed=update.summed,
-            shared=update.shared,
-            defence=None if update.defence is None else str(update.defence),
+            **cls.of(update.terms),
             **files,
         )
 
@@ -121,28 +148,18 @@ class Record(_Part):
         self, sent: dict[str, Tensor], received: dict[str, Tensor], shape: tuple[int, int, int]
     ) -> Update:
         """Return the update, with its tensors."""
-        try:
-            threat = ThreatModel(**self.threat)  # type: ignore[arg-type]
-            training = None if self.training is None else LocalTraining(**self.training)  # type: ignore[arg-type]
-            defence = None if self.defence is None else parse_defence(self.defence)
-        except TypeError as error:
-            raise InvalidUpdateError(f"threat or training of the update: {error}") from error
-        return Update(
-            self.round, self.nodes, sent, received, shape, self.images, self.labels, threat,
-            training, self.summed, self.shared, defence,
-        )  # fmt: skip
+        terms = self.terms(shape, len(self.nodes) if self.summed else 1)
+        return Update(self.round, self.nodes, sent, received, terms, self.summed)
 
 
-def _known_training(update: Update) -> LocalTraining:
+def _known_training(terms: Terms) -> LocalTraining:
     """Leave out of the file what the attacker does not know; its observation stays the same."""
-    training, threat = update.training, update.threat
+    training, threat = terms.training, terms.threat
     assert training is not None
     if not threat.learning_rate:
         training = replace(training, learning_rate=1.0, weight_decay=0.0)
     if not threat.local_steps:
-        training = replace(
-            training, batch_size=update.images, epochs=1, momentum=0.0, weight_decay=0.0
-        )
+        training = replace(training, batch_size=terms.own, epochs=1, momentum=0.0, weight_decay=0.0)
     return training
 
 

@@ -110,7 +110,7 @@ class CaptureWriter:
         model, model_sum = self._write_sent(update.server_round, update.sent)
         file = self.folder / f"{name}.safetensors"
         write_atomically(file, content)
-        record = Record.of(
+        record = Record.of_update(
             update, tensors=file.name, tensors_sha256=sha256(content), sent=model,
             sent_sha256=model_sum,
         )  # fmt: skip

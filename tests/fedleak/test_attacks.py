@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import random
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -178,7 +177,7 @@ def test_a_known_label_is_used(observe: Observe) -> None:
     model = build_model("cnn2-v1", (1, 8, 8), 10, seed=0)
     seen = observe(model, x[0], int(y[0]))
     wrong = ((int(y[0]) + 1) % 10,)
-    told = replace(seen, labels=wrong, threat=ThreatModel(labels=True))
+    told = seen.with_terms(labels=wrong, threat=ThreatModel(labels=True))
     (result,) = LinearAttack()([told])
     assert int(result.labels) == (int(y[0]) + 1) % 10
 
@@ -210,7 +209,7 @@ def test_images_that_cannot_be_told_apart_are_refused(observe: Observe) -> None:
     model = build_model("cnn2-v1", (1, 8, 8), 10, seed=0)
     seen = observe(model, torch.rand(1, 8, 8), 1)
     for images, words in ((10, "mixes 10 images; .* at most 9 apart"), (4, "4 images of a batch")):
-        batch = Observation(model, seen.gradient, seen.input_shape, images=images)
+        batch = seen.with_terms(images=images)
         with pytest.raises(UnsupportedModelError, match=words):
             LinearAttack()([batch])
 
@@ -247,7 +246,7 @@ def test_a_result_that_is_no_image_is_a_failure(observe: Observe) -> None:
 def test_one_bad_update_costs_only_itself(observe: Observe) -> None:
     model = build_model("cnn2-v1", (1, 8, 8), 10, seed=0)
     good = observe(model, torch.rand(1, 8, 8), 1)
-    bad = Observation(model, good.gradient, good.input_shape, images=2)
+    bad = good.with_terms(images=2)
     first, second, third = run_attack(LinearAttack(), [good, bad, good])
     assert first.reconstruction is not None
     assert third.reconstruction is not None

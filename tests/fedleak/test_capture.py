@@ -20,6 +20,7 @@ from fedleak.capture.manifest import write_atomically
 from fedleak.errors import InvalidInputError
 from fedleak.models import build_model
 from fedleak.observation import Observation
+from fedleak.terms import Terms
 from fedleak.threat import LocalTraining, ThreatModel
 
 SHAPE = (1, 8, 8)
@@ -61,7 +62,7 @@ def make_capture(folder: Path, clients: int = 5, rounds: int = 2) -> nn.Module:
         for client in range(clients):
             x, y = images(1, 100 * number + client)
             received = gradient_of(model, x, y)
-            writer.add(Update(number, (client + 70,), sent, received, SHAPE))
+            writer.add(Update(number, (client + 70,), sent, received, Terms(input_shape=SHAPE)))
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.mul_(0.9)
@@ -105,7 +106,11 @@ def test_the_observation_is_that_of_the_live_attack(
             received["norm.num_batches_tracked"] = torch.tensor(7.0, dtype=torch.float64)
         labels = tuple(y.tolist()) if threat.labels else None
         does = None if shared == "gradient" else training
-        parts.append(Update(4, (node,), sent, received, SHAPE, 2, labels, threat, does))
+        terms = Terms(
+            input_shape=SHAPE, images=2, labels=labels, threat=threat, training=does,
+            shared="weights" if does else "gradient",
+        )  # fmt: skip
+        parts.append(Update(4, (node,), sent, received, terms))
     live = [update.observe(model) for update in parts]
     if shared == "sum":
         live = [Observation.sum_of(live)]
@@ -150,7 +155,7 @@ def test_sent_weights_are_stored_once(tmp_path: Path) -> None:
     one = dict(model.state_dict())
     other = {k: v + 1 for k, v in one.items()}
     for number, sent in ((1, one), (1, dict(one)), (1, other), (1, one), (2, one)):
-        writer.add(Update(number, (0,), sent, received, SHAPE))
+        writer.add(Update(number, (0,), sent, received, Terms(input_shape=SHAPE)))
     files = sorted(str(p.relative_to(tmp_path)) for p in tmp_path.rglob("model*.safetensors"))
     assert files == [
         "round-0001/model-1.safetensors", "round-0001/model.safetensors",
@@ -250,7 +255,9 @@ def test_damage_costs_its_own_update(
 def test_a_reply_that_cannot_be_used_keeps_its_reason(tmp_path: Path) -> None:
     model = build_model("cnn2-v1", SHAPE, 10, seed=0)
     writer = CaptureWriter(tmp_path, model, SHAPE, spec="cnn2-v1")
-    good = Update(1, (5,), dict(model.state_dict()), gradient_of(model, *images(1)), SHAPE)
+    good = Update(
+        1, (5,), dict(model.state_dict()), gradient_of(model, *images(1)), Terms(input_shape=SHAPE)
+    )
     writer.add(replace(good, received={k: v * torch.nan for k, v in good.received.items()}))
     writer.add_failure(1, (6,), "the client did not reply")
     writer.add(replace(good, received={"conv1.weight": torch.ones(3)}))

@@ -24,6 +24,7 @@ from fedleak.capture.truth import write_truth
 from fedleak.commands.app import main
 from fedleak.errors import FedleakError, InvalidInputError
 from fedleak.models import build_model
+from fedleak.terms import Terms
 from tests.fedleak.test_capture import SHAPE, gradient_of, images, make_capture
 
 ROUND = "round-0001/client-00000"
@@ -179,7 +180,7 @@ def test_several_processes_give_the_same_table_and_one_that_ends_costs_its_rows(
         sent = {**model.state_dict(), "fatal": torch.tensor(float(number == 2))}
         for node in (0, 1):
             received = gradient_of(model, *images(1, 10 * number + node))
-            writer.add(Update(number, (node,), sent, received, SHAPE))
+            writer.add(Update(number, (node,), sent, received, Terms(input_shape=SHAPE)))
     options = {"steps": 5}
     found = attack_capture("captures", options=options, jobs=2, out="two").table
     assert found["status"].tolist() == ["ok", "ok", "failed", "failed"] + ["ok"] * (2 * rounds - 4)

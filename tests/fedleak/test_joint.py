@@ -103,9 +103,7 @@ def test_never_a_worse_fit_than_the_mean(residual: nn.Module, steps: int) -> Non
     """However short the search, and with labels that are wrong."""
     images = _smooth(2)
     seen = _batch(residual, images, [4, 1])
-    wrong = Observation(
-        residual, seen.gradient, SHAPE, images=2, labels=(0, 9), threat=ThreatModel(labels=True)
-    )
+    wrong = seen.with_terms(labels=(0, 9), threat=ThreatModel(labels=True))
     grey = torch.full((1, 2, *SHAPE), 0.5, dtype=torch.float64)
     for one in (seen, wrong):
         (result,) = HybridAttack(steps=steps)([one])

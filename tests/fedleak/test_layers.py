@@ -380,9 +380,7 @@ def test_a_granted_label_is_kept_with_two_classes(observe: Observe) -> None:
     torch.manual_seed(3)
     model = nn.Sequential(*EXACT["two classes"]())
     seen = observe(model, _small(), 0)
-    told = Observation(
-        model, seen.gradient, seen.input_shape, labels=(1,), threat=ThreatModel(labels=True)
-    )
+    told = seen.with_terms(labels=(1,), threat=ThreatModel(labels=True))
     assert int(LinearAttack()([told])[0].labels) == 1
 
 

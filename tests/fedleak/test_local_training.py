@@ -216,21 +216,21 @@ def test_labels_are_counted_on_the_way() -> None:
     typical = typical_on_the_way(replay, stacked, training, 12, grey)
     assert typical.shape == (1, 10)
     assert float(typical.sum()) == pytest.approx(1)
-    seen = replace(known, labels=None, threat=ThreatModel())
+    seen = known.with_terms(labels=None, threat=ThreatModel())
     right = y.bincount(minlength=10)
 
     def wrong(observation: Observation) -> int:
         labels = Evidence.gather([observation], "cpu").labels[0]
         return int((labels.bincount(minlength=10) - right).abs().sum())
 
-    assert wrong(seen) < wrong(replace(seen, training=None))
+    assert wrong(seen) < wrong(seen.with_terms(training=None))
 
 
 def test_the_order_is_found_with_the_images() -> None:
     """Better than one step, and than a guessed order; the truth costs nothing."""
     training = LocalTraining(0.5, 2, 2)
     seen, x, _ = _observe(training)
-    blind = replace(seen, labels=None, threat=ThreatModel())
+    blind = seen.with_terms(labels=None, threat=ThreatModel())
     found = {}
     for name, attack in (
         ("order", HybridAttack(steps=150)),
@@ -309,7 +309,7 @@ def test_labels_of_a_sum_are_spread_over_its_clients() -> None:
     seen.gradient["fc.bias"] = (seen.gradient["fc.bias"] - counts / 4).detach().to(bias)
     many = ThreatModel(view="sum")
     training = LocalTraining(1e-9, 2, 2)
-    summed = replace(seen, labels=None, clients=2, training=training, threat=many)
+    summed = seen.with_terms(labels=None, clients=2, training=training, threat=many)
     assert Evidence.gather([summed], "cpu").labels.tolist() == [[0, 2, 0, 3]]
     (result,) = HybridAttack(steps=5)([summed])
     assert result.images.shape == (4, *SHAPE)
@@ -318,7 +318,7 @@ def test_labels_of_a_sum_are_spread_over_its_clients() -> None:
 def test_what_cosine_needs() -> None:
     several = _observe(LocalTraining(0.5, 2, 2))[0]
     one = _observe(LocalTraining(0.5, 4))[0]
-    counted = replace(one, labels=None, threat=ThreatModel())
+    counted = one.with_terms(labels=None, threat=ThreatModel())
     attack = make_attack("cosine")
     everything = {"batch_size", "learning_rate", "local_steps"}
     assert attack.needs(several) == attack.needs(counted) == everything

@@ -118,7 +118,7 @@ def test_a_sum_over_clients_is_the_mean_of_a_larger_batch() -> None:
         Observation.sum_of([seen[0], total])
     with pytest.raises(InvalidInputError, match="at least one client"):
         Observation.sum_of([])
-    more = replace(seen[0], images=2, labels=(3, 3))
+    more = seen[0].with_terms(images=2, labels=(3, 3))
     with pytest.raises(InvalidInputError, match="equally many images"):
         Observation.sum_of([seen[0], more])
 
@@ -129,9 +129,9 @@ def test_numbers_of_images_and_clients() -> None:
         Observation.from_gradient(MODEL, gradient, (1, 8, 8), batch_size=2.0)  # type: ignore[arg-type]
     seen = Observation.from_gradient(MODEL, gradient, (1, 8, 8), batch_size=4)
     with pytest.raises(InvalidInputError, match="is a sum"):
-        replace(seen, clients=2)
+        seen.with_terms(clients=2)
     with pytest.raises(InvalidInputError, match="4 images cannot be those of 3 clients"):
-        replace(seen, clients=3, threat=ThreatModel(view="sum"))
+        seen.with_terms(clients=3, threat=ThreatModel(view="sum"))
     assert make_attack("linear")([]) == []
 
 

@@ -99,12 +99,8 @@ def test_idlg_recovers_a_smooth_image(activation: type[nn.Module]) -> None:
 
 def test_dlg_finds_the_labels_itself() -> None:
     """Also without anything to infer them from, and whatever the threat model grants."""
-    seen = [
-        Observation(
-            o.model, o.gradient, o.input_shape, labels=(4,), threat=ThreatModel(labels=True)
-        )
-        for o in _observe()
-    ]
+    told = {"labels": (4,), "threat": ThreatModel(labels=True)}
+    seen = [o.with_terms(**told) for o in _observe()]
     results = make_attack("dlg", steps=20)(seen)
     assert [int(r.labels) for r in results] == [0, 1, 2]
     assert min(score(r.images[0], _smooth(k)).psnr_db for k, r in enumerate(results)) > 60
@@ -112,9 +108,7 @@ def test_dlg_finds_the_labels_itself() -> None:
 
 def test_idlg_uses_a_known_label() -> None:
     (seen, *_) = _observe(1)
-    told = Observation(
-        seen.model, seen.gradient, seen.input_shape, labels=(3,), threat=ThreatModel(labels=True)
-    )
+    told = seen.with_terms(labels=(3,), threat=ThreatModel(labels=True))
     (result,) = make_attack("idlg", steps=1)([told])
     assert int(result.labels) == 3
 

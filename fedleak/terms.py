@@ -1,0 +1,142 @@
+"""The terms of an update: what holds for it beside its numbers, said once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, Literal, TypeVar
+
+from fedleak.defences import DefenceSpec
+from fedleak.errors import InvalidInputError
+from fedleak.threat import HONEST, LocalTraining, ThreatModel
+
+Shared = Literal["gradient", "weights"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Terms:
+    """What is known of an update before its numbers are looked at.
+
+    What a server received, what an attacker sees of it, its record in a capture, and what an
+    attack gathers carry this one value.
+
+    Attributes
+    ----------
+    input_shape : tuple of int
+        Shape (C, H, W) of one image.
+    images : int
+        Number of images behind the update, of all its clients.
+    labels : tuple of int or None
+        The labels, where the threat model says that the server knows them.
+    threat : ThreatModel
+        What the attacker knows and may do.
+    training : LocalTraining or None
+        How the clients trained before they shared weights; of an observation, as far as the
+        attacker knows it.
+    shared : {"gradient", "weights"}
+        What the clients sent.
+    clients : int
+        Number of clients that the update is the mean of: above 1 under secure aggregation.
+    defence : DefenceSpec or None
+        The clients' defence, where the threat model says that the server knows it.
+
+    Raises
+    ------
+    InvalidInputError
+        If they contradict each other.
+    """
+
+    input_shape: tuple[int, int, int]
+    images: int = 1
+    labels: tuple[int, ...] | None = None
+    threat: ThreatModel = HONEST
+    training: LocalTraining | None = None
+    shared: Shared = "gradient"
+    clients: int = 1
+    defence: DefenceSpec | None = None
+
+    def __post_init__(self) -> None:
+        if self.labels is not None and not self.threat.labels:
+            raise InvalidInputError(
+                f"labels {self.labels} are given, but the threat model does not let the attacker "
+                "know them; pass threat=ThreatModel(labels=True)"
+            )
+        if self.defence is not None and not self.threat.defence:
+            raise InvalidInputError(
+                f"defence {self.defence.label!r} is given, but the threat model does not let the "
+                "attacker know it; pass threat=ThreatModel(defence=True)"
+            )
+        for name in ("images", "clients"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise InvalidInputError(f"{name} must be a whole number from 1, not {value!r}")
+        if self.images % self.clients:
+            raise InvalidInputError(
+                f"{self.images} images cannot be those of {self.clients} clients alike"
+            )
+        if self.clients > 1 and self.threat.view != "sum":
+            raise InvalidInputError(
+                f"an update of {self.clients} clients is a sum; pass ThreatModel(view='sum')"
+            )
+
+    @property
+    def own(self) -> int:
+        """Number of images of each client."""
+        return self.images // self.clients
+
+    @property
+    def steps(self) -> int:
+        """Number of local steps of each client, as far as is known."""
+        return 1 if self.training is None else self.training.steps(self.own)
+
+
+_T = TypeVar("_T", bound="WithTerms")
+
+
+class WithTerms:
+    """A dataclass with a field ``terms``, whose facts can be read from itself, too."""
+
+    terms: Terms
+
+    @property
+    def input_shape(self) -> tuple[int, int, int]:
+        """Shape (C, H, W) of one image."""
+        return self.terms.input_shape
+
+    @property
+    def images(self) -> int:
+        """Number of images behind the update, of all its clients."""
+        return self.terms.images
+
+    @property
+    def labels(self) -> tuple[int, ...] | None:
+        """The labels, where the threat model says that the server knows them."""
+        return self.terms.labels
+
+    @property
+    def threat(self) -> ThreatModel:
+        """What the attacker knows and may do."""
+        return self.terms.threat
+
+    @property
+    def training(self) -> LocalTraining | None:
+        """How the clients trained, as far as that is known."""
+        return self.terms.training
+
+    @property
+    def shared(self) -> Shared:
+        """What the clients sent."""
+        return self.terms.shared
+
+    @property
+    def clients(self) -> int:
+        """Number of clients that the update is the mean of."""
+        return self.terms.clients
+
+    @property
+    def defence(self) -> DefenceSpec | None:
+        """The clients' defence, where the threat model says that the server knows it."""
+        return self.terms.defence
+
+    def with_terms(self: _T, **changes: Any) -> _T:
+        """Return the same under other terms, as ``with_terms(images=4)``."""
+        return replace(self, terms=replace(self.terms, **changes))  # type: ignore[type-var]
