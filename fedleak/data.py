@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fedleak.errors import DataUnavailableError, InvalidInputError, UnknownNameError
+from fedleak.events import steps, warn
+from fedleak.images import MAX_TOGETHER, image_files, read_image, scale, to_tensor
 from fedleak.registry import Registry
 
 
@@ -125,6 +127,11 @@ def _digits(root: str, download: bool, size: int) -> Split:
     found = load_digits()
     pixels = torch.tensor(found.images / 16.0, dtype=torch.float32).unsqueeze(1)
     if size:
+        if len(pixels) * size * size > MAX_TOGETHER:
+            raise InvalidInputError(
+                f"digits have 8x8 pixels; data.size={size} would make {len(pixels)} images of "
+                f"{size}x{size}, more than fit in memory"
+            )
         pixels = F.interpolate(pixels, (size, size), mode="bilinear", antialias=True)
     labels = torch.tensor(found.target, dtype=torch.int64)
     shape = (1, int(pixels.shape[2]), int(pixels.shape[3]))
@@ -133,32 +140,61 @@ def _digits(root: str, download: bool, size: int) -> Split:
 
 @DATASETS.register("folder")
 def _folder(root: str, download: bool, size: int) -> Split:
-    """A folder with one folder of images for each class, 3x32x32 if not told otherwise."""
-    from torchvision.datasets import ImageFolder
+    """A folder with one folder of images for each class, 3x32x32 if not told otherwise.
 
+    What cannot be read is named in a warning and left out, before anything is computed.
+    """
     if not Path(root).is_dir():
         raise DataUnavailableError(
             f"there is no folder {root!r}; set data.root to a folder that holds one folder of "
             "images for each class"
         )
     try:
-        found = ImageFolder(root)
-    except FileNotFoundError as error:
+        classes = sorted(p for p in Path(root).iterdir() if p.is_dir())
+    except OSError as error:
         raise DataUnavailableError(f"folder {root!r} cannot be read: {error}") from error
-    return _hold_out(_wrap(found, found.targets, len(found.classes), size or 32))
+    if not classes:
+        raise DataUnavailableError(
+            f"folder {root!r} holds no folders; it must hold one folder of images for each class"
+        )
+    files, labels, kept = [], [], []
+    side, held = size or 32, 0
+    listed = [(file, label) for label, c in enumerate(classes) for file in image_files(c)]
+    for n in steps(len(listed), f"reading {root}"):
+        file, label = listed[n]
+        try:
+            image = read_image(file, 3, (side, side))
+        except InvalidInputError as error:
+            warn(f"left out: {error}", file=str(file))
+            continue
+        held += image.numel()
+        files.append(file)
+        labels.append(label)
+        kept.append(image if held <= MAX_TOGETHER // 4 else None)
+    empty = [c.name for n, c in enumerate(classes) if n not in set(labels)]
+    if empty:
+        raise DataUnavailableError(
+            f"no image could be read in {', '.join(map(repr, empty[:5]))} of {root!r}; remove what "
+            "is no folder of a class"
+        )
+
+    def read(index: int) -> Tensor:
+        known = kept[index]
+        return read_image(files[index], 3, (side, side)) if known is None else known
+
+    labelled = torch.tensor(labels, dtype=torch.int64)
+    return _hold_out(LabelledImages(labelled, len(classes), (3, side, side), read))
 
 
 def _wrap(found: Any, labels: Any, classes: int, size: int) -> LabelledImages:
     """Wrap a torchvision data set."""
-    from torchvision.transforms import v2
-
-    steps: list[Any] = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True)]
-    if size:
-        steps.append(v2.Resize((size, size), antialias=True))
-    transform = v2.Compose(steps)
 
     def decode(index: int) -> Tensor:
-        return transform(found[index][0]).as_subclass(Tensor)
+        try:
+            image = to_tensor(found[index][0])
+        except Exception as error:  # of a damaged file, decoders raise anything
+            raise InvalidInputError(f"image {index} of the data set: {error}") from error
+        return scale(image, (size, size) if size else None)
 
     channels, height, width = decode(0).shape
 

@@ -10,9 +10,18 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+from fedleak.wording import clean_lines
+
 
 class FedleakError(Exception):
-    """Base class of every error that fedleak raises on purpose."""
+    """Base class of every error that fedleak raises on purpose.
+
+    A message may quote what strangers have sent: it is cleaned of what steers a terminal, and cut
+    where it is too long for anybody to read.
+    """
+
+    def __str__(self) -> str:
+        return clean_lines(super().__str__())
 
 
 class InvalidInputError(FedleakError, ValueError):

@@ -13,6 +13,9 @@ ENOUGH_DB = 60.0
 #: Exact reconstructions have an infinite PSNR; means are taken, and points drawn, here.
 CEILING_DB = 160.0
 
+#: Characters of a reason in a table, and of a message.
+LONGEST_REASON, LONGEST_MESSAGE = 500, 4000
+
 _TURNS = "\u200e\u200f\u202a-\u202e\u2066-\u2069"
 _UNFIT = re.compile(f"[\x00-\x1f\x7f-\x9f{_TURNS}\ud800-\udfff\ufffe\uffff]")
 
@@ -47,10 +50,27 @@ def strength_words(strength: object) -> str:
         return str(strength)
 
 
-def clean(text: str, most: int = 80) -> str:
-    """Return text for labels: without characters that no XML has or that reorder others."""
-    kept = "".join("�" if _UNFIT.match(c) else c for c in text)
-    return kept if len(kept) <= most else kept[: most - 1] + "…"
+def clean(text: object, most: int = 80) -> str:
+    """Return a stranger's text for a label, a table or a terminal.
+
+    Line breaks become blanks. Characters that steer a terminal, that no XML has, or that turn
+    around what follows become a replacement character, and what is longer than ``most`` is cut.
+    """
+    # A stranger may send megabytes: what is cut off anyway is not looked at.
+    kept = _UNFIT.sub("�", " ".join(str(text)[: 4 * most].split()))
+    return kept if len(kept) <= most and len(str(text)) <= 4 * most else kept[: most - 1] + "…"
+
+
+def clean_reason(text: object) -> str:
+    """Return why something failed, for a table and for people: on one line, and no formula."""
+    kept = clean(text, LONGEST_REASON)
+    return f"'{kept}" if kept[:1] in tuple("=+-@") else kept
+
+
+def clean_lines(text: str, most: int = LONGEST_MESSAGE) -> str:
+    """Return text of several lines without what steers a terminal, cut where it is too long."""
+    lines = (_UNFIT.sub("�", line.replace("\t", " ")) for line in text[:most].split("\n"))
+    return "\n".join(lines) + ("…" if len(text) > most else "")
 
 
 def in_order(text: str) -> str:

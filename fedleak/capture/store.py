@@ -19,6 +19,7 @@ from torch import Tensor
 from fedleak.capture.jobs import Chunk, Result, Retry
 from fedleak.capture.manifest import sha256, to_json, write_atomically
 from fedleak.errors import InvalidInputError
+from fedleak.images import png
 from fedleak.lock import is_empty
 
 SETTINGS = "attack.json"
@@ -145,12 +146,9 @@ class Results:
         """Write the images of one update side by side, enlarged where they are small."""
         if images.shape[1] not in (1, 3):
             return  # neither grey nor colour
-        from torchvision.io import encode_png
         from torchvision.utils import make_grid
 
         times = max(1, math.ceil(_HEIGHT / images.shape[2]))
-        pixels = (images.clamp(0, 1) * 255).round().to(torch.uint8)
-        pixels = pixels.repeat_interleave(times, 2).repeat_interleave(times, 3)
-        grid = make_grid(pixels, nrow=8, padding=4, pad_value=255)
-        content = bytes(encode_png(grid).numpy())
-        write_atomically(self.folder / _PICTURES / f"{name}.png", content)
+        pixels = images.repeat_interleave(times, 2).repeat_interleave(times, 3)
+        grid = make_grid(pixels, nrow=8, padding=4, pad_value=1.0)
+        write_atomically(self.folder / _PICTURES / f"{name}.png", png(grid.numpy()))

@@ -57,7 +57,7 @@ def test_unreadable_images(folder: Path, tmp_path: Path) -> None:
         read_images([folder])
     (folder / "flower" / "bad.png").write_bytes(b"text")
     with pytest.raises(InvalidInputError, match="cannot be read as an image"):
-        read_images([folder])
+        read_images([folder / "flower" / "bad.png"])
 
 
 def test_command_line(
