@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +80,7 @@ def reconstruct(
     seed: int = 0,
     batch_size: int = 1,
     informed: bool = False,
+    first: int = 0,
 ) -> Trials:
     """Compute gradients as clients would, defend them, attack them, score the images.
 
@@ -104,6 +105,9 @@ def reconstruct(
         matched with the true ones by least squared error before they are scored.
     informed : bool
         Whether the threat model grants the attacker the defence and its strength.
+    first : int
+        Place of the first update, where these are part of more: by their places and the seed
+        updates are defended, and attacks that draw begin.
 
     Returns
     -------
@@ -128,7 +132,7 @@ def reconstruct(
     names, parameters = zip(*model.named_parameters(), strict=True)
     observations = []
     for n, (x, y) in enumerate(
-        zip(images.split(batch_size), targets.split(batch_size), strict=True)
+        zip(images.split(batch_size), targets.split(batch_size), strict=True), first
     ):
         try:
             loss = F.cross_entropy(model(x), y)
@@ -144,7 +148,7 @@ def reconstruct(
         known = y.tolist() if labels_known else None
         told = spec if informed else None
         seen = Observation.from_gradient(model, sent, shape, batch_size, known, defence=told)
-        observations.append(seen)
+        observations.append(replace(seen, place=(n,)))
     begin = time.perf_counter()
     results = run(observations)
     seconds = time.perf_counter() - begin

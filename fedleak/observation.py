@@ -38,6 +38,10 @@ class Observation(WithTerms):
     errors : dict of str to Tensor
         Of an informed attacker: how far each entry of ``gradient`` may be from the true one,
         as a standard deviation; infinite where it says nothing. Empty otherwise.
+    place : tuple of int
+        Where the update stands among others, as (round, place in it): an attack that draws
+        draws by it and its seed, so that the same update begins the same on every machine.
+        Empty: its place among those that are attacked with it.
     """
 
     model: nn.Module = field(repr=False)
@@ -45,6 +49,7 @@ class Observation(WithTerms):
     terms: Terms
     buffers: dict[str, Tensor] = field(default_factory=dict, repr=False)
     errors: dict[str, Tensor] = field(default_factory=dict, repr=False)
+    place: tuple[int, ...] = ()
 
     @classmethod
     def of(cls, model: nn.Module, received: Mapping[str, Any], terms: Terms) -> Observation:
@@ -251,6 +256,7 @@ class Observation(WithTerms):
             terms,
             mean([o.buffers for o in observations]),
             errors,
+            (*first.place[:-1], 0) if first.place else (),
         )
 
 

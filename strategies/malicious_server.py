@@ -195,10 +195,11 @@ class MaliciousServer(DelegatingStrategy):
         self.last_leaks = []
         observations: dict[tuple[int, ...], Observation] = {}
         models: dict[int, nn.Module] = {}
-        for node in asked:
+        for place, node in enumerate(asked):
             kept = False
             try:
                 update = self._update(server_round, node, by_node.get(node), models)
+                update = replace(update, place=place)
                 kept = self.threat.view == "client" and self._keep(update)
                 observations[(node,)] = update.observe(models[id(self._sent[node])])
             except Exception as error:  # a client may send anything

@@ -59,6 +59,7 @@ class Attack(ABC):
         if not observations:
             return []
         name = ATTACKS.name_of(type(self)) or type(self).__name__
+        observations = placed(observations)
         for observation in observations:
             observation.threat.demand(self.needs(observation), f"attack {name!r}")
         results = self.reconstruct(observations)
@@ -73,6 +74,11 @@ class Attack(ABC):
     @abstractmethod
     def reconstruct(self, observations: Sequence[Observation]) -> list[Reconstruction]:
         """Attack observations that share one model, whose threat models allow it."""
+
+
+def placed(observations: Sequence[Observation]) -> list[Observation]:
+    """Return the observations, each with a place: where it has none, that in the sequence."""
+    return [o if o.place else replace(o, place=(n,)) for n, o in enumerate(observations)]
 
 
 #: Classes of attacks. Their constructor arguments are the options a user may set.
@@ -158,6 +164,7 @@ def run_attack(
     """
     if not observations:
         return []
+    observations = placed(observations)  # whoever is tried alone keeps its place
     with deadline.limit(seconds * len(observations)) as allowed:
         return _attempt(attack, observations, allowed)
 

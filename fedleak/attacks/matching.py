@@ -83,7 +83,7 @@ class DLGAttack(Attack):
             (gradient,) = torch.autograd.grad(value.sum(), u)
             return value.detach(), gradient
 
-        start = _draw(evidence.gradient, self.seed, pixels + soft)
+        start = _draw(observations, self.seed, pixels + soft).to(evidence.replay.device)
         u, loss = lbfgs(objective, start, self.steps * _EVALUATIONS, history=_HISTORY)
         images, labels = dummy(u)
         if not self._infers:
@@ -185,7 +185,8 @@ class CosineAttack(Attack):
     def reconstruct(self, observations: Sequence[Observation]) -> list[Reconstruction]:
         evidence = Evidence.gather(observations, self.device, simulate=self.local_training)
         shape = (evidence.images, *evidence.terms.input_shape)
-        start = _draw(evidence.gradient, self.seed, self.restarts * math.prod(shape))
+        start = _draw(observations, self.seed, self.restarts * math.prod(shape))
+        start = start.to(evidence.replay.device)
         # float32, as published: half the time, and far finer than the last step size.
         images, loss, distance = self._descend(evidence, start.reshape(-1, *shape).float())
         chosen = distance.reshape(-1, self.restarts).argmin(1)
@@ -243,20 +244,19 @@ def _demand_whole(name: str, value: int, least: int) -> None:
         raise InvalidInputError(f"{name} must be a whole number from {least}, not {value!r}")
 
 
-def _draw(gradient: Gradients, seed: int, count: int) -> Tensor:
+def _draw(observations: Sequence[Observation], seed: int, count: int) -> Tensor:
     """Return standard normal numbers, shape (N, count).
 
-    Each update's own gradient is part of its seed, so that updates start differently, and
-    the same one starts the same whatever is attacked together with it.
+    By seed and place alone: nothing that is computed may choose a start, since its last bit
+    is another on another machine. The same update starts the same whatever is attacked
+    together with it.
     """
-    sent = torch.cat([g.flatten(1) for g in gradient.values()], 1).cpu()
     rows = []
-    for update in sent:
-        generator = torch.Generator().manual_seed(
-            (zlib.crc32(update.numpy().tobytes()) + seed) % 2**63
-        )
+    for observation in observations:
+        words = f"{seed}/{'/'.join(map(str, observation.place))}"
+        generator = torch.Generator().manual_seed(zlib.crc32(words.encode()))
         rows.append(torch.randn(count, generator=generator, dtype=torch.float64))
-    return torch.stack(rows).to(next(iter(gradient.values())).device)
+    return torch.stack(rows)
 
 
 def _normalised(gradient: Gradients) -> Gradients:

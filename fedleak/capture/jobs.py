@@ -103,7 +103,7 @@ def attack_chunk(work: Work, chunk: Chunk) -> list[Result]:
     """
     capture, attack = _opened(work)
     capture.fresh_models()
-    with _alone(work.threads, chunk.digest):
+    with _alone(work.threads, chunk):
         read = [capture.read(name) for name in chunk.names]
         results = {c.name: _unread(c) for c in read if c.observation is None}
         groups: dict[nn.Module, list[tuple[str, Observation]]] = {}
@@ -134,10 +134,13 @@ def _unread(captured: Captured) -> Result:
 
 
 @contextmanager
-def _alone(threads: int, digest: str) -> Iterator[None]:
-    """Fix the number of threads and the random generators; leave them as they were."""
+def _alone(threads: int, chunk: Chunk) -> Iterator[None]:
+    """Fix the number of threads and the random generators; leave them as they were.
+
+    The seed is of the names: what clients sent rounds otherwise on another machine.
+    """
     before, python, numpy_state = torch.get_num_threads(), random.getstate(), np.random.get_state()
-    seed = zlib.crc32(digest.encode())
+    seed = zlib.crc32(" ".join(chunk.names).encode())
     torch.set_num_threads(threads)
     with torch.random.fork_rng():
         torch.manual_seed(seed)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -153,7 +153,8 @@ class Capture:
                 self.fresh_models()
             self._sent[key] = _read_tensors(folder / record.sent, record.sent_sha256)
         received = _read_tensors(folder / record.tensors, record.tensors_sha256)
-        return record.update(self._sent[key], received, self.manifest.model.input_shape)
+        update = record.update(self._sent[key], received, self.manifest.model.input_shape)
+        return replace(update, place=0 if update.summed else place_of(name))
 
     def _model(self, record: Record, sent: dict[str, Tensor]) -> nn.Module:
         # One object for one set of weights: what is attacked together shares it.
@@ -236,6 +237,11 @@ def read_captures(folder: Path | str, model: str | None = None) -> Iterator[Capt
 def round_of(name: str) -> int:
     """Return the round of ``"round-0001/client-000000"``."""
     return int(name.partition("/")[0][6:])
+
+
+def place_of(name: str) -> int:
+    """Return the place of ``"round-0001/client-000000"`` in its round."""
+    return int(name.partition("/client-")[2])
 
 
 def _key(record: Record) -> tuple[int, str, str]:

@@ -15,7 +15,7 @@ import pandas as pd
 from fedleak.attacks import resolve_device
 from fedleak.capture.jobs import Chunk, Result, Work, run_inline, run_processes, run_ray
 from fedleak.capture.manifest import sha256
-from fedleak.capture.reader import Capture
+from fedleak.capture.reader import Capture, place_of
 from fedleak.capture.store import Results
 from fedleak.capture.table import write_table
 from fedleak.errors import InvalidInputError
@@ -150,8 +150,7 @@ def _chunks(capture: Capture, names: Sequence[str], together: int) -> Iterator[C
     """Cut at fixed places: a damaged or missing file moves no other update."""
 
     def place(name: str) -> tuple[str, int]:
-        folder, _, client = name.partition("/")
-        return folder, int(client.removeprefix("client-")) // together
+        return name.partition("/")[0], place_of(name) // together
 
     for _, group in groupby(names, place):
         members = tuple(group)

@@ -33,6 +33,8 @@ class Update(WithTerms):
     summed : bool
         Whether ``received`` is the mean gradient over all ``nodes``, as
         :meth:`Observation.sum_of` makes it, and not one client's message.
+    place : int
+        Of its client among those asked in the round, or 0 of a sum.
     """
 
     server_round: int
@@ -41,6 +43,7 @@ class Update(WithTerms):
     received: dict[str, Tensor] = field(repr=False)
     terms: Terms
     summed: bool = False
+    place: int = 0
 
     @classmethod
     def of_sum(
@@ -67,6 +70,9 @@ class Update(WithTerms):
         InvalidUpdateError
             If the update cannot be used: missing, misshapen or not finite.
         """
+        return replace(self._observe(model), place=(self.server_round, self.place))
+
+    def _observe(self, model: nn.Module) -> Observation:
         if not self.summed:
             return Observation.of(model, self.received, self.terms)
         # The sum of weights was made into one of gradients before.

@@ -127,7 +127,13 @@ Row = dict[str, Any]
 
 
 def run_cell(
-    network: str, model: nn.Module, spec: AttackSpec, attack: Attack, images: Images, seed: int
+    network: str,
+    model: nn.Module,
+    spec: AttackSpec,
+    attack: Attack,
+    images: Images,
+    seed: int,
+    first: int = 0,
 ) -> tuple[list[Row], np.ndarray]:
     """Attack all images together; one by one if that fails.
 
@@ -142,14 +148,16 @@ def run_cell(
     base: Row = {"network": network, "attack": spec.name, "options": spec.text}
     begin = time.perf_counter()
     try:
-        trials = laboratory.reconstruct(model, images.pixels, images.labels, attack, seed=seed)
+        trials = laboratory.reconstruct(
+            model, images.pixels, images.labels, attack, seed=seed, first=first
+        )
         if any(not bool(t.reconstruction.images.isfinite().all()) for t in trials.trials):
             raise FedleakError("the attack diverged: its image holds NaN or infinite values")
     except Exception as error:  # whatever an attack does, the other cells must go on
         if len(images) > 1:
             parts = [
-                run_cell(network, model, spec, attack, single, seed)
-                for single in _one_by_one(images)
+                run_cell(network, model, spec, attack, single, seed, first + n)
+                for n, single in enumerate(_one_by_one(images))
             ]
             return [r for rows, _ in parts for r in rows], np.concatenate([m for _, m in parts])
         expected = isinstance(error, FedleakError)

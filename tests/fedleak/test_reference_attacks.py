@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fedleak.attacks import Evidence, LinearAttack, make_attack, run_attack
+from fedleak.attacks.base import placed
 from fedleak.attacks.linear import solve_recursively
 from fedleak.attacks.objectives import cosine_distance, squared_distance, total_variation
 from fedleak.defences import DefenceSpec, defend
@@ -162,7 +164,7 @@ def test_total_variation_smooths() -> None:
 )
 def test_together_or_alone(name: str, options: dict[str, Any]) -> None:
     """Each update has its own start and its own steps, whatever is attacked beside it."""
-    seen = _observe()
+    seen = placed(_observe())
     together = make_attack(name, **options)(seen)
     for one, result in zip(seen, together, strict=True):
         (alone,) = make_attack(name, **options)([one])
@@ -175,6 +177,41 @@ def test_together_or_alone(name: str, options: dict[str, Any]) -> None:
     if name != "hybrid-paper":  # it has no start to draw
         other = make_attack(name, seed=1, **options)(seen)[0]
         assert not torch.allclose(other.images, together[0].images, atol=1e-2)
+
+
+def test_the_last_bit_of_a_gradient_draws_no_other_start() -> None:
+    """Another processor rounds otherwise; what is drawn hangs on seed and place alone."""
+    seen = _observe()
+    noise = torch.Generator().manual_seed(0)
+    near = [
+        replace(
+            o,
+            gradient={
+                k: g * (1 + 1e-7 * torch.randn(g.shape, generator=noise, dtype=g.dtype))
+                for k, g in o.gradient.items()
+            },
+        )
+        for o in seen
+    ]
+    for name in ("dlg", "idlg", "cosine"):
+        attack = make_attack(name, steps=1)
+        pairs = zip(attack(seen), attack(near), strict=True)
+        assert max(float((a.images - b.images).abs().max()) for a, b in pairs) < 1e-3
+        # Twice the same update: each place draws its own.
+        first, second = attack([seen[0], seen[0]])
+        assert not torch.allclose(first.images, second.images, atol=1e-2)
+
+
+def test_an_update_that_is_tried_again_alone_keeps_its_start() -> None:
+    seen = _observe()
+    attack = make_attack("cosine", steps=1)
+    broken = replace(seen[0], gradient={})
+    expected = attack(seen)
+    for outcome, whole in zip(
+        run_attack(attack, [broken, *seen[1:]])[1:], expected[1:], strict=True
+    ):
+        assert outcome.reconstruction is not None, outcome.reason
+        torch.testing.assert_close(outcome.reconstruction.images, whole.images, atol=1e-4, rtol=0)
 
 
 def test_paper_hybrid_fits_better_than_linear_systems_alone(observe: Observe) -> None:
