@@ -11,7 +11,6 @@ nothing of directions that the gradient does not tell.
 from __future__ import annotations
 
 import math
-import time
 from dataclasses import asdict, dataclass
 
 import torch
@@ -19,14 +18,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.func import functional_call, grad, jvp
 
-from fedleak.metric.derivatives import derivable
+from fedleak.metric.derivatives import affordable_steps, derivable
 from fedleak.metric.posterior import decibels
 from fedleak.metric.prediction import Reference
 from fedleak.replay import Gradients
 
 #: Power iterations end where the eigenvalue grows by less than this part of it, or after so many
-#: steps or seconds.
-_TOLERANCE, _ITERATIONS, _SECONDS = 1e-4, 60, 30.0
+#: steps, or floating-point operations.
+_TOLERANCE, _ITERATIONS, _WORK = 1e-4, 60, 2e11
 
 
 @dataclass(frozen=True)
@@ -89,12 +88,10 @@ def influence(reference: Reference, seed: int = 0) -> Influence:
         generator = torch.Generator().manual_seed(seed)
         v = torch.randn(images.shape, generator=generator, dtype=torch.float64).to(images)
         largest, v = 0.0, v / v.norm()
-        end = time.perf_counter() + _SECONDS
-        for _ in range(_ITERATIONS):
+        for _ in range(affordable_steps(replay.model, images, _WORK, _ITERATIONS)):
             v = back(jvp(gradient, (images,), (v,))[1])
             before, largest = largest, float(v.norm())
-            settled = largest <= (1 + _TOLERANCE) * before
-            if settled or time.perf_counter() > end:
+            if largest <= (1 + _TOLERANCE) * before:
                 break
             v = v / largest
     # Gradients that do not depend on the images leave everything open.

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import math
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -25,7 +24,7 @@ from torch import Tensor
 from torch.func import jvp, vjp
 
 from fedleak import events
-from fedleak.metric.derivatives import derivable
+from fedleak.metric.derivatives import affordable_steps, derivable
 from fedleak.priors import Prior
 
 if TYPE_CHECKING:
@@ -35,9 +34,9 @@ if TYPE_CHECKING:
 FLOOR = 1e-3
 #: Random images and random directions, each.
 PROBES = 2
-#: Steps and seconds for each reference, at most, and the distance of the two bounds, in dB,
-#: that is near enough.
-STEPS, SECONDS, NEAR_DB = 400, 120.0, 0.5
+#: Steps and floating-point operations for each reference, at most, and the distance of the two
+#: bounds, in dB, that is near enough.
+STEPS, WORK, NEAR_DB = 400, 7e11, 0.5
 
 
 @dataclass
@@ -57,7 +56,7 @@ class _Operator:
 
     def __init__(self, reference: Reference, prior: Prior):
         jacobian = reference.jacobian
-        self.images, self.prior = jacobian.images, prior
+        self.images, self.prior, self.model = jacobian.images, prior, jacobian.replay.model
         self.weights = {}
         for name, g in jacobian.gradient.items():
             least = FLOOR * g.square().mean().sqrt()
@@ -95,9 +94,7 @@ def _normal(like: Tensor, generator: torch.Generator) -> Tensor:
     return torch.randn(like.shape, generator=generator, dtype=like.dtype).to(like.device)
 
 
-def estimate(
-    references: Sequence[Reference], prior: Prior, steps: int = STEPS, seconds: float = SECONDS
-) -> Prediction:
+def estimate(references: Sequence[Reference], prior: Prior, steps: int = STEPS) -> Prediction:
     """Return the prediction with an estimate of its error, matrix-free.
 
     Stopped early, the two bounds lie further apart, and ``error_db`` says so.
@@ -107,9 +104,8 @@ def estimate(
     references : sequence of Reference
     prior : Prior
     steps : int
-        Of conjugate gradients for each reference, at most.
-    seconds : float
-        For each reference, at most.
+        Of conjugate gradients for each reference, at most; fewer where each of them is much
+        work (:data:`WORK`).
 
     Returns
     -------
@@ -123,7 +119,7 @@ def estimate(
 
     each, errors, spreads = [], [], []
     for n, reference in enumerate(references):
-        bounds, spread = _bracket(_Operator(reference, prior), steps, n, seconds)
+        bounds, spread = _bracket(_Operator(reference, prior), steps, n)
         middle = [math.sqrt(b.lower * b.upper) for b in bounds]
         each.append(statistics.fmean(decibels(m) for m in middle))
         draws = statistics.pstdev(decibels(m) for m in middle) / math.sqrt(len(bounds))
@@ -140,11 +136,8 @@ def estimate(
     )
 
 
-def _bracket(
-    operator: _Operator, steps: int, seed: int, seconds: float = SECONDS
-) -> tuple[list[_Bounds], Tensor]:
+def _bracket(operator: _Operator, steps: int, seed: int) -> tuple[list[_Bounds], Tensor]:
     """Run conjugate gradients from both sides until they meet, or the steps are used up."""
-    end = time.perf_counter() + seconds
     generator = torch.Generator().manual_seed(seed)
     batch = len(operator.images)
     like = torch.zeros(PROBES, batch, *operator.prior.latent_shape, dtype=torch.float64)
@@ -163,8 +156,9 @@ def _bracket(
         for p in range(PROBES):
             upper = float(rest[p].sum()) / count
             bounds[p] = _Bounds(float(form[PROBES + p]) / count, min(upper, bounds[p].upper))
-        return time.perf_counter() > end or all(b.apart_db < NEAR_DB for b in bounds)
+        return all(b.apart_db < NEAR_DB for b in bounds)
 
+    steps = affordable_steps(operator.model, operator.images, WORK / len(rhs), steps)
     _conjugate_gradients(lambda u: u + operator.normal(u), rhs, steps, look)
     return bounds, spread
 

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -213,6 +211,26 @@ def run(
     return code, *capsys.readouterr()
 
 
+#: ``fedleak attack`` in a process that kills itself: no clock decides where.
+_KILLED_AFTER_TWO_CHUNKS = """
+import os, signal, sys
+from fedleak.capture import store
+from fedleak.commands.app import main
+
+save, saved = store.Results.save, []
+
+def save_and_die(*given):
+    save(*given)
+    saved.append(given)
+    if len(saved) == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+store.Results.save = save_and_die
+sys.argv[1:1] = ["attack"]
+main()
+"""
+
+
 def test_killed_in_the_middle_and_resumed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -221,18 +239,10 @@ def test_killed_in_the_middle_and_resumed(
     with_truth(capture)
     line = [str(capture), "--attack", "cosine", "--option", "steps=8", "--together", "2"]
     killed = [*line, "--out", str(tmp_path / "killed")]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "fedleak", "attack", *killed], stdout=subprocess.DEVNULL
-    )
-    results = tmp_path / "killed" / "results"
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and len(list(results.glob("*/*.json"))) < 3:
-        assert process.poll() is None
-        time.sleep(0.005)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
-    done = len(list(results.glob("*/*.json")))
-    assert 3 <= done < 16
+    script = [sys.executable, "-c", _KILLED_AFTER_TWO_CHUNKS, *killed]
+    process = subprocess.run(script, check=False, stdout=subprocess.DEVNULL)
+    assert process.returncode == -signal.SIGKILL
+    assert len(list((tmp_path / "killed" / "results").glob("*/*.json"))) == 4
     assert not (tmp_path / "killed" / "attacks.csv").exists()
     code, output, _ = run([*killed, "--json"], monkeypatch, capsys)
     assert code == 0

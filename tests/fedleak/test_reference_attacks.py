@@ -149,7 +149,7 @@ def test_cosine_restarts_keep_the_nearest_gradient() -> None:
 
 def test_total_variation_smooths() -> None:
     seen = _observe(1)
-    rough, smooth = (make_attack("cosine", steps=60, tv=tv)(seen)[0].images for tv in (0.0, 1.0))
+    rough, smooth = (make_attack("cosine", steps=200, tv=tv)(seen)[0].images for tv in (0.0, 1.0))
     assert total_variation(smooth)[0] < 0.5 * total_variation(rough)[0]
 
 

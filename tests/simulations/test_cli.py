@@ -123,7 +123,9 @@ def test_events_are_what_the_tables_say(
     run_small(["--log-json"], tmp_path / "run", monkeypatch, "--set", "defence=noise:0.1")
     shown = capsys.readouterr()
     events = [json.loads(line) for line in shown.err.splitlines()]
-    assert [e["event"] for e in events] == ["start", "progress", "round", "round", "end"]
+    # A loop that takes long tells its steps as well, once a second: the clock decides how many.
+    lasting = [e["event"] for e in events if e["event"] != "step"]
+    assert lasting == ["start", "progress", "round", "round", "end"]
     assert "noise-0.1" in shown.out  # results stay where they were
     leakage, rounds = (pd.read_csv(tmp_path / "run" / f"{n}.csv") for n in ("leakage", "rounds"))
     told = pd.DataFrame([e for e in events if e["event"] == "round"])

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -264,16 +262,35 @@ def _without_time(out: Path) -> pd.DataFrame:
     return pd.read_csv(out / "evaluation.csv").drop(columns="seconds")
 
 
+#: ``fedleak evaluate`` in a process that kills itself: no clock decides where.
+_KILLED_AFTER_THREE_CELLS = """
+import os, signal, sys
+from fedleak.commands.app import main
+from simulations.evaluation import run
+
+tell, told = run._tell, []
+
+def tell_and_die(*given):
+    tell(*given)
+    told.append(given)
+    if len(told) == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+run._tell = tell_and_die
+sys.argv[1:1] = ["evaluate"]
+main()
+"""
+
+
 @pytest.mark.slow
 def test_killed_and_resumed_is_the_same_table(tmp_path: Path) -> None:
     path = _write(tmp_path / "mine.toml", 3, ["none", "prune:0.9", "noise:0.1"])
-    command = [sys.executable, "-m", "fedleak", "evaluate", str(path), "--jobs", "2", "--out"]
-    process = subprocess.Popen([*command, str(tmp_path / "killed")], stdout=subprocess.DEVNULL)
-    cells, deadline = tmp_path / "killed" / "cells", time.monotonic() + 200
-    while time.monotonic() < deadline and len(list(cells.glob("*/cell.json"))) < 3:
-        time.sleep(0.05)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
+    options = [str(path), "--jobs", "2", "--out"]
+    command = [sys.executable, "-m", "fedleak", "evaluate", *options]
+    script = [sys.executable, "-c", _KILLED_AFTER_THREE_CELLS, *options, str(tmp_path / "killed")]
+    process = subprocess.run(script, check=False, stdout=subprocess.DEVNULL)
+    assert process.returncode == -signal.SIGKILL
+    cells = tmp_path / "killed" / "cells"
     kept = {p: p.stat().st_mtime_ns for p in cells.glob("*/cell.json") if ".part" not in str(p)}
     assert 3 <= len(kept) < 9
     for out in ("killed", "whole"):
