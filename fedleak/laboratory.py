@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fedleak.attacks import Attack, Reconstruction, make_attack
+from fedleak.attacks import Attack, Reconstruction, attack_for
 from fedleak.defences import DefenceSpec, defend, defend_examples, parse_defence
 from fedleak.defences.examples import example_gradients
 from fedleak.errors import InvalidInputError
@@ -99,7 +99,7 @@ def reconstruct(
     labels_known : bool
         Whether the threat model grants the labels.
     seed : int
-        Draws the defence's noise.
+        Draws the defence's noise, and what an attack draws that is given by name.
     batch_size : int
         Images behind each gradient. The images of a batch come back in any order, and are
         matched with the true ones by least squared error before they are scored.
@@ -119,7 +119,7 @@ def reconstruct(
         Whatever the attack or the defence refuses.
     """
     spec = parse_defence(defence) if isinstance(defence, str) else defence
-    run = make_attack(attack) if isinstance(attack, str) else attack
+    run = attack_for(attack, {}, seed=seed) if isinstance(attack, str) else attack
     shape = (int(images.shape[1]), int(images.shape[2]), int(images.shape[3]))
     targets = torch.tensor([int(label) for label in labels])
     if len(targets) != len(images):

@@ -16,7 +16,7 @@ from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import Strategy
 from torch import nn
 
-from fedleak.attacks import make_attack, resolve_device
+from fedleak.attacks import attack_for, resolve_device
 from fedleak.errors import FedleakError, InvalidInputError
 from fedleak.metric import SecurityMetric, security_metric
 from simulations.grid import OrderedGrid
@@ -171,19 +171,19 @@ def _attacker(
 ) -> MaliciousServer:
     """Wrap a strategy by the attacker of a recorder's scenario."""
     scenario = recorder.scenario
-    options = {**scenario.attack.options, "device": scenario.attack.device}
+    named = scenario.attack
     return MaliciousServer(
         strategy,
         model,
         training_data(scenario).shape,
-        None if scenario.attack.none else make_attack(scenario.attack.name, **options),
+        None if named.none else attack_for(named.name, named.options, named.device, scenario.seed),
         training=scenario.training.local,
         images=scenario.training.images,
         threat=scenario.threat.model,
         labels_of=recorder.labels_of,
         defence=scenario.defence.spec if scenario.threat.defence else None,
-        every=scenario.attack.every,
-        max_clients=scenario.attack.clients,
+        every=named.every,
+        max_clients=named.clients,
         on_leak=recorder.leak,
         capture=TruthfulCapture(recorder, model) if capture else None,
     )

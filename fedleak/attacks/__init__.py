@@ -5,6 +5,7 @@ from fedleak.attacks.base import (
     Attack,
     Outcome,
     Reconstruction,
+    attack_for,
     make_attack,
     run_attack,
 )
@@ -26,6 +27,7 @@ __all__ = [
     "Outcome",
     "PaperHybridAttack",
     "Reconstruction",
+    "attack_for",
     "make_attack",
     "resolve_device",
     "run_attack",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -115,6 +115,37 @@ def make_attack(name: str, **options: Any) -> Attack:
             f"attack {name!r} does not take these options {options}: {error}. "
             f"Known: {', '.join(known) or 'none'}"
         ) from error
+
+
+def attack_for(
+    name: str, options: Mapping[str, Any], device: str | None = None, seed: int | None = None
+) -> Attack:
+    """Make an attack with its own options, and the device and seed if it takes them.
+
+    Parameters
+    ----------
+    name : str
+        A registered name.
+    options : mapping
+        The attack's own; a device or seed among them stays.
+    device : str, optional
+        Where it computes.
+    seed : int, optional
+        Draws what it draws.
+
+    Returns
+    -------
+    Attack
+
+    Raises
+    ------
+    UnknownNameError, InvalidInputError
+        As :func:`make_attack`.
+    """
+    taken = inspect.signature(ATTACKS[name]).parameters
+    offered = {"device": device, "seed": seed}
+    given = {k: v for k, v in offered.items() if v is not None and k in taken}
+    return make_attack(name, **{**given, **options})
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from fedleak import workers
-from fedleak.attacks import Attack, make_attack, run_attack
+from fedleak.attacks import Attack, attack_for, run_attack
 from fedleak.capture.reader import Capture, Captured
 from fedleak.observation import Observation
 
@@ -53,7 +53,7 @@ class Work:
 
     def make(self) -> Attack:
         """Make the attack."""
-        return make_attack(self.attack, device=self.device, **self.options)
+        return attack_for(self.attack, self.options, self.device)
 
 
 @dataclass(frozen=True)

@@ -53,7 +53,7 @@ def reconstruct(
 ) -> None:
     """Reconstruct images from the gradients that clients would share for them."""
     from fedleak import laboratory
-    from fedleak.attacks import make_attack
+    from fedleak.attacks import attack_for
     from fedleak.models import build_model
 
     if channels not in (1, 3):
@@ -70,7 +70,7 @@ def reconstruct(
     channel, height, width = pixels.shape[1:]
     network = build_model(model, (channel, height, width), classes, seed, weights).eval()
     options = read_options(option or (), prior, public)
-    run = make_attack(attack, device=device, **options)
+    run = attack_for(attack, options, device, seed)
     with display(f"attacking with {attack}", inner=True):
         trials = laboratory.reconstruct(
             network, pixels, labels, run, defence, label == "known", seed, batch_size, informed

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import inspect
 import math
 import re
 import time
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from fedleak import laboratory
-from fedleak.attacks import ATTACKS, Attack, make_attack
+from fedleak.attacks import ATTACKS, Attack, attack_for
 from fedleak.errors import FedleakError, InvalidInputError
 
 #: Attacks that take minutes: they are run on the first ``--slow-limit`` images.
@@ -66,17 +65,13 @@ class AttackSpec:
             If it does not take an option, or needs public images and there are none.
         """
         options = dict(self.options)
-        known = inspect.signature(ATTACKS[self.name]).parameters
-        for key, value in (("device", device), ("seed", seed)):
-            if key in known:
-                options.setdefault(key, value)
         if str(options.get("prior", "")).endswith(":learned"):
             if public is None:
                 raise InvalidInputError(
                     f"attack {self.label!r} learns its prior; give public images with --public"
                 )
             options["public"] = public
-        return make_attack(self.name, **options)
+        return attack_for(self.name, options, device, seed)
 
 
 def parse_attack(text: str) -> AttackSpec:
