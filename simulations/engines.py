@@ -9,8 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from fedleak.errors import UnknownNameError
+from fedleak.errors import InvalidInputError, UnknownNameError
 from fedleak.events import take_over
+from fedleak.lock import only_writer
+from fedleak.stopping import terminable
 from simulations.scenario import Defence, Scenario
 
 if TYPE_CHECKING:
@@ -106,15 +108,32 @@ def simulate(
     """
     if engine not in ENGINES:
         raise UnknownNameError("engine", engine, ENGINES)
-    from simulations.recorder import about_run, ended, prepare_folder, write_about
+    from simulations.recorder import prepare_folder
     from simulations.server_app import check
-    from simulations.trackers import Trackers, check_trackers
+    from simulations.trackers import check_trackers
 
     check_trackers(log_to)
     folder = Path(out) if out is not None else Path("results/runs") / scenario.name
     folder = folder.absolute()
     check(scenario, capture)
-    prepare_folder(folder, overwrite)
+    with only_writer(folder), terminable():
+        prepare_folder(folder, overwrite)
+        return _run_arms(scenario, folder, engine, on_progress, client_app, capture, log_to)
+
+
+def _run_arms(
+    scenario: Scenario,
+    folder: Path,
+    engine: Engine,
+    on_progress: OnArmProgress | None,
+    client_app: Any,
+    capture: bool,
+    log_to: Sequence[str],
+) -> list[Arm]:
+    """Run each defence in a folder that is ours."""
+    from simulations.recorder import about_run, ended, write_about
+    from simulations.trackers import Trackers
+
     defences = scenario.arms()
     arms = [Arm(d, folder if len(defences) == 1 else folder / d.spec.label) for d in defences]
     if len(arms) == 1:
@@ -147,7 +166,7 @@ def _run_arm(
     trackers: Trackers,
 ) -> None:
     from simulations.client_app import build_client_app
-    from simulations.recorder import Recorder
+    from simulations.recorder import FULL, Recorder
     from simulations.server_app import build_server_app
 
     recorder = Recorder(arm.out, scenario, engine)
@@ -165,6 +184,11 @@ def _run_arm(
     except BaseException as error:
         recorder.finish(error)
         trackers.end(arm.out, finished=False)
+        if isinstance(error, OSError) and error.errno in FULL:
+            raise InvalidInputError(
+                f"the disk is full ({error}): make room, or choose another with --out; the "
+                f"rounds that are finished are kept in {str(arm.out)!r}"
+            ) from error
         raise
     recorder.finish()
     from fedleak.plots import plot_run  # seaborn takes seconds to import

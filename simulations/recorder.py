@@ -7,6 +7,8 @@ the attack made of them. Nothing flows back from here to the attack.
 from __future__ import annotations
 
 import csv
+import errno
+import io
 import json
 import math
 import shutil
@@ -20,12 +22,14 @@ import numpy as np
 from torch import Tensor, nn
 
 from fedleak.capture import CaptureWriter, Update
-from fedleak.capture.manifest import write_atomically
+from fedleak.capture.manifest import flush, write_atomically
 from fedleak.capture.truth import write_truth
 from fedleak.errors import InvalidInputError
+from fedleak.lock import is_empty
 from fedleak.metric import SecurityMetric
 from fedleak.provenance import commit, now, package_versions
 from fedleak.quality import score_batch
+from fedleak.stopping import Terminated
 from simulations.partition import client_images, training_data
 from simulations.prediction import UpdatePrediction
 from simulations.scenario import Scenario
@@ -40,6 +44,8 @@ ROUNDS = (
     "clients", "failures", "bytes_sent", "seconds_train", "seconds_attack",
 )  # fmt: skip
 METRIC = ("round", "name", "kind", "unknowns", "rank", "deficiency", "weight", "exact")
+#: Errors of a disk, or an allowance on it, that is full.
+FULL = (errno.ENOSPC, errno.EDQUOT)
 #: Folder of the captured updates, in that of the run.
 CAPTURES = "captures"
 #: What a run writes; ``overwrite`` removes these and nothing else.
@@ -83,7 +89,7 @@ def prepare_folder(out: Path, overwrite: bool = False) -> None:
         If it holds anything and ``overwrite`` is not set, or is no folder.
     """
     try:
-        if out.is_dir() and any(out.iterdir()):
+        if not is_empty(out):
             _clear(out, overwrite)
         out.mkdir(parents=True, exist_ok=True)
         probe = out / "run.json.new"
@@ -136,9 +142,16 @@ def about_run(scenario: Scenario, engine: str) -> dict[str, Any]:
 
 
 def write_about(out: Path, about: Mapping[str, Any]) -> None:
-    """Write ``run.json``."""
-    text = json.dumps(about, indent=2) + "\n"
-    write_atomically(out / "run.json", text.encode())
+    """Write ``run.json``; in the place of the old one where the disk is full."""
+    text, file = (json.dumps(about, indent=2) + "\n").encode(), out / "run.json"
+    try:
+        write_atomically(file, text, durable=True)
+    except OSError as error:
+        if error.errno not in FULL or not file.is_file():
+            raise
+        with file.open("r+b") as old:
+            old.write(text)
+            old.truncate()
 
 
 class Recorder:
@@ -248,7 +261,8 @@ class Recorder:
     def round(
         self, number: int, row: Mapping[str, Any], metric: SecurityMetric | None = None
     ) -> RoundScores:
-        """Write one round's row, the metric of each layer, and the reconstructions."""
+        """Write the reconstructions of one round, the metric of each layer, and its row."""
+        self._write_pictures(number)
         for layer in metric.layers if metric else ():
             self._append("metric.csv", [number, *(getattr(layer, c) for c in METRIC[1:])])
         values = {
@@ -260,24 +274,32 @@ class Recorder:
             "cramer_rao_db": math.nan if self.predict is None else self.predict.bound(number),
             "seconds_attack": f"{self._attack_seconds:.4f}",
         }
+        # Last, and on the disk: a round that has its row has all the rest of it.
+        for name in ("leakage.csv", "metric.csv"):
+            flush(self.out / name)
         self._append("rounds.csv", [_plain(values[c]) for c in ROUNDS])
+        flush(self.out / "rounds.csv")
         scores = self._scores()
         self._attack_seconds, self._predicted = 0.0, []
         self._images, self._scored = 0, []
-        if self._pictures:
-            folder = self.out / "reconstructions"
-            folder.mkdir(exist_ok=True)
-            clients, ids, truth, made, psnr = zip(*self._pictures, strict=True)
-            np.savez_compressed(
-                folder / f"round-{number:04d}.npz",
-                client=np.array(clients),
-                image=np.array(ids),
-                truth=np.stack(truth),
-                reconstruction=np.stack(made),
-                psnr_db=np.array(psnr),
-            )
-            self._pictures = []
         return scores
+
+    def _write_pictures(self, number: int) -> None:
+        if not self._pictures:
+            return
+        clients, ids, truth, made, psnr = zip(*self._pictures, strict=True)
+        content = io.BytesIO()
+        np.savez_compressed(
+            content,
+            client=np.array(clients),
+            image=np.array(ids),
+            truth=np.stack(truth),
+            reconstruction=np.stack(made),
+            psnr_db=np.array(psnr),
+        )
+        file = self.out / "reconstructions" / f"round-{number:04d}.npz"
+        write_atomically(file, content.getvalue(), durable=True)
+        self._pictures = []
 
     def _scores(self) -> RoundScores:
         psnr, ssim, right = zip(*self._scored, strict=True) if self._scored else ((), (), ())
@@ -336,7 +358,9 @@ class TruthfulCapture(CaptureWriter):
 def ended(error: BaseException | None = None) -> dict[str, Any]:
     """Return what ``run.json`` says of the end of a run: finished, or ended by ``error``."""
     status, reason = "finished", ""
-    if isinstance(error, KeyboardInterrupt):
+    if isinstance(error, (Terminated, SystemExit)):  # Flower's own handler exits
+        status, reason = "interrupted", "ended by SIGTERM"
+    elif isinstance(error, KeyboardInterrupt):
         status, reason = "interrupted", "stopped by the user"
     elif error is not None:
         status, reason = "failed", f"{type(error).__name__}: {error}"

@@ -18,7 +18,9 @@ from torch import nn
 
 from fedleak.attacks import attack_for, resolve_device
 from fedleak.errors import FedleakError, InvalidInputError
+from fedleak.lock import only_writer
 from fedleak.metric import SecurityMetric, security_metric
+from fedleak.stopping import terminable
 from simulations.grid import OrderedGrid
 from simulations.partition import partitions, training_data
 from simulations.prediction import UpdatePrediction
@@ -263,12 +265,13 @@ def main(grid: Grid, context: Context) -> None:
     scenario, capture = from_run_config(config), bool(config.get("capture", False))
     check(scenario, capture)
     out = Path(str(config.get("out") or Path("results/runs") / scenario.name)).absolute()
-    prepare_folder(out, overwrite=bool(config.get("overwrite", False)))
-    recorder = Recorder(out, scenario, "flwr run")
-    try:
-        serve(grid, scenario, recorder, capture=capture)
-    except BaseException as error:
-        recorder.finish(error)
-        raise
-    recorder.finish()
-    plot_run(out)
+    with only_writer(out), terminable():
+        prepare_folder(out, overwrite=bool(config.get("overwrite", False)))
+        recorder = Recorder(out, scenario, "flwr run")
+        try:
+            serve(grid, scenario, recorder, capture=capture)
+        except BaseException as error:
+            recorder.finish(error)
+            raise
+        recorder.finish()
+        plot_run(out)

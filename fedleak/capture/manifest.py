@@ -6,6 +6,7 @@ file outside its own folder, and never makes code run that lies in the capture.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import inspect
 import json
@@ -318,16 +319,35 @@ def problems(error: ValidationError) -> str:
     return "; ".join(listed[:3])
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write beside and move, so that a kill leaves a whole file or none."""
+def write_atomically(path: Path, content: bytes, durable: bool = False) -> None:
+    """Write beside and move, so that a kill leaves a whole file or none.
+
+    With ``durable`` it is on the disk when this returns, so that a power cut does so as well.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     fresh = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         fresh.write_bytes(content)
+        if durable:
+            flush(fresh)
         fresh.replace(path)
+        if durable:
+            flush(path.parent)
     except OSError:
         fresh.unlink(missing_ok=True)
         raise
+
+
+def flush(path: Path) -> None:
+    """Have the system write a file, or the entries of a folder, to the disk now."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:  # not every file system does so for folders
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(descriptor)
 
 
 def to_json(values: Mapping[str, Any]) -> bytes:

@@ -14,6 +14,7 @@ from fedleak.capture.manifest import (
     Manifest,
     Record,
     describe_model,
+    flush,
     sha256,
     spec_of,
     to_json,
@@ -93,6 +94,7 @@ class CaptureWriter:
                 f"capture folder {str(folder)!r} cannot be used: {error}"
             ) from error
         self._counts: dict[int, int] = {}
+        self._settled: set[int] = set()
         # What was sent in this round, by identity: clients mostly share it. The dictionary is
         # kept, so that no other can take its identity.
         self._sent: dict[int, tuple[dict[str, Tensor], str, str]] = {}
@@ -125,10 +127,19 @@ class CaptureWriter:
 
     def _next(self, server_round: int) -> str:
         if server_round not in self._counts:
+            self._settle()
             self._sent = {}
         count = self._counts.get(server_round, 0)
         self._counts[server_round] = count + 1
         return f"round-{server_round:04d}/client-{count:06d}"
+
+    def _settle(self) -> None:
+        """Have what earlier rounds wrote on the disk: a power cut costs the one in hand."""
+        for number in set(self._counts) - self._settled:
+            folder = self.folder / f"round-{number:04d}"
+            for path in (*folder.iterdir(), folder):
+                flush(path)
+            self._settled.add(number)
 
     def _write(self, name: str, record: Record) -> None:
         # Last: what has no record is not there.

@@ -26,6 +26,7 @@ from rich.progress import (
 
 from fedleak.errors import InvalidInputError
 from fedleak.events import LOGGER, as_json, emit, fields_of
+from fedleak.stopping import EXIT_CODE, Terminated, terminable
 
 
 class OnNotedProgress(Protocol):
@@ -232,16 +233,16 @@ def resumable(doing: str, unit: str, quiet: bool = False) -> Iterator[OnNotedPro
     try:
         with display(quiet=quiet):
             yield on_progress
-    except KeyboardInterrupt:
-        stopped(
+    except KeyboardInterrupt as how:
+        raise stopped(
             f"stopped; {done[0]} of {done[1]} {unit} are done and kept, and the same "
-            "command goes on from there"
-        )
-        raise typer.Exit(130) from None
+            "command goes on from there",
+            how,
+        ) from None
 
 
 def stoppable(command: Callable[..., None], reason: str) -> Callable[..., None]:
-    """Return a command that says something when the user stops it, and exits with 130.
+    """Return a command that says something when it is stopped: by Ctrl-C, or by SIGTERM.
 
     Parameters
     ----------
@@ -254,14 +255,16 @@ def stoppable(command: Callable[..., None], reason: str) -> Callable[..., None]:
     @functools.wraps(command)
     def run(*arguments: Any, **options: Any) -> None:
         try:
-            command(*arguments, **options)
-        except KeyboardInterrupt:  # typer itself would end without a word
-            stopped(reason)
-            raise typer.Exit(130) from None
+            with terminable():
+                command(*arguments, **options)
+        except KeyboardInterrupt as how:  # typer itself would end without a word
+            raise stopped(reason, how) from None
 
     return run
 
 
-def stopped(reason: str) -> None:
-    """Say that the user stopped the command, and what is left of it."""
-    emit("stopped", logging.WARNING, reason=reason, exit_code=130)
+def stopped(reason: str, how: BaseException | None = None) -> typer.Exit:
+    """Say that the command was stopped, and what is left of it; return what ends it."""
+    code = EXIT_CODE if isinstance(how, Terminated) else 130
+    emit("stopped", logging.WARNING, reason=reason, exit_code=code)
+    return typer.Exit(code)

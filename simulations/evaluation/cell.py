@@ -10,7 +10,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from fedleak.capture.manifest import to_json, write_atomically
+from fedleak.capture.manifest import flush, to_json, write_atomically
 from fedleak.runs import CELLS, DONE, INFORMED, UNAWARE
 from simulations.engines import quiet_flower, run_inline
 from simulations.evaluation.sweep import Cell
@@ -69,10 +69,11 @@ def run_cell(out: str, cell: Cell) -> Outcome:
     try:
         _train_and_attack(cell.scenario, part)
         outcome = Outcome("ok", "", round(time.perf_counter() - begin, 3))
-        write_atomically(part / DONE, to_json(vars(outcome)))
+        write_atomically(part / DONE, to_json(vars(outcome)), durable=True)
         part.chmod(0o755)  # mkdtemp makes it private
         shutil.rmtree(folder, ignore_errors=True)  # one that has lost its DONE
         os.replace(part, folder)
+        flush(folder.parent)
     except Exception as error:
         shutil.rmtree(part, ignore_errors=True)
         return Outcome("failed", " ".join(f"{type(error).__name__}: {error}".split()))

@@ -169,7 +169,10 @@ class _Book:
         for cell in cells:
             outcome = finished(folder, cell)
             if outcome is not None:
-                self.add(cell, outcome)
+                try:
+                    self.add(cell, outcome)
+                except (OSError, ValueError, KeyError, IndexError):
+                    continue  # its tables were lost, as by a power cut: it is run again
 
     def add(self, cell: Cell, outcome: Outcome) -> None:
         if outcome.status == "ok":

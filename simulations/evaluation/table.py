@@ -62,6 +62,11 @@ def cell_rows(out: Path, cell: Cell, outcome: Outcome, sweep: Sweep) -> tuple[Ro
     outcome : Outcome
     sweep : Sweep
         For the threshold, and the delta of epsilon: neither needs another run.
+
+    Raises
+    ------
+    OSError, ValueError
+        If its tables cannot be read, or are not whole.
     """
     folder, scenario = out / CELLS / cell.key, cell.scenario
     rounds = pd.read_csv(folder / UNAWARE / "rounds.csv")
@@ -69,6 +74,9 @@ def cell_rows(out: Path, cell: Cell, outcome: Outcome, sweep: Sweep) -> tuple[Ro
     informed = unaware  # no defence: there is nothing more to know
     if (folder / INFORMED).is_dir():
         informed = pd.read_csv(folder / INFORMED / "leakage.csv")
+    for leakage in (unaware, informed):
+        if len(rounds) != scenario.federation.rounds or leakage.empty or leakage["status"].hasnans:
+            raise ValueError(f"the tables of {str(folder)!r} are not whole")
     attacked: Row = {}
     for who, leakage in ((UNAWARE, unaware), (INFORMED, informed)):
         found = _attacked(leakage, sweep.threshold_db)

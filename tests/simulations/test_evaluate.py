@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 import signal
@@ -135,6 +136,25 @@ def test_goes_on_where_it_stopped(
     stricter = evaluate(_sweep(seeds=(0, 1), threshold_db=200.0), again)
     assert stricter.skipped == 2  # another threshold needs no other run
     assert (stricter.table["identified_informed"] == 0).all()
+
+
+@pytest.mark.parametrize("left", [0, 0.5])
+def test_a_cell_whose_table_was_lost_is_run_again(
+    done: tuple[Path, pd.DataFrame], tmp_path: Path, left: float
+) -> None:
+    """As a power cut may leave it: the cell's own file is there, its table empty or torn."""
+    again = tmp_path / "out"
+    shutil.copytree(done[0], again)
+    (cell,) = (again / "cells").glob("none_seed-1_*")
+    table = cell / "unaware" / "rounds.csv"
+    whole = table.read_bytes()
+    table.write_bytes(whole[: int(left * len(whole))])
+    found = evaluate(_sweep(seeds=(0, 1)), again)
+    assert found.skipped == 1
+    assert (found.table["status"] == "ok").all()
+    restored, before = (pd.read_csv(f) for f in (table, io.BytesIO(whole)))
+    times = ["seconds_train", "seconds_attack"]
+    pd.testing.assert_frame_equal(restored.drop(columns=times), before.drop(columns=times))
 
 
 def test_a_failed_cell_is_a_row_and_is_repeated(
