@@ -10,6 +10,8 @@ from fedleak.attacks.base import (
     run_attack,
 )
 from fedleak.attacks.evidence import Evidence, resolve_device
+from fedleak.attacks.first_layer import RowsAttack
+from fedleak.attacks.fished import FishedAttack
 from fedleak.attacks.hybrid import HybridAttack
 from fedleak.attacks.linear import LinearAttack
 from fedleak.attacks.matching import CosineAttack, DLGAttack, IDLGAttack
@@ -21,12 +23,14 @@ __all__ = [
     "CosineAttack",
     "DLGAttack",
     "Evidence",
+    "FishedAttack",
     "HybridAttack",
     "IDLGAttack",
     "LinearAttack",
     "Outcome",
     "PaperHybridAttack",
     "Reconstruction",
+    "RowsAttack",
     "attack_for",
     "make_attack",
     "resolve_device",

@@ -1,0 +1,98 @@
+"""What a tamper is, and how tampers are found by name."""
+
+from __future__ import annotations
+
+import inspect
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from fedleak.errors import InvalidInputError
+from fedleak.registry import Registry
+
+
+class Tamper(ABC):
+    """Weights that a server sends instead of the honest ones, of the same architecture.
+
+    Attributes
+    ----------
+    attack : str
+        Name of the attack that reads the update which comes back.
+    attack_options : dict
+        Its options.
+    needs : frozenset of str
+        What of :class:`fedleak.ThreatModel` must be allowed.
+    """
+
+    attack: ClassVar[str]
+    needs: ClassVar[frozenset[str]] = frozenset({"tamper"})
+
+    @property
+    def attack_options(self) -> dict[str, Any]:
+        return {}
+
+    @abstractmethod
+    def prepare(
+        self,
+        model: nn.Module,
+        input_shape: tuple[int, int, int],
+        server_round: int = 1,
+        client: int = 0,
+        images: int = 1,
+    ) -> dict[str, Tensor]:
+        """Return the state to send; the model is left as it is.
+
+        Parameters
+        ----------
+        model : nn.Module
+            With the honest weights.
+        input_shape : tuple of int
+            Shape (C, H, W) of one image.
+        server_round, client : int
+            When, and the client's place among those asked: what is drawn depends on nothing else.
+        images : int
+            Number of images behind the update.
+
+        Returns
+        -------
+        dict of str to Tensor
+            Every entry of ``model.state_dict()``.
+
+        Raises
+        ------
+        UnsupportedModelError
+            If the model does not allow it; the message says what is missing.
+        """
+
+
+#: Classes of tampers. Their constructor arguments are the options a user may set.
+TAMPERS: Registry[type[Tamper]] = Registry("tamper", "fedleak.tampers")
+
+
+def make_tamper(name: str, **options: Any) -> Tamper:
+    """Make a tamper by name.
+
+    Parameters
+    ----------
+    name : str
+        A registered name, as ``"peel"``.
+    **options
+        The tamper's own.
+
+    Raises
+    ------
+    UnknownNameError
+        If there is no such tamper.
+    InvalidInputError
+        If it does not take an option or refuses its value.
+    """
+    kind = TAMPERS[name]
+    try:
+        return kind(**options)
+    except TypeError as error:
+        known = list(inspect.signature(kind).parameters)
+        raise InvalidInputError(
+            f"tamper {name!r} does not take these options {options}: {error}. "
+            f"Known: {', '.join(known) or 'none'}"
+        ) from error
