@@ -16,12 +16,18 @@ from fedleak.errors import UnsupportedModelError
 from fedleak.observation import Observation
 
 #: Rounding of a sum over a batch in float32, relative to the largest entry that it is made of.
-_SUM = 64 * 2.0**-24
+_SUM = 16 * 2.0**-24
 #: How far the factor of an image may be from the one that its pixels and label predict,
 #: relative: the client's forward pass and the difference of two sums are float32.
 _AGREES = 2e-4
-#: How much of a row may be left, relative, where the image that explains it is taken out.
+#: Error of a predicted factor, relative: the rounding of the client's forward pass.
+_PREDICTED = 1e-6
+#: How much of a row may be left, relative, where the images that explain it are taken out.
 _EXPLAINED = 1e-4
+#: How much may be left of a row that certifies an image, relative to the image's own part.
+_LEFT = 1e-2
+#: How far above its rounding a row must be to show an image: its factor is then known to 1e-3.
+_CLEAR = 1e3
 #: Pixels may leave [0, 1] by this much in a candidate.
 _RANGE = 5e-3
 #: Candidates looked at together: their pre-activations are held in memory.
@@ -140,16 +146,23 @@ class _Rows:
         self.combined = combined
         self.rows = combined(gradient[f"{layer.first}.weight"])
         self.factors = combined(g.unsqueeze(1)).squeeze(1)
-        # What float32 leaves of a row that no image is in.
-        self.rounding = _SUM * combined.largest(g.abs())
+        # What float32, and then what is taken out inexactly, leaves of a row without images.
+        self.base = _SUM * combined.largest(g.abs())
+        self.error = self.base
+        self.whole = self.rows
         self.observed = self.rows.norm(dim=1)
         self.found: list[Tensor] = []
         self.labels: list[int] = []
         self.taken: list[Tensor] = []
 
     def reconstruction(self) -> Reconstruction:
-        while len(self.found) < self.images and self._peel():
-            pass
+        known = -1
+        while known < len(self.found) < self.images:
+            known = len(self.found)
+            while len(self.found) < self.images and self._peel():
+                pass
+            if self.found:
+                self._polish()  # errors have added up: with less of them, more may stand alone
         shape = (len(self.found), *self.seen.input_shape)
         images = torch.stack(self.found).cpu() if self.found else torch.zeros(0).double()
         whole = self.observed.norm().clamp_min(1e-300)
@@ -165,7 +178,7 @@ class _Rows:
 
     def _peel(self) -> bool:
         """Take out every image that a row shows alone; return whether there was one."""
-        places = (self.factors.abs() > self.rounding).nonzero().flatten()
+        places = (self.factors.abs() > _CLEAR * self.error).nonzero().flatten()
         candidates = self.rows[places] / self.factors[places].unsqueeze(1)
         inside = (candidates.amin(1) > -_RANGE) & (candidates.amax(1) < 1 + _RANGE)
         places, candidates = places[inside], candidates[inside]
@@ -176,7 +189,7 @@ class _Rows:
             own = factors[:, torch.arange(len(part)), part]
             off = (own - observed).abs() / observed.abs()
             off, label = off.min(0)
-            agrees = off < _AGREES + self.rounding[part] / observed.abs()
+            agrees = off < _AGREES + self.error[part] / observed.abs()
             for n in agrees.nonzero().flatten().tolist():
                 self._take(int(part[n]), pixels[n], factors[label[n], n], int(label[n]))
                 if len(self.found) == self.images:
@@ -185,30 +198,49 @@ class _Rows:
 
     def _take(self, place: int, pixels: Tensor, factors: Tensor, label: int) -> None:
         """Take one image out of all rows, if its own still shows it and others do not object."""
-        if abs(self.factors[place]) <= self.rounding[place]:
+        if abs(self.factors[place]) <= self.error[place]:
             return  # taken already: another row showed it
+        if self.error[place] < 1e-5 * self.factors[place].abs():
+            # What was observed is surer than what a client's float32 makes of the prediction.
+            factors = factors * (self.factors[place] / factors[place])
         left = self.rows - factors.unsqueeze(1) * pixels
-        there = factors.abs() > self.rounding
+        there = factors.abs() > self.error
         before = self.rows.norm(dim=1)
-        noise = self.rounding * pixels.norm()
+        noise = self.error * pixels.norm()
         empty = there & (before <= noise)  # rows that should show it, and show nothing
         if bool(empty.any()):
             return
-        self.rows = left
-        self.factors = self.factors - factors
+        off = self.error[place] / self.factors[place].abs() + _PREDICTED
+        self.rows, self.factors = left, self.factors - factors
+        self.error = self.error + off * factors.abs()
         self.found.append(pixels.reshape(self.seen.input_shape))
         self.labels.append(label)
         self.taken.append(factors)
 
+    def _polish(self) -> None:
+        """Solve for all images at once in the rows that they explain: peeling adds errors up."""
+        kept = self.rows.norm(dim=1) <= _EXPLAINED * self.observed + 10 * self.error
+        factors = torch.stack(self.taken, 1)
+        if int(kept.sum()) < len(self.found):
+            return
+        # Factors that were predicted are off by rounding: rows of few images say most.
+        error = self.base + _PREDICTED * factors.abs().sum(1)
+        weight = 1 / error[kept].clamp_min(1e-300).unsqueeze(1)
+        system, right = weight * factors[kept], weight * self.whole[kept]
+        pixels = torch.linalg.lstsq(system, right).solution
+        left = self.whole - factors @ pixels
+        if bool(pixels.isfinite().all()) and left.norm() < self.rows.norm():
+            self.found = [p.reshape(self.seen.input_shape) for p in pixels]
+            self.rows, self.error = left, error
+
     def _certified(self) -> list[bool]:
-        """Return of each image whether at least two rows with it are explained entirely."""
+        """Return of each image whether two rows hold it and, beside it, nothing unexplained."""
         left = self.rows.norm(dim=1)
         out = []
         for pixels, factors in zip(self.found, self.taken, strict=True):
-            noise = self.rounding * pixels.norm()
-            there = factors.abs() * pixels.norm() > 10 * noise
-            explained = left <= _EXPLAINED * self.observed + noise
-            out.append(int((there & explained).sum()) > 1)
+            own, size = factors.abs() * pixels.norm(), pixels.norm()
+            shown = (own > 10 * self.error * size) & (left < _LEFT * own)
+            out.append(int(shown.sum()) > 1)
         return out
 
     def _factors(self, pixels: Tensor) -> Tensor:

@@ -130,4 +130,5 @@ def alone(seen: Observation, label: int, count: int) -> Observation:
         others = torch.arange(len(rows)) != label
         rows[others] = -rows[label] / (len(rows) - 1)
         gradient[f"{name}.{part}"] = rows
-    return replace(seen, gradient=gradient, images=count, clients=1, labels=None)
+    own = seen.with_terms(images=count, clients=1, labels=None)
+    return replace(own, gradient=gradient)
