@@ -60,6 +60,8 @@ def test_input_and_derivative_are_found_beside_a_mixture(
     wide = images * geometry.positions + 8
     assume(blind_criterion(geometry, wide, wide, images).by_inputs)
     x, e, gradient = factors(geometry, wide, wide, images, seed, training)
+    by_position = torch.linalg.svdvals(x.transpose(0, 1).flatten(1))
+    assume(by_position[-1] > 0.02 * by_position[0])  # of full rank, as the criterion supposes
     if training and (padding == (0, 0, 0, 0) or images * geometry.outputs <= 2):
         # No border: the gradient does not change with a constant added to the input.
         with pytest.raises(Refused):
