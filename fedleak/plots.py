@@ -17,6 +17,7 @@ import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
+from fedleak.status import reconstructed
 from fedleak.wording import CEILING_DB, ENOUGH_DB, INDISTINGUISHABLE, defence_words
 
 #: By how much the axis is compressed where nobody sees a difference.
@@ -111,7 +112,7 @@ def leakage_vs_rounds(
 
 def _draw_leakage(leakage: pd.DataFrame, axis: Axes, common: dict[str, Any]) -> None:
     """Draw the attack's PSNR solid and the predicted one dashed, in the colour of the defence."""
-    scored = leakage[leakage["status"] == "ok"].copy()
+    scored = leakage[reconstructed(leakage)].copy()
     scored["psnr_db"] = scored["psnr_db"].astype(float).clip(upper=CEILING_DB)
     predicted = leakage.iloc[:0]
     if "predicted_psnr_db" in leakage:  # tables of earlier versions have none

@@ -11,6 +11,7 @@ from typing import Any
 import pandas as pd
 
 from fedleak.errors import InvalidInputError, nearest
+from fedleak.status import STATUSES
 from fedleak.wording import clean
 
 #: Of an evaluation: the folder of its cells, what says that one is finished, and in each cell the
@@ -188,7 +189,7 @@ def _arm(folder: Path, name: str, about: Mapping[str, Any]) -> Run:
     settings = dict(_flat(about["scenario"]))
     unused = ("data.root",) if settings.get("data.name") == "digits" else ()
     settings = {k: v for k, v in settings.items() if k not in (*_NOT_SETTINGS, *unused)}
-    leakage = leakage[~unfinished & leakage["status"].isin(["ok", "failed"])]
+    leakage = leakage[~unfinished & leakage["status"].isin(STATUSES)]
     return Run(
         name, label, settings, leakage, rounds, folder, about.get("commit"), tuple(sorted(gaps))
     )

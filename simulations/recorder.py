@@ -239,7 +239,7 @@ class Recorder:
                 rows.append({**row, "status": "failed", "reason": reason})
                 continue
             rows.append({**row, **asdict(one.quality), "label_inferred": one.label_inferred,
-                         "status": "ok"})  # fmt: skip
+                         "status": leak.status, "reason": leak.reason})  # fmt: skip
             right = one.label_inferred == one.label
             self._scored.append((one.quality.psnr_db, one.quality.ssim, right))
             picture = (true.numpy(), one.image.float().numpy(), one.quality.psnr_db)

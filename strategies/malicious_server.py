@@ -24,6 +24,7 @@ from fedleak.capture.update import load_sent
 from fedleak.defences import DefenceSpec, parse_defence
 from fedleak.errors import FedleakError, InvalidInputError, InvalidUpdateError
 from fedleak.observation import Observation
+from fedleak.status import Status
 from fedleak.terms import Shared, Terms
 from fedleak.threat import HONEST, LocalTraining, ThreatModel
 from strategies.delegate import DelegatingStrategy
@@ -43,7 +44,7 @@ class Leak:
     reconstruction : Reconstruction or None
         None if the attack failed or there was nothing to attack.
     reason : str
-        Why there is none; empty otherwise.
+        Why there is none, or why it is doubtful; empty otherwise.
     seconds : float
         Time of the attack, shared evenly among clients attacked together.
     received : bool
@@ -58,9 +59,9 @@ class Leak:
     received: bool = True
 
     @property
-    def status(self) -> str:
-        """``ok`` or ``failed``."""
-        return "failed" if self.reconstruction is None else "ok"
+    def status(self) -> Status:
+        """``ok``, ``doubtful`` or ``failed``, see :mod:`fedleak.status`."""
+        return "failed" if self.reconstruction is None else self.reconstruction.status
 
 
 class MaliciousServer(DelegatingStrategy):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,6 +17,7 @@ from fedleak.deadline import Deadline
 from fedleak.errors import FedleakError, InvalidInputError
 from fedleak.observation import Observation
 from fedleak.registry import Registry
+from fedleak.status import Status, status_of
 from fedleak.threat import ThreatModel
 
 
@@ -30,12 +32,17 @@ class Reconstruction:
     labels : Tensor, int64, shape (B,)
         The inferred (or known) labels.
     fit : float
-        Relative distance of the gradient of ``images`` to the observed one, root mean
-        square over the parameter tensors: what the attacker knows of its own success.
+        What of the update ``images`` leave unexplained, all that the attacker knows of its own
+        success: near 0 at the truth, 1 where nothing is explained. The relative distance of
+        their gradient to the observed one, root mean square over the tensors that say anything,
+        at the factor between the two where the attacker does not know it, and beyond the noise
+        that a known defence adds. With ``details["factor"]`` it was found to be multiplied.
     details : dict
         Plain values that say how it was done (ranks, residuals, noise level).
     threat : ThreatModel or None
         What the attacker was allowed to know and do.
+    doubts : tuple of str
+        What the update shows that the attack does not model: it is not what was declared.
     """
 
     images: Tensor = field(repr=False)
@@ -43,6 +50,12 @@ class Reconstruction:
     fit: float
     details: dict[str, Any] = field(default_factory=dict)
     threat: ThreatModel | None = None
+    doubts: tuple[str, ...] = ()
+
+    @property
+    def status(self) -> Status:
+        """``ok``, or ``doubtful`` where something is not as declared."""
+        return status_of(True, bool(self.doubts))
 
 
 class Attack(ABC):
@@ -156,7 +169,8 @@ class Outcome:
     ----------
     reconstruction : Reconstruction or None
     reason : str
-        Why there is none, or, of one that the time limit cut short, that. Else empty.
+        Why there is none; of one that is doubtful or that the time limit cut short, that. Else
+        empty.
     seconds : float
     """
 
@@ -218,7 +232,7 @@ def _attempt(
         reason = str(error) if expected else f"{type(error).__name__}: {error}"
         return [Outcome(None, reason, time.perf_counter() - begin)]
     share = (time.perf_counter() - begin) / len(observations)
-    return [Outcome(r, _cut_short(r, allowed), share) for r in done]
+    return [Outcome(r, _remarks(r, allowed), share) for r in done]
 
 
 def _each_alone(attack: Attack, observations: Sequence[Observation]) -> Iterator[Outcome]:
@@ -227,11 +241,12 @@ def _each_alone(attack: Attack, observations: Sequence[Observation]) -> Iterator
             yield from _attempt(attack, [observation], allowed)
 
 
-def _cut_short(result: Reconstruction, allowed: Deadline) -> str:
-    """Say that an attack was stopped by its time limit; nothing where it was not."""
-    if not (allowed.hit or result.details.get("cut_short")):
-        return ""
-    return f"time: stopped at the limit of {allowed.seconds:.3g} s, the best so far"
+def _remarks(result: Reconstruction, allowed: Deadline) -> str:
+    """Say what is doubtful, and whether the attack was stopped by its time limit."""
+    remarks = list(result.doubts)
+    if allowed.hit or result.details.get("cut_short"):
+        remarks.append(f"time: stopped at the limit of {allowed.seconds:.3g} s, the best so far")
+    return "; ".join(remarks)
 
 
 def _check_result(result: Reconstruction, observation: Observation) -> None:
@@ -242,3 +257,7 @@ def _check_result(result: Reconstruction, observation: Observation) -> None:
         )
     if not bool(result.images.isfinite().all()):
         raise RuntimeError("the attack diverged: its image holds NaN or infinite values")
+    if not math.isfinite(result.fit):
+        raise RuntimeError(
+            f"the attack diverged: the gradient of its image is no number (fit {result.fit})"
+        )

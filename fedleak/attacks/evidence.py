@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fedleak.attacks import informed
+from fedleak.attacks.fit import compare, compare_signs, silent_tensors
 from fedleak.attacks.inference import head_of, observed_labels
 from fedleak.attacks.statistics import received_statistics
 from fedleak.errors import InvalidInputError, UnsupportedModelError
@@ -229,12 +230,13 @@ class Evidence:
             errors={k: v[mask] for k, v in self.errors.items()},
         )
         part.__dict__["_chain"] = self._chain  # read once
+        part.__dict__["silent"] = {k: v[mask] for k, v in self.silent.items()}
         return part
 
     def with_labels(self, labels: Tensor) -> Evidence:
         """Return the same observations with other labels, shape (N, B)."""
         other = replace(self, labels=labels)
-        other.__dict__["_chain"] = self._chain  # read once
+        other.__dict__["_chain"], other.__dict__["silent"] = self._chain, self.silent
         return other
 
     def fit(self, images: Tensor) -> Tensor:
@@ -244,12 +246,28 @@ class Evidence:
         ----------
         images : Tensor, shape (N, C, H, W) or (N, B, C, H, W)
         """
+        return self.compare(images)[0]
+
+    def compare(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Return :meth:`fit`, and by what the update is larger than what images make, (N,)."""
         made = self._made(images)
-        terms = [relative(made[k], g).square().sum(1) for k, g in self.gradient.items()]
-        # A tensor that is zero was withheld or pruned away: it says nothing.
-        told = torch.stack([g.flatten(1).any(1) for g in self.gradient.values()])
-        squares = torch.where(told, torch.stack(terms), 0.0).sum(0)
-        return (squares / told.sum(0).clamp_min(1)).sqrt()
+        counted = {k: ~s for k, s in self.silent.items()}
+        if self.signs:
+            fit = compare_signs(made, self.gradient, counted)
+            return fit, torch.ones_like(fit)
+        return compare(made, self.gradient, counted, self.errors, self.told, self.scale)
+
+    @property
+    def scale(self) -> str:
+        """Of what the factor is not known: ``update``, ``tensor`` or nothing."""
+        unknown = self.terms.shared == "weights" and self.terms.training is None
+        return self.rescales or ("update" if unknown else "")
+
+    @cached_property
+    def silent(self) -> dict[str, Tensor]:
+        """Whether tensors hold rounding only, whatever the images, masks of (N,) by name."""
+        rounding = {k: self.rounding(k) for k in self.gradient}
+        return silent_tensors(self.gradient, self.replay, self.images, rounding)
 
     def _made(self, images: Tensor) -> Gradients:
         """Return what clients would have sent for these images, undefended."""

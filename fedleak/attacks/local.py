@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from fedleak.attacks.evidence import Evidence
 from fedleak.attacks.joint import Match
-from fedleak.attacks.targets import ModuleTarget, SignTarget, Target
+from fedleak.attacks.targets import ModuleTarget, SignTarget, Target, without_silent
 from fedleak.threat import LocalTraining
 
 
@@ -95,7 +95,7 @@ class LocalTarget(Target):
         )
         self.hidden = 0 if _mixes(evidence.replay.model) else self.shuffles.size
         known = list(evidence.gradient.values())
-        self._known(known, [torch.zeros_like(k) for k in known])
+        self._known(known, without_silent(evidence, [torch.zeros_like(k) for k in known]))
 
     def made(self, images: Tensor, hidden: Tensor | None = None) -> Tensor:
         plan = self.plan(hidden)

@@ -157,6 +157,7 @@ class ModuleTarget(Target):
         self.calibrated = evidence.defended
         if evidence.defended:
             errors[: len(self.names)] = [evidence.errors[n] for n in self.names]
+        errors[: len(self.names)] = without_silent(evidence, errors[: len(self.names)])
         self._known(known, errors)
 
     def made(self, images: Tensor, hidden: Tensor | None = None) -> Tensor:
@@ -177,6 +178,14 @@ class ModuleTarget(Target):
 
     def subset(self, index: Tensor) -> ModuleTarget:
         return ModuleTarget(self.evidence.subset(index))
+
+
+def without_silent(evidence: Evidence, errors: list[Tensor]) -> list[Tensor]:
+    """Return errors of the gradients, infinite of what is rounding only."""
+    return [
+        torch.where(evidence.silent[n].reshape(-1, *[1] * (e.dim() - 1)), torch.inf, e)
+        for n, e in zip(evidence.gradient, errors, strict=True)
+    ]
 
 
 class SignTarget(ModuleTarget):

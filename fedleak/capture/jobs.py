@@ -18,6 +18,7 @@ from fedleak import workers
 from fedleak.attacks import Attack, attack_for, run_attack
 from fedleak.capture.reader import Capture, Captured
 from fedleak.observation import Observation
+from fedleak.status import Status, status_of
 
 #: Why a failure may be gone the next time: a file was damaged, or the worker ended.
 Retry = Literal["", "damaged", "crashed"]
@@ -80,6 +81,8 @@ class Result:
     reason : str
         Why there are no images; empty otherwise.
     retry : {"", "damaged", "crashed"}
+    doubtful : bool
+        Whether the update is not what was declared; ``reason`` says what shows it.
     """
 
     name: str
@@ -89,6 +92,11 @@ class Result:
     seconds: float = 0.0
     reason: str = ""
     retry: Retry = ""
+    doubtful: bool = False
+
+    @property
+    def status(self) -> Status:
+        return status_of(self.images is not None, self.doubtful)
 
 
 @lru_cache(maxsize=1)
@@ -124,6 +132,7 @@ def attack_chunk(work: Work, chunk: Chunk) -> list[Result]:
                     float(made.fit),
                     outcome.seconds,
                     outcome.reason,
+                    doubtful=made.status == "doubtful",
                 )
     return [results[name] for name in chunk.names]
 

@@ -42,6 +42,7 @@ class _Row(BaseModel):
     seconds: float
     reason: str
     retry: Retry
+    doubtful: bool = False
 
 
 class Results:
@@ -115,7 +116,9 @@ class Results:
                 images = load(content)["images"].numpy()
         except (OSError, ValidationError, SafetensorError, KeyError):
             return None
-        return Result(name, images, row.labels, row.fit, row.seconds, row.reason, row.retry)
+        return Result(
+            name, images, row.labels, row.fit, row.seconds, row.reason, row.retry, row.doubtful
+        )
 
     def save(self, chunk: Chunk, results: Sequence[Result]) -> None:
         """Write the results of one chunk; each last with what says that it is there."""
@@ -136,6 +139,7 @@ class Results:
                 seconds=result.seconds,
                 reason=" ".join(result.reason.split()),
                 retry=result.retry,
+                doubtful=result.doubtful,
             )
             write_atomically(self._path(result.name, ".json"), to_json(row.model_dump(mode="json")))
 

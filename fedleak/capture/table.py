@@ -17,6 +17,7 @@ from fedleak.capture.store import OVERVIEW, TABLE
 from fedleak.capture.truth import Truth, read_truth
 from fedleak.errors import FedleakError, InvalidInputError, InvalidUpdateError
 from fedleak.quality import score_batch
+from fedleak.status import most_frequent, reconstructed
 
 COLUMNS = (
     "round", "client", "image", "attack", "psnr_db", "ssim", "mse", "label_true",
@@ -54,7 +55,8 @@ def write_table(
         base = dict.fromkeys(COLUMNS, "") | {
             "round": round_of(name), "attack": attack, "seconds": round(result.seconds, 4),
             "fit": "" if result.fit is None else result.fit,
-            "status": "ok" if result.images is not None else "failed", "reason": result.reason,
+            "status": result.status,
+            "reason": result.reason,
         }  # fmt: skip
         for row, picture in _rows(capture, name, result):
             rows.append(base | row)
@@ -84,7 +86,11 @@ def _rows(
         yield row, None
         return
     for place, image in enumerate(result.images):
-        found = {"image": place, "label_inferred": result.labels[place], "reason": note}
+        found = {
+            "image": place,
+            "label_inferred": result.labels[place],
+            "reason": note or result.reason,
+        }
         yield row | found, (None, image, math.nan)
 
 
@@ -95,7 +101,8 @@ def _scored(truth: Truth, result: Result) -> Iterator[tuple[Row, tuple[Any, Any,
     for (client, image), true, one in zip(truth.used, truth.images, scored, strict=True):
         row: Row = {"client": client, "image": image, "label_true": one.label}
         if one.image is None or one.quality is None:
-            missing = {} if result.reason else {"reason": "not reconstructed", "status": "failed"}
+            reason = result.reason or "not reconstructed"
+            missing = {"reason": reason, "status": "failed"}
             yield row | missing, None
             continue
         quality = one.quality
@@ -133,9 +140,8 @@ def summary(table: pd.DataFrame) -> dict[str, Any]:
     """
     if table.empty:
         raise InvalidInputError("the capture holds no updates yet")
-    ok = table[table["status"] == "ok"]
+    ok = table[reconstructed(table)]
     scored = ok[ok["psnr_db"].notna()]
-    reasons = table.loc[table["status"] != "ok", "reason"].value_counts()
     return {
         "images": len(ok),
         "failed": len(table) - len(ok),
@@ -146,5 +152,7 @@ def summary(table: pd.DataFrame) -> dict[str, Any]:
         if len(scored)
         else None,
         "fit_median": float(ok["fit"].median()) if len(ok) else None,
-        "reason": str(reasons.index[0]) if len(reasons) else "",
+        "reason": most_frequent(table, "failed"),
+        "doubtful": int((table["status"] == "doubtful").sum()),
+        "doubt": most_frequent(table, "doubtful"),
     }

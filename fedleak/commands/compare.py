@@ -16,6 +16,7 @@ from rich.table import Table
 
 from fedleak.commands.console import display, near, number
 from fedleak.errors import InvalidInputError
+from fedleak.status import reconstructed
 from fedleak.wording import clean, json_ready
 
 if TYPE_CHECKING:
@@ -82,7 +83,7 @@ def summary(run: Run, differs: dict[str, Any]) -> dict[str, Any]:
         PSNR in dB: null where nothing was reconstructed, or the image is exact, which
         ``exact`` counts.
     """
-    ok = run.leakage[run.leakage["status"] == "ok"]
+    ok = run.leakage[reconstructed(run.leakage)]
     attacked = sorted(ok["round"].unique())
     labelled = ok.dropna(subset="label_inferred") if "label_inferred" in ok else ok.iloc[:0]
     right = (labelled["label_true"] == labelled["label_inferred"]).mean()
@@ -173,7 +174,7 @@ def _notes(runs: Sequence[Run], rows: Sequence[dict[str, Any]]) -> Iterator[str]
     yield from (gap for run in runs for gap in run.gaps)
     for run, row in zip(runs, rows, strict=True):
         if row["failed"]:
-            failed = run.leakage[run.leakage["status"] != "ok"]
+            failed = run.leakage[run.leakage["status"] == "failed"]
             reasons = list(failed["reason"].value_counts().index) if "reason" in failed else []
             why = f", most often: {reasons[0]}" if reasons else ""
             yield (

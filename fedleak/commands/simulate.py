@@ -15,6 +15,7 @@ from rich.table import Table
 
 from fedleak.commands.console import display, near, number, say_report
 from fedleak.events import emit
+from fedleak.status import most_frequent, reconstructed
 
 if TYPE_CHECKING:
     from simulations.engines import Arm
@@ -107,10 +108,11 @@ def _closing_table(scenario: Scenario, arms: list[Arm]) -> None:
     for column in columns:
         side, narrow = "left" if column == "defence" else "right", column.startswith("round")
         table.add_column(column, justify=side, no_wrap=not narrow)  # type: ignore[arg-type]
+    doubts: dict[str, str] = {}
     for arm in arms:
         leakage = pd.read_csv(arm.out / "leakage.csv")
         rounds = pd.read_csv(arm.out / "rounds.csv")
-        ok = leakage[leakage["status"] == "ok"]
+        ok = leakage[reconstructed(leakage)]
         median = ok.groupby("round")["psnr_db"].median()
         right = (ok["label_true"] == ok["label_inferred"]).mean()
         last = rounds.iloc[-1]
@@ -125,9 +127,13 @@ def _closing_table(scenario: Scenario, arms: list[Arm]) -> None:
             "-" if pd.isna(last["c_metric"]) else f"{last['c_metric']:.0f}",
         )
         if len(ok) < len(leakage):
-            reasons = leakage.loc[leakage["status"] != "ok", "reason"].value_counts()
-            table.caption = f"most frequent reason for a failure: {reasons.index[0]}"
+            reason = most_frequent(leakage, "failed")
+            table.caption = f"most frequent reason for a failure: {reason}"
+        if doubt := most_frequent(leakage, "doubtful"):
+            doubts[arm.defence.spec.label] = doubt
     _console.print(table)
+    for label, doubt in doubts.items():
+        _console.print(f"doubtful ({label}): {doubt}", highlight=False, markup=False)
     if not scenario.threat.defence and any(arm.defence.spec.parts for arm in arms):
         _console.print(
             "The server did not know of the defence; --set threat.defence=true for one that does.",

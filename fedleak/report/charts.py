@@ -27,6 +27,7 @@ from fedleak.report.marks import (
 from fedleak.report.sources import Arm
 from fedleak.report.svg import BAND, FAINT, INK, chart
 from fedleak.report.words import decibels, percent
+from fedleak.status import reconstructed
 from fedleak.wording import CEILING_DB, ENOUGH_DB, INDISTINGUISHABLE
 
 #: Points of a scatter of single images.
@@ -46,7 +47,7 @@ class Chart:
 
 def _over_rounds(arm: Arm) -> pd.DataFrame:
     """Return median, quartiles and prediction of each round; exact images at the ceiling."""
-    scored = arm.leakage[arm.leakage["status"] == "ok"].dropna(subset="psnr_db")
+    scored = arm.leakage[reconstructed(arm.leakage)].dropna(subset="psnr_db")
     if len(scored):
         psnr = scored["psnr_db"].clip(upper=CEILING_DB).groupby(scored["round"])
         found = psnr.quantile(np.array([0.25, 0.5, 0.75])).unstack()
@@ -234,7 +235,7 @@ def predicted_chart(
 def _pairs(arm: Arm) -> pd.DataFrame:
     """Return predicted and attained PSNR of each image, or else of each seed."""
     if len(arm.leakage):
-        rows = arm.leakage[arm.leakage["status"] == "ok"]
+        rows = arm.leakage[reconstructed(arm.leakage)]
         rows = rows.dropna(subset=["psnr_db", "predicted_psnr_db"])
         what = [
             f", client {c}, round {r:.0f}"

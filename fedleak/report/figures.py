@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 
 from fedleak.report.sources import Arm
+from fedleak.status import reconstructed
 from fedleak.wording import BLURRED, CEILING_DB, INDISTINGUISHABLE, RECOGNISABLE
 
 #: Grades of an image, best recovered first, as the legend names them.
@@ -114,7 +115,7 @@ class Figures:
 def figures(arm: Arm) -> Figures:
     """Judge one defence: from its images where they are on record, else from its table."""
     leakage, table = arm.leakage, arm.table
-    ok = leakage[leakage["status"] == "ok"]
+    ok = leakage[reconstructed(leakage)]
     scored = ok[ok["psnr_db"].notna()]
     known, wide = len(leakage) > 0, len(table) > 0
     images = len(leakage) if known else int(table["images"].fillna(0).sum())
@@ -157,7 +158,7 @@ def figures(arm: Arm) -> Figures:
 
 def grades(leakage: pd.DataFrame) -> tuple[int, ...]:
     """Count the images in each of :data:`GRADES`."""
-    psnr = leakage["psnr_db"].where(leakage["status"] == "ok")
+    psnr = leakage["psnr_db"].where(reconstructed(leakage))
     edges = (INDISTINGUISHABLE, RECOGNISABLE, BLURRED, -math.inf)
     at_least = [int((psnr >= edge).sum()) for edge in edges]
     return (*np.diff([0, *at_least]).tolist(), len(leakage) - at_least[-1])
@@ -176,7 +177,7 @@ def _labels(ok: pd.DataFrame, images: int) -> float:
 def _clients(leakage: pd.DataFrame) -> tuple[Exposure, ...]:
     found = []
     for client, own in leakage.groupby("client", sort=False):
-        psnr = own["psnr_db"].where(own["status"] == "ok")
+        psnr = own["psnr_db"].where(reconstructed(own))
         seen = own[psnr >= RECOGNISABLE]
         rounds = sorted({int(r) for r in seen["round"]})
         best = _top(psnr)
@@ -197,7 +198,9 @@ def ranges(numbers: list[int]) -> str:
 
 
 def _reason(leakage: pd.DataFrame, table: pd.DataFrame) -> str:
-    reasons = leakage.loc[leakage["status"] != "ok", "reason"] if len(leakage) else table["reason"]
+    reasons = (
+        leakage.loc[leakage["status"] == "failed", "reason"] if len(leakage) else table["reason"]
+    )
     reasons = reasons[reasons.fillna("") != ""]
     return str(reasons.value_counts().index[0]) if len(reasons) else ""
 

@@ -12,6 +12,7 @@ import pandas as pd
 from fedleak.errors import InvalidInputError
 from fedleak.report.files import dig, finite, read_json, read_table, try_json, within
 from fedleak.runs import INFORMED, UNAWARE, finished_cells, judged_side, predicted
+from fedleak.status import STATUSES
 from fedleak.wording import RECOGNISABLE, clean, defence_words, strength_words
 
 Kind = Literal["run", "evaluation", "attack", "audit"]
@@ -193,7 +194,7 @@ def _run_arm(folder: Path, notes: list[str], about: dict[str, Any] | None = None
 
 def _whole(leakage: pd.DataFrame, notes: list[str]) -> pd.DataFrame:
     """Leave out rows of which a killed run wrote half."""
-    good = leakage["status"].isin(("ok", "failed")) & leakage["round"].notna()
+    good = leakage["status"].isin(STATUSES) & leakage["round"].notna()
     if not good.all():
         notes.append(f"{int((~good).sum())} incomplete rows of leakage.csv were left out.")
     return leakage[good]

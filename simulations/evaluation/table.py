@@ -11,6 +11,7 @@ import pandas as pd
 
 from fedleak.defences.accountant import epsilon
 from fedleak.runs import CELLS, INFORMED, UNAWARE
+from fedleak.status import most_frequent, reconstructed
 from simulations.evaluation.cell import Outcome
 from simulations.evaluation.sweep import Cell, Sweep
 
@@ -104,7 +105,7 @@ def cell_rows(out: Path, cell: Cell, outcome: Outcome, sweep: Sweep) -> tuple[Ro
 
 def _attacked(leakage: pd.DataFrame, threshold_db: float) -> Mapping[str, float]:
     """Return what one attacker recovered; medians are of the images that were reconstructed."""
-    ok = leakage[leakage["status"] == "ok"]
+    ok = leakage[reconstructed(leakage)]
     right = ok["label_true"] == ok["label_inferred"]
     return {
         "psnr_db_median": ok["psnr_db"].median(),
@@ -136,8 +137,7 @@ def _by_round(
 
 
 def _most_frequent(leakage: pd.DataFrame) -> str:
-    reasons = leakage.loc[leakage["status"] != "ok", "reason"].value_counts()
-    return str(reasons.index[0]) if len(reasons) else ""
+    return most_frequent(leakage, "failed") or most_frequent(leakage, "doubtful")
 
 
 def _plain(value: Any) -> Any:

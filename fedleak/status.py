@@ -1,0 +1,34 @@
+"""What became of an image: the words of the ``status`` columns.
+
+``ok``: reconstructed, and the update is what it was declared to be, as far as it shows.
+``doubtful``: reconstructed, but the update shows something that the attack does not model; the
+``reason`` says what. ``failed``: there is no image, and the ``reason`` says why.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+Status = Literal["ok", "doubtful", "failed"]
+STATUSES: tuple[Status, ...] = ("ok", "doubtful", "failed")
+
+
+def status_of(reconstructed: bool, doubtful: bool) -> Status:
+    """Return the status of what was attacked."""
+    if not reconstructed:
+        return "failed"
+    return "doubtful" if doubtful else "ok"
+
+
+def reconstructed(table: pd.DataFrame) -> pd.Series:
+    """Return which rows of a table of images have one, doubtful or not."""
+    return table["status"].isin(("ok", "doubtful"))
+
+
+def most_frequent(table: pd.DataFrame, status: Status) -> str:
+    """Return the reason that most rows of a status have; empty where there are none."""
+    reasons = table.loc[table["status"] == status, "reason"].dropna().value_counts()
+    return str(reasons.index[0]) if len(reasons) else ""
