@@ -18,6 +18,8 @@ from importlib import metadata as _metadata
 _os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from fedleak.attacks import ATTACKS, Attack, Reconstruction, make_attack, run_attack
+from fedleak.client.replay import Replay
+from fedleak.client.training import LocalTraining
 from fedleak.defences import DEFENCES, Defence, DefenceSpec, defend, parse_defence
 from fedleak.errors import FedleakError
 from fedleak.metric import SecurityMetric, security_metric
@@ -25,10 +27,9 @@ from fedleak.models import MODELS, build_model
 from fedleak.observation import Observation
 from fedleak.priors import PRIORS, GaussianPrior, Prior, make_prior
 from fedleak.quality import Quality, score
-from fedleak.replay import Replay
 from fedleak.systems import Chain
 from fedleak.terms import Terms
-from fedleak.threat import LocalTraining, ThreatModel
+from fedleak.threat import ThreatModel
 
 # torch.func's first use loads code of torch's own that torch itself deprecates.
 _warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", FutureWarning)

@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fedleak.attacks import Attack, Reconstruction, attack_for
+from fedleak.client.compute import example_gradients, gradient
 from fedleak.defences import DefenceSpec, defend, defend_examples, parse_defence
-from fedleak.defences.examples import example_gradients
 from fedleak.errors import InvalidInputError
 from fedleak.images import read_images
 from fedleak.observation import Observation
@@ -129,22 +128,17 @@ def reconstruct(
             f"{len(images)} images do not make batches of {batch_size}; attack "
             f"{len(images) // max(batch_size, 1) * batch_size} of them or change the batch size"
         )
-    names, parameters = zip(*model.named_parameters(), strict=True)
     observations = []
     for n, (x, y) in enumerate(
         zip(images.split(batch_size), targets.split(batch_size), strict=True), first
     ):
         try:
-            loss = F.cross_entropy(model(x), y)
+            clean, _ = (example_gradients if spec.examples else gradient)(model, x, y)
         except (RuntimeError, IndexError, ValueError) as error:
             raise InvalidInputError(
                 f"the model cannot take images of shape {shape} with labels {y.tolist()}: {error}"
             ) from error
-        if spec.examples:
-            sent = defend_examples(example_gradients(model, x, y)[0], spec, seed + n)
-        else:
-            gradient = dict(zip(names, torch.autograd.grad(loss, parameters), strict=True))
-            sent = defend(gradient, spec, seed + n)
+        sent = (defend_examples if spec.examples else defend)(clean, spec, seed + n)
         known = y.tolist() if labels_known else None
         told = spec if informed else None
         seen = Observation.from_gradient(model, sent, shape, batch_size, known, defence=told)

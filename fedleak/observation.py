@@ -9,10 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fedleak.client.optimiser import SGD
+from fedleak.client.training import LocalTraining
 from fedleak.defences import DefenceSpec
 from fedleak.errors import InvalidInputError, InvalidUpdateError
 from fedleak.terms import Terms, WithTerms
-from fedleak.threat import LocalTraining, ThreatModel
+from fedleak.threat import ThreatModel
 
 
 @dataclass(frozen=True, eq=False)
@@ -182,14 +184,15 @@ class Observation(WithTerms):
             raise InvalidInputError("weights are shared; say by training what the clients do")
         rate = training.learning_rate if threat.learning_rate else 1.0
         gain = training.gain(terms.own) if threat.local_steps else 1.0
-        decay = training.weight_decay if threat.learning_rate and threat.local_steps else 0.0
+        # Without rate and steps the change itself, and with it the decay, has no known unit.
+        optimiser = training.optimiser if threat.learning_rate and threat.local_steps else SGD()
         change, moved = {}, {}
         for name, parameter in model.named_parameters():
             if name in received:
                 came = _check(name, torch.as_tensor(received[name]), tuple(parameter.shape))
                 sent = parameter.detach().cpu().double()
                 moved[name] = sent - came
-                change[name] = moved[name] / (rate * gain) - decay * sent
+                change[name] = optimiser.one_step_view(moved[name], sent, rate, gain)
         gradient = _checked(model, change)
         buffers = {}
         for name, buffer in model.named_buffers() if threat.buffers else ():

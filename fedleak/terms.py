@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeVar
 
+from fedleak.client.training import LocalTraining
 from fedleak.defences import DefenceSpec
 from fedleak.errors import InvalidInputError
-from fedleak.threat import HONEST, LocalTraining, ThreatModel
+from fedleak.threat import HONEST, ThreatModel
 
 Shared = Literal["gradient", "weights"]
 

@@ -1,12 +1,12 @@
-"""What the attacker knows and may do, and how the clients train: both are stated, never assumed."""
+"""What the attacker knows and may do: stated, never assumed."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from typing import Literal
 
+from fedleak.client.training import LocalTraining as LocalTraining  # its name until 0.6
 from fedleak.errors import ForbiddenError, InvalidInputError
 
 View = Literal["client", "sum"]
@@ -102,60 +102,3 @@ class ThreatModel:
 
 #: The honest-but-curious server.
 HONEST = ThreatModel()
-
-
-@dataclass(frozen=True)
-class LocalTraining:
-    """What a client does before it shares weights: minibatch SGD, as the protocol says.
-
-    Each epoch draws a new order of the client's images and cuts it into batches; the last
-    one may be smaller.
-
-    Attributes
-    ----------
-    learning_rate : float
-    batch_size : int
-    epochs : int
-        Passes over the client's images.
-    momentum, weight_decay : float
-        As in ``torch.optim.SGD``.
-    """
-
-    learning_rate: float
-    batch_size: int = 1
-    epochs: int = 1
-    momentum: float = 0.0
-    weight_decay: float = 0.0
-
-    def __post_init__(self) -> None:
-        for name, least in (("batch_size", 1), ("epochs", 1)):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise InvalidInputError(
-                    f"{name} must be a whole number from {least}, not {value!r}"
-                )
-        for name in ("learning_rate", "momentum", "weight_decay"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)):
-                raise InvalidInputError(f"{name} must be a number, not {value!r}")
-        rates = (self.learning_rate, self.momentum, self.weight_decay)
-        if not all(math.isfinite(r) and r >= 0 for r in rates) or self.learning_rate == 0:
-            raise InvalidInputError(
-                f"learning_rate ({self.learning_rate}) must be above 0, momentum "
-                f"({self.momentum}) and weight_decay ({self.weight_decay}) at least 0"
-            )
-        if self.momentum >= 1:
-            raise InvalidInputError(f"momentum must be below 1, not {self.momentum}")
-
-    def steps(self, images: int) -> int:
-        """Return how many steps a client with ``images`` images takes."""
-        return self.epochs * math.ceil(images / self.batch_size)
-
-    def gain(self, images: int) -> float:
-        """Return by how much the weights move for a constant gradient, in learning rates.
-
-        The number of steps; more with momentum: step ``s`` moves by
-        ``1 + momentum + ... + momentum^(s - 1)``.
-        """
-        steps, m = self.steps(images), self.momentum
-        return sum((1 - m**s) / (1 - m) for s in range(1, steps + 1))

@@ -12,6 +12,7 @@ import torch
 from flwr.common.logger import log
 from torch import Tensor
 
+from fedleak.client.replay import Gradients, Replay
 from fedleak.defences import defend
 from fedleak.errors import FedleakError, UnsupportedModelError
 from fedleak.metric.jacobian import Block, UpdateJacobian
@@ -26,7 +27,6 @@ from fedleak.metric.prediction import (
     predict,
 )
 from fedleak.priors import GaussianPrior
-from fedleak.replay import Gradients, Replay
 from simulations.partition import training_data
 from simulations.scenario import Scenario
 from simulations.task import make_model

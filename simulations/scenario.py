@@ -11,12 +11,13 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from fedleak.attacks import ATTACKS, make_attack
+from fedleak.client.training import LocalTraining
 from fedleak.data import check_name
 from fedleak.defences import DefenceSpec, parse_defence
 from fedleak.errors import FedleakError, InvalidInputError, UnknownNameError, nearest
 from fedleak.models import MODELS, load_factory
 from fedleak.priors import make_prior
-from fedleak.threat import LocalTraining, ThreatModel, View
+from fedleak.threat import ThreatModel, View
 
 SHIPPED = Path(__file__).parent / "scenarios"
 

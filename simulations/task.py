@@ -6,12 +6,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fedleak.client.compute import example_gradients, gradient, train
+from fedleak.client.loss import CrossEntropy
 from fedleak.data import LabelledImages, load_data
 from fedleak.defences import defend_examples
-from fedleak.defences.examples import example_gradients
 from fedleak.models import build_model
 from simulations.partition import client_batches, training_data
 from simulations.scenario import Scenario
@@ -56,11 +56,7 @@ def local_gradient(
         examples, each = example_gradients(model, images, labels)
         stream = noise_seed(scenario.seed, client, server_round)
         return defend_examples(examples, spec, stream), each
-    loss = F.cross_entropy(model(images), labels)
-    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    gradients = torch.autograd.grad(loss, list(trained.values()), materialize_grads=True,
-                                    allow_unused=True)  # fmt: skip
-    return dict(zip(trained, gradients, strict=True)), loss.item()
+    return gradient(model, images, labels)
 
 
 def local_training(
@@ -71,28 +67,10 @@ def local_training(
     ``proximal_mu`` weighs FedProx's term ``mu / 2 * ||w - w_sent||^2``.
     """
     model.train()
-    training = scenario.training
-    optimiser = torch.optim.SGD(
-        model.parameters(),
-        lr=training.learning_rate,
-        momentum=training.momentum,
-        weight_decay=training.weight_decay,
-    )
-    sent = [p.detach().clone() for p in model.parameters()]
-    losses = []
-    for batch in client_batches(scenario, client, server_round):
-        images, labels = training_data(scenario).batch(batch)
-        optimiser.zero_grad()
-        loss = F.cross_entropy(model(images), labels)
-        losses.append(loss.item())
-        if proximal_mu:
-            away = sum(
-                (p - s).square().sum() for p, s in zip(model.parameters(), sent, strict=True)
-            )
-            loss = loss + proximal_mu / 2 * away
-        loss.backward()
-        optimiser.step()
-    return sum(losses) / len(losses)
+    local, data = scenario.training.local, training_data(scenario)
+    assert local is not None  # it shares weights
+    batches = (data.batch(batch) for batch in client_batches(scenario, client, server_round))
+    return train(model, batches, local, proximal_mu)
 
 
 def evaluate(model: nn.Module, images: LabelledImages) -> tuple[float, float]:
@@ -108,7 +86,7 @@ def evaluate(model: nn.Module, images: LabelledImages) -> tuple[float, float]:
             x, y = images.batch(range(first, min(first + 500, len(images))))
             logits = model(x)
             correct += int((logits.argmax(1) == y).sum())
-            loss += F.cross_entropy(logits, y, reduction="sum").item()
+            loss += float(CrossEntropy(reduction="sum").value(logits, y))
     model.train(mode)
     return correct / len(images), loss / len(images)
 

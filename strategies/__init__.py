@@ -1,6 +1,6 @@
 """Flower plug-ins: the malicious server, FedSGD, reply checks and defence mods."""
 
-from fedleak.threat import LocalTraining
+from fedleak.client.training import LocalTraining
 from strategies.defence_mod import choosing_defence_mod, defence_mod
 from strategies.delegate import DelegatingStrategy
 from strategies.fedsgd import FedSGD

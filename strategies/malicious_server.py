@@ -21,12 +21,13 @@ from torch import Tensor, nn
 from fedleak.attacks import Attack, Reconstruction, make_attack, run_attack
 from fedleak.capture import CaptureWriter, Update
 from fedleak.capture.update import load_sent
+from fedleak.client.training import LocalTraining
 from fedleak.defences import DefenceSpec, parse_defence
 from fedleak.errors import FedleakError, InvalidInputError, InvalidUpdateError
 from fedleak.observation import Observation
 from fedleak.status import Status
 from fedleak.terms import Shared, Terms
-from fedleak.threat import HONEST, LocalTraining, ThreatModel
+from fedleak.threat import HONEST, ThreatModel
 from strategies.delegate import DelegatingStrategy
 
 __all__ = ["Leak", "MaliciousServer", "Shared"]

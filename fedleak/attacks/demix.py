@@ -20,6 +20,7 @@ from torch import Tensor
 from fedleak import deadline
 from fedleak.attacks.labels import label_candidates
 from fedleak.attacks.mixture import NOISY, Constraint, Mixture, rows_rms
+from fedleak.client.loss import PLAIN, CanonicalLoss
 
 #: Mean square residual, in units of the rounding expected, of a solution: 0.1 to 2 measured.
 _SOLVED = 5.0
@@ -124,6 +125,7 @@ def demix(
     labels: Tensor | None = None,
     constraint: Constraint | None = None,
     rounding: tuple[float, float] = (0.0, 0.0),
+    loss: CanonicalLoss | None = None,
 ) -> Demixed:
     """Find the inputs of a fully connected head, and the labels, of one batch.
 
@@ -146,12 +148,15 @@ def demix(
     rounding : tuple of float
         Standard deviations of rounding, beside that of float32 gradients, in the entries of
         ``gradient`` and ``bias``: where they are differences of weights.
+    loss : CanonicalLoss, optional
+        Of the batch; by default the mean cross-entropy.
 
     Returns
     -------
     Demixed
         The best of all sets of labels tried; not ``solved`` if none fits within rounding.
     """
+    loss = loss or PLAIN
     values, right = torch.linalg.svd(gradient, full_matrices=False)[1:]
     if not float(values[0]) > 0:  # withheld, or pruned away
         return _indistinct(right[:images], len(bias), 0.0, 0.0)
@@ -162,9 +167,10 @@ def demix(
     basis = right[:images]
     if ratio <= max(_DISTINCT, 2 * noise):
         return _indistinct(basis, len(bias), ratio, noise)
-    sets = iter([labels]) if labels is not None else label_candidates(bias, images, typical)
+    known = None if labels is None else iter([labels])
+    sets = known or label_candidates(bias, images, typical, loss)
     fresh = (
-        _Try(Mixture(gradient, bias, weight, offset, basis, noise, y, rounding))
+        _Try(Mixture(gradient, bias, weight, offset, basis, noise, y, rounding, loss))
         for y in itertools.islice(sets, _CANDIDATES)
     )
     tried: list[_Try] = []
@@ -227,10 +233,11 @@ def _search(problem: Mixture, effort: int) -> Tensor:
     starts = max(1, min(_STARTS, int(_ENTRIES / count**4)))
     noise = torch.randn(starts, count, classes, generator=generator, dtype=torch.float64)
     spread = _SPREADS[effort % len(_SPREADS)]
-    mean = (problem.bias + problem.own.sum(0) / count).clamp_min(1e-9)
-    p = (mean.log() + spread * noise.to(mean)).softmax(2)
+    mean = problem.mean_probabilities().clamp_min(1e-9)
+    loss = problem.loss
+    p = loss.link(loss.unlink(mean) + spread * noise.to(mean))
     target = problem.target.expand(starts, -1, -1)
-    start = torch.linalg.lstsq(((p - problem.own) / count).mT, target).solution
+    start = torch.linalg.lstsq(problem.errors(p).mT, target).solution
     problem.unweigh()
     if effort % 2:
         problem.weigh(start[0])

@@ -13,10 +13,11 @@ from fedleak.attacks import informed
 from fedleak.attacks.fit import compare, compare_signs, silent_tensors
 from fedleak.attacks.inference import head_of, observed_labels
 from fedleak.attacks.statistics import received_statistics
+from fedleak.client.local_replay import LocalReplay
+from fedleak.client.loss import CanonicalLoss
+from fedleak.client.replay import Replay
 from fedleak.errors import InvalidInputError, UnsupportedModelError
-from fedleak.local_training import LocalReplay
 from fedleak.observation import Observation
-from fedleak.replay import Replay
 from fedleak.systems import Chain, Gradients
 from fedleak.terms import Terms
 
@@ -136,7 +137,8 @@ class Evidence:
                 "the update mixes several local steps; the linear systems cover one step"
             )
         try:
-            chain = Chain.read(self.model, self.terms.input_shape).to(self.replay.device)
+            chain = Chain.read(self.model, self.terms.input_shape, self.replay.loss)
+            chain.to(self.replay.device)
         except UnsupportedModelError as error:
             return error
         reason = self._why_not_demixed(chain) if self.images > 1 else ""
@@ -148,10 +150,16 @@ class Evidence:
         features, classes = head.in_shape[0], head.out_shape[0]
         if steps > 1:
             return f"the update is the sum of {steps} local steps; the linear systems cover one"
-        if count > min(classes - 1, features):
+        if not isinstance(chain.loss, CanonicalLoss):
+            return (
+                f"the update mixes {count} images, and under the loss {type(chain.loss).__name__} "
+                "the head's gradient does not tell them apart"
+            )
+        apart = min(chain.loss.independent(classes), features)
+        if count > apart:
             return (
                 f"the update mixes {count} images; the head's gradient, with {classes} classes and "
-                f"{features} features, tells at most {min(classes - 1, features)} apart"
+                f"{features} features, tells at most {apart} apart"
             )
         if head.bias is None:
             return f"the update mixes {count} images, and the head has no bias to tell them apart"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fedleak.replay import Replay
+from fedleak.client.replay import Replay
 from fedleak.systems import Gradients
 
 #: A tensor is silent where the model makes less than this of it, relative to the largest of its

@@ -16,6 +16,7 @@ from fedleak.attacks.demix import Demixed, demix
 from fedleak.attacks.evidence import Evidence
 from fedleak.attacks.inference import head_of, typical_probabilities
 from fedleak.attacks.mixture import Constraint
+from fedleak.client.loss import CanonicalLoss, Loss
 from fedleak.errors import UnsupportedModelError
 from fedleak.solvers import cgls
 from fedleak.systems import Affine, Chain, Pointwise
@@ -89,7 +90,7 @@ def solve_head(evidence: Evidence) -> list[HeadSolution]:
     out = []
     for g, value, deviation, noise, y in made:
         logits = chain.head.forward(value)
-        g, noise = _self_consistent(logits, g, y[:, 0], noise)
+        g, noise = _self_consistent(chain.loss.alone(logits, y[:, 0]), logits, g, noise)
         out.append(HeadSolution(g, value, deviation, noise, y))
     return out
 
@@ -117,7 +118,9 @@ def demix_heads(evidence: Evidence) -> Iterator[Demixed]:
         If the model is no chain, or a batch is larger than its head tells apart.
     """
     head = evidence.chain.head
-    assert head.bias is not None  # or it were no chain for batches
+    loss = evidence.chain.loss
+    # Or it were no chain for batches.
+    assert head.bias is not None and isinstance(loss, CanonicalLoss)
     weights, biases = (evidence.gradient[n] for n in (head.weight_name, head.bias_name))
     typical = typical_probabilities(evidence.replay)
     demands = forward_constraint(evidence.chain)
@@ -132,6 +135,7 @@ def demix_heads(evidence: Evidence) -> Iterator[Demixed]:
             evidence.labels[n] if bool(evidence.granted[n]) else None,
             demands,
             (evidence.rounding(head.weight_name), evidence.rounding(head.bias_name)),
+            loss,
         )
 
 
@@ -253,7 +257,8 @@ def _rank_one(
     """Solve ``G = g x^T`` without knowing ``g``: ``g = a u`` and ``x = (s / a) v``.
 
     ``s u v^T`` is the best approximation of rank one. ``g`` is negative at the label only,
-    which gives the sign, and ``softmax(W x) - y = g`` gives the scale ``a``.
+    which gives the sign, and ``softmax(W x) - y = g`` gives the scale ``a``; of other losses with
+    a link alike.
 
     Parameters
     ----------
@@ -267,7 +272,7 @@ def _rank_one(
     u, s, v = left[:, :, 0], values[:, :1].clamp_min(1e-300), right[:, 0]
     sign = torch.where(u.gather(1, labels) > 0, -1.0, 1.0)
     u, v = sign * u, sign * v
-    a = _scale(s * (v @ weight.mT), u, labels, place)
+    a = _scale(s * (v @ weight.mT), u, labels, place, evidence.chain.loss)
     freedom = max(1, (head.shape[1] - 1) * head.shape[2])
     spread = (values[:, 1:].square().sum(1, keepdim=True) / freedom).sqrt()
     size = head.square().mean((1, 2)).sqrt().clamp_min(1e-300)
@@ -275,30 +280,38 @@ def _rank_one(
     return a * u, x, (spread / a).expand_as(x), spread[:, 0] / size, labels
 
 
-def _scale(w: Tensor, u: Tensor, labels: Tensor, place: int) -> Tensor:
+def _scale(w: Tensor, u: Tensor, labels: Tensor, place: int, loss: Loss) -> Tensor:
     """Return the ``a`` with ``softmax(w / a) - y = a u``, shape (N, 1).
 
     A grid over ``log a``, then golden sections, then Gauss-Newton steps to the last digit.
     """
+    if not isinstance(loss, CanonicalLoss):
+        raise UnsupportedModelError(
+            f"the head has no bias, and under the loss {type(loss).__name__} its gradient does "
+            "not tell the scale of its input"
+        )
+    each = labels.unsqueeze(1)  # (N, 1, 1): every try is a batch of one
     own = F.one_hot(labels, u.shape[1]).to(u)  # (N, 1, classes)
 
     def residual(t: Tensor) -> tuple[Tensor, Tensor]:
         """Return ``(softmax - y) / a - u`` and its derivative, shape (N, len, classes)."""
         logits = w.unsqueeze(1) * torch.exp(-t).unsqueeze(2)
-        p = logits.softmax(2)
-        g = p * (1 - own)
-        g = g - own * g.sum(2, keepdim=True)  # p - 1 without cancellation
-        change = p * ((p * logits).sum(2, keepdim=True) - logits)
+        p = loss.link(logits)
+        g = loss.errors(p.unsqueeze(2), each).squeeze(2)
+        if loss.independent(u.shape[1]) < u.shape[1]:
+            g = g * (1 - own)
+            g = g - own * g.sum(2, keepdim=True)  # p - 1 without cancellation
+        change = loss.pushed(p.unsqueeze(2), -logits.unsqueeze(2), each).squeeze(2)
         size = torch.exp(t).unsqueeze(2)
         return g / size - u.unsqueeze(1), (change - g) / size
 
-    def loss(t: Tensor) -> Tensor:
+    def misfit(t: Tensor) -> Tensor:
         return residual(t)[0].square().sum(2)
 
     # p > 0 at the label bounds a.
     most = -u.gather(1, labels).abs().clamp_min(1e-12).log()
     grid = _LEAST + (most - _LEAST) * torch.linspace(0, 1, _GRID).to(u)
-    value = loss(grid)
+    value = misfit(grid)
     padded = F.pad(value, (1, 1), value=torch.inf)
     valley = (value <= padded[:, :-2]) & (value <= padded[:, 2:])
     best = value.masked_fill(~valley, torch.inf).topk(place + 1, 1, largest=False).indices
@@ -306,20 +319,20 @@ def _scale(w: Tensor, u: Tensor, labels: Tensor, place: int) -> Tensor:
     for _ in range(60):
         step = step * 0.618
         tries = torch.cat([t - step, t, t + step], 1)
-        t = tries.gather(1, loss(tries).argmin(1, keepdim=True))
+        t = tries.gather(1, misfit(tries).argmin(1, keepdim=True))
     for _ in range(8):
         r, slope = residual(t)
         fresh = t - (r * slope).sum(2) / slope.square().sum(2).clamp_min(1e-300)
-        t = torch.where(loss(fresh) < loss(t), fresh, t)
+        t = torch.where(misfit(fresh) < misfit(t), fresh, t)
     return t.exp()
 
 
 def _self_consistent(
-    logits: Tensor, g: Tensor, label: Tensor, noise: Tensor
+    made: Tensor, logits: Tensor, g: Tensor, noise: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Return the head's ``dL/dlogits`` made from its input where that is more precise.
 
-    A softmax cross-entropy has ``g = softmax(W x + b) - y``. The input ``x`` averages over
+    The clients' loss makes ``g`` of the logits ``W x + b``: ``made``. The input ``x`` averages over
     all rows of the head's gradient, so under noise this ``g`` is better than the observed
     one. It is not taken where it contradicts the observed one: the loss may be another.
 
@@ -329,7 +342,6 @@ def _self_consistent(
     noise : Tensor, shape (N,)
         At least the difference of the two: a pruned head can look noiseless.
     """
-    made = logits.softmax(1) - F.one_hot(label, g.shape[1])
     size = g.norm(dim=1).clamp_min(1e-300)
     miss = (made - g).norm(dim=1) / size
     # The client's float32 softmax rounds p - y: of a confident model's small g, a large part.

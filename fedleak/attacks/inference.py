@@ -10,10 +10,11 @@ from torch import Tensor
 
 from fedleak.attacks import informed
 from fedleak.attacks.labels import NO_HEAD, infer_labels
+from fedleak.client.local_replay import typical_on_the_way
+from fedleak.client.loss import CanonicalLoss
+from fedleak.client.replay import Replay
 from fedleak.errors import InvalidInputError, UnsupportedModelError
-from fedleak.local_training import typical_on_the_way
 from fedleak.observation import Observation
-from fedleak.replay import Replay
 from fedleak.systems import Gradients
 
 
@@ -32,6 +33,7 @@ def head_of(gradient: Gradients, errors: Gradients, replay: Replay) -> informed.
         errors.get(bias, torch.full_like(zero, torch.inf)),
         replay.parameters[weight],
         zero[0] if offset is None else offset.detach(),
+        replay.loss,
     )
 
 
@@ -62,15 +64,16 @@ def observed_labels(
         prefix = f"{replay.head}." if replay.head else ""
         bias = gradient.get(f"{prefix}bias") if replay.head is not None else None
         weight = gradient.get(f"{prefix}weight") if replay.head is not None else None
-        typical = typical_probabilities(replay)
-        first = observations[0]
-        if first.training is not None and first.terms.steps > 1:
-            own = first.terms.own
-            typical = typical_on_the_way(replay, gradient, first.training, own, grey(replay))
+        typical, first = None, observations[0]
+        if isinstance(replay.loss, CanonicalLoss):
+            typical = typical_probabilities(replay)
+            if first.training is not None and first.terms.steps > 1:
+                own = first.terms.own
+                typical = typical_on_the_way(replay, gradient, first.training, own, grey(replay))
         if errors and images == 1:
             inferred = _informed_labels(gradient, errors, replay)
         else:
-            inferred = infer_labels(bias, weight, images, typical)
+            inferred = infer_labels(bias, weight, images, typical, replay.loss)
         # Which client of a sum had which label is not known: spread them.
         inferred = inferred.reshape(len(known), -1, first.clients).mT.flatten(1)
     rows = [
@@ -123,7 +126,7 @@ def typical_probabilities(replay: Replay) -> Tensor:
     coarse = torch.rand(64, channels, 4, 4, generator=generator).to(replay.device, replay.dtype)
     images = F.interpolate(coarse, tuple(size), mode="bilinear")
     with torch.no_grad():
-        p = replay.model(images).softmax(1).mean(0)
+        p = replay.loss.link(replay.model(images)).mean(0)
     return 0.5 * p + 0.5 / len(p)
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from fedleak.client.loss import PLAIN, Loss
 
 #: Rounding of a float32 gradient's entries, relative to their root mean square.
 _ROUNDING = 3e-7
@@ -26,6 +27,8 @@ class Head:
         Of the bias; infinite errors where there is none.
     weight : Tensor, shape (classes, features)
     offset : Tensor, shape (classes,)
+    loss : Loss
+        What the clients minimise.
     """
 
     gradient: Tensor
@@ -34,10 +37,11 @@ class Head:
     bias_errors: Tensor
     weight: Tensor
     offset: Tensor
+    loss: Loss = PLAIN
 
 
 def solve(head: Head, label: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Solve ``G = g x^T`` and ``g = softmax(W x + b) - y`` for ``x`` and ``g``.
+    """Solve ``G = g x^T`` and, of cross-entropy, ``g = softmax(W x + b) - y`` for ``x`` and ``g``.
 
     Each feature ``x_f`` is the weighted least squares over the entries ``G_rf`` that say
     something, with the known error of each and that of ``g_r``; each ``g_r`` is the mean of
@@ -54,8 +58,7 @@ def solve(head: Head, label: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     x, deviation : Tensor, shape (N, features)
         A feature that nothing is known of is 0, and its deviation infinite.
     """
-    own = F.one_hot(label, head.bias.shape[1]).to(head.bias)
-    g, of_g = _first(head, own)
+    g, of_g = _first(head, label)
     floor = _ROUNDING * _rms(head.gradient, head.errors)[:, :, None]
     variance = head.errors.square() + floor.square()
     x, deviation = _input(head.gradient, variance, g, of_g, torch.zeros_like(g[:, :1]))
@@ -63,13 +66,13 @@ def solve(head: Head, label: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         typical = _rms(x.unsqueeze(1), deviation.unsqueeze(1))
         spread = torch.where(deviation.isinf(), typical, deviation)
         logits = x @ head.weight.mT
-        p = (logits + head.offset).softmax(1)
         of_logits = (spread.square() @ head.weight.square().mT).sqrt()
         # The error of g along g is one factor of all features: it does not average out.
         factor = (of_g * g).norm(dim=1) / g.square().sum(1).clamp_min(1e-300)
         of_logits = torch.hypot(of_logits, factor[:, None] * logits.abs())
-        of_made = ((1 - p) * p * of_logits).clamp_min(_ROUNDING) + 1e-300
-        made = p - own
+        slope = head.loss.curvature(logits + head.offset, label)
+        of_made = (slope * of_logits).clamp_min(_ROUNDING) + 1e-300
+        made = head.loss.alone(logits + head.offset, label)
         known = head.bias_errors.square() + (_ROUNDING * head.bias).square() + 1e-300
         # What is received counts where it contradicts: the loss may be another.
         share = torch.where(known.isinf(), 1.0, known / (known + of_made.square()))
@@ -86,28 +89,27 @@ def scale(head: Head, label: Tensor) -> Tensor:
     """Return the factor that a clipped update was multiplied by, at most 1, shape (N,).
 
     ``x`` is the ratio of two rows of received values, so no factor is in it; the received
-    bias gradient is the factor times ``softmax(W x + b) - y``.
+    bias gradient is the factor times ``dL/dlogits`` at ``W x + b``.
     """
     floor = _ROUNDING * _rms(head.gradient, head.errors)[:, :, None]
     variance = head.errors.square() + floor.square()
     x, _ = _input(head.gradient, variance, *_first(head, None), torch.zeros_like(head.bias[:, :1]))
-    made = (x @ head.weight.mT + head.offset).softmax(1)
-    made = made - F.one_hot(label, made.shape[1])
+    made = head.loss.alone(x @ head.weight.mT + head.offset, label)
     weight = torch.where(head.bias_errors.isinf(), 0.0, 1.0)
     total = (weight * made.square()).sum(1).clamp_min(1e-300)
     return ((weight * made * head.bias).sum(1) / total).clamp(1e-12, 1.0)
 
 
-def _first(head: Head, own: Tensor | None) -> tuple[Tensor, Tensor]:
+def _first(head: Head, label: Tensor | None) -> tuple[Tensor, Tensor]:
     """Return ``g`` and its errors to begin with: as received, or the left singular vector."""
     known = ~head.bias_errors.isinf()
     if bool(known.any(1).all()):
         return torch.where(known, head.bias, 0.0), torch.where(known, head.bias_errors, 1e150)
     told = torch.where(head.errors.isinf(), 0.0, head.gradient)
     u = torch.linalg.svd(told, full_matrices=False)[0][:, :, 0]
-    if own is not None:  # about as large as at an undecided model
-        sign = torch.where((u * own).sum(1, keepdim=True) > 0, -1.0, 1.0)
-        u = 0.9 * sign * u / (u * own).sum(1, keepdim=True).abs().clamp_min(1e-3)
+    if label is not None:  # about as large as at an undecided model
+        own = u.gather(1, label.unsqueeze(1))
+        u = 0.9 * torch.where(own > 0, -1.0, 1.0) * u / own.abs().clamp_min(1e-3)
     return u, torch.full_like(u, _ROUNDING)
 
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from fedleak.client.loss import PLAIN, CanonicalLoss, Loss
 from fedleak.errors import UnsupportedModelError
 
 NO_HEAD = (
@@ -17,7 +18,11 @@ NO_HEAD = (
 
 
 def infer_labels(
-    bias: Tensor | None, weight: Tensor | None, images: int, typical: Tensor
+    bias: Tensor | None,
+    weight: Tensor | None,
+    images: int,
+    typical: Tensor | None,
+    loss: Loss | None = None,
 ) -> Tensor:
     """Infer the labels of each batch, in ascending order.
 
@@ -36,8 +41,10 @@ def infer_labels(
         ``p - y`` sums to zero and so is largest, in size, at the label.
     images : int
         Batch size B.
-    typical : Tensor, shape (classes,) or (N, classes)
-        The model's mean class probabilities on images of the server's own.
+    typical : Tensor, shape (classes,) or (N, classes), or None
+        The model's mean class probabilities on images of the server's own; for batches.
+    loss : Loss, optional
+        By default the mean cross-entropy.
 
     Returns
     -------
@@ -51,19 +58,33 @@ def infer_labels(
     if bias is not None:
         if images == 1:
             return bias.argmin(1, keepdim=True)
+        loss = loss or PLAIN
+        if typical is None or not isinstance(loss, CanonicalLoss):
+            raise UnsupportedModelError(no_counts(loss))
         each = zip(bias, typical.expand(len(bias), -1), strict=True)
-        return torch.stack([next(label_candidates(g, images, p)) for g, p in each])
+        return torch.stack([next(label_candidates(g, images, p, loss)) for g, p in each])
     if weight is not None and images == 1:
         return weight.norm(dim=2).argmax(1, keepdim=True)
     raise UnsupportedModelError(NO_HEAD)
 
 
-def label_candidates(bias: Tensor, images: int, typical: Tensor) -> Iterator[Tensor]:
+def no_counts(loss: Loss) -> str:
+    """Return why the labels of a batch are not counted under a loss."""
+    return (
+        f"the labels of a batch cannot be counted under the loss {type(loss).__name__}, whose "
+        "gradient at the head is no probability minus a target; grant them to the attacker"
+    )
+
+
+def label_candidates(
+    bias: Tensor, images: int, typical: Tensor, loss: CanonicalLoss | None = None
+) -> Iterator[Tensor]:
     """Yield the sets of labels that one bias gradient allows, the likeliest first.
 
     ``g_c = p_c - n_c / B`` with a mean probability ``0 < p_c < 1`` leaves the counts
     ``-B g_c < n_c < B (1 - g_c)``; how far ``p_c`` is from the typical probability, in units
-    of its square root, orders what is left.
+    of its square root, orders what is left. So it is of the mean cross-entropy;
+    :meth:`CanonicalLoss.counts` says it of others.
 
     Parameters
     ----------
@@ -71,18 +92,22 @@ def label_candidates(bias: Tensor, images: int, typical: Tensor) -> Iterator[Ten
     images : int
         Batch size B.
     typical : Tensor, shape (classes,)
+    loss : CanonicalLoss, optional
 
     Yields
     ------
     Tensor, int64, shape (B,)
         In ascending order.
     """
-    expected = images * (typical - bias)
+    expected, least, unit = (loss or PLAIN).counts(bias, images, typical)
     tolerance = 1e-4 * images
-    least = (-images * bias - tolerance).ceil().clamp(0, images).long()
+    least = (least - tolerance).ceil().clamp(0, images).long()
     if int(least.sum()) > images:  # noise: no counts are certain
         least = torch.zeros_like(least)
+    if len(expected) > len(typical):  # one output has two labels
+        typical = torch.cat([1 - typical, typical])
     scale = 1 / (images * typical).clamp_min(1e-3)
+    scale = scale if unit is None else scale / unit.square()
     # Each label more of a class costs more than the one before, so that taking the cheapest
     # gives the likeliest counts, and exchanging few of the taken the next.
     extra = images - int(least.sum())

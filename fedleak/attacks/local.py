@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from fedleak.attacks.evidence import Evidence
 from fedleak.attacks.joint import Match
 from fedleak.attacks.targets import ModuleTarget, SignTarget, Target, without_silent
-from fedleak.threat import LocalTraining
+from fedleak.client.training import LocalTraining
 
 
 class Shuffles:

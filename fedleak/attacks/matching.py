@@ -15,10 +15,10 @@ from fedleak import events
 from fedleak.attacks.base import ATTACKS, Attack, Reconstruction
 from fedleak.attacks.evidence import Evidence
 from fedleak.attacks.objectives import cosine_distance, squared_distance, total_variation
+from fedleak.client.local_replay import LocalReplay
+from fedleak.client.replay import Gradients, Replay
 from fedleak.errors import InvalidInputError
-from fedleak.local_training import LocalReplay
 from fedleak.observation import Observation
-from fedleak.replay import Gradients, Replay
 from fedleak.solvers import lbfgs
 
 #: Evaluations in one step of ``torch.optim.LBFGS`` as the authors of DLG call it.

@@ -6,10 +6,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fedleak import deadline
+from fedleak.client.loss import PLAIN, CanonicalLoss
 from fedleak.solvers.gaussian import cholesky
 
 #: Relative rounding of a client's softmax of small logits, and of an entry of its weight
@@ -35,11 +35,20 @@ class Mixture:
     noise: float  # of an entry, relative to their root mean square
     labels: Tensor  # (B,)
     rounding: tuple[float, float] = (0.0, 0.0)  # of an entry of G and of g, beside float32's
+    loss: CanonicalLoss = PLAIN
 
     def __post_init__(self) -> None:
         self.logits = self.basis @ self.weight.mT  # of each basis vector, (B, C)
         self.target = self.gradient @ self.basis.mT  # H (C, B)
-        self.own = F.one_hot(self.labels, len(self.bias)).to(self.bias)  # Y (B, C)
+        outputs = len(self.bias)
+        self.own = self.loss.targets(self.labels, outputs).to(self.bias)  # Y (B, C)
+        # E = (mass P - Y) / divisor.
+        divisor, mass = (
+            self.loss.divisor(self.labels, outputs),
+            self.loss.mass(self.labels, outputs),
+        )
+        self.divisor = divisor.to(self.bias) if isinstance(divisor, Tensor) else divisor
+        self.mass = None if mass is None else mass.to(self.bias)  # (B, 1)
         rows = self.gradient.square().mean(1).sqrt()
         self.of_g = (_ENTRY * rows).maximum(self.noise * rows.square().mean().sqrt())
         self.of_g = self.of_g.clamp_min(self.rounding[0])
@@ -52,6 +61,21 @@ class Mixture:
     def batch(self) -> int:
         return len(self.labels)
 
+    def _counted(self, p: Tensor) -> Tensor:
+        """Return probabilities, or changes of them, as they count in ``E``; (..., B, C)."""
+        return (p if self.mass is None else self.mass * p) / self.divisor
+
+    def errors(self, p: Tensor) -> Tensor:
+        """Return ``E`` for the probabilities ``p``, shape (..., B, C)."""
+        return ((p if self.mass is None else self.mass * p) - self.own) / self.divisor
+
+    def mean_probabilities(self) -> Tensor:
+        """Return what the bias gradient says of the mean over the batch, (C,)."""
+        if self.mass is None and self.divisor == self.batch:
+            return self.bias + self.own.sum(0) / self.batch
+        mass = float(self.batch) if self.mass is None else self.mass.sum()
+        return (self.bias * self.divisor + self.own.sum(0)).flatten() / mass
+
     def unweigh(self) -> None:
         """Weigh all equations alike."""
         self.mix = torch.eye(self.batch).to(self.own)  # whitens the columns of E^T M - H
@@ -60,15 +84,15 @@ class Mixture:
     def weigh(self, m: Tensor) -> None:
         """Set the weights by the rounding of the client's softmax and sums, given ``M``."""
         logits = m @ self.logits + self.offset
-        p = logits.softmax(1)
-        of_basis = self.of_basis((p - self.own) / self.batch)
+        p = self.loss.link(logits)
+        of_basis = self.of_basis(self.errors(p))
         # Of each image's p, relative: rounding, and what noise in its input does to
         # its logits. (Rounding does so too, but less than its size lets expect.)
         spread = (self.weight - self.weight.mean(0)).square().sum(1).mean().sqrt()
         spread = spread * (self.noise > NOISY)
         rounding = _SOFTMAX * (1 + logits.abs().amax(1))
         of_p = torch.hypot(rounding, of_basis * spread)
-        of_e = of_p.unsqueeze(1) * p / self.batch
+        of_e = self._counted(of_p.unsqueeze(1) * p)
         level = of_e.mean(1, keepdim=True)
         even = torch.eye(len(m)).to(m) * self.of_g.mean().square()
         covariance = (m * level).mT @ (m * level) + even
@@ -89,8 +113,8 @@ class Mixture:
 
     def evaluate(self, m: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """Return ``P``, ``E``, both residuals and their sum of squares for (K, B, B)."""
-        p = (m @ self.logits + self.offset).softmax(2)
-        e = (p - self.own) / self.batch
+        p = self.loss.link(m @ self.logits + self.offset)
+        e = self.errors(p)
         r1 = ((e.mT @ m - self.target) @ self.mix) * self.rows.unsqueeze(1)
         r2 = (e.sum(1) - self.bias) * self.sums
         value = r1.square().sum((1, 2)) + r2.square().sum(1)
@@ -105,8 +129,8 @@ class Mixture:
         """Return ``J^T J``, (K, B^2, B^2), and ``J^T r``, (K, B^2), without building ``J``."""
         count = len(m)
         # de_b / dm_b, shape (K, B, C, B).
-        mean = (p @ self.logits.mT).unsqueeze(2)
-        change = p.unsqueeze(3) * (self.logits.mT - mean) / self.batch
+        slopes = self.loss.slopes(p, self.logits)
+        change = (slopes if self.mass is None else self.mass.unsqueeze(2) * slopes) / self.divisor
         a, s = change * self.rows.unsqueeze(1), change * self.sums.unsqueeze(1)
         mixed, ew = m @ self.mix, e * self.rows
         flat = a.transpose(1, 2).flatten(2)

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import vmap
 
+from fedleak.client.replay import Gradients, Replay
 from fedleak.observation import Observation
-from fedleak.replay import Gradients, Replay
 
 
 def _counting(model: nn.Module) -> Iterator[tuple[str, nn.modules.batchnorm._BatchNorm]]:

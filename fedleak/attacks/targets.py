@@ -5,7 +5,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fedleak.attacks.evidence import Evidence
@@ -131,8 +130,7 @@ class ChainTarget(Target):
             above = self.solution.cotangents[self.depth]
         else:
             logits = chain.head.forward(inputs[-1])
-            labels = F.one_hot(self.evidence.labels.flatten(), logits.shape[1])
-            e = (logits.softmax(1) - labels) / self.evidence.images
+            e = chain.loss.cotangent(self._together(logits), self.evidence.labels).flatten(0, 1)
             above = chain.head.backward(inputs[-1], logits, e)
         gradients = chain.backward(inputs, above).gradients
         shared = [self._together(gradients[n]).sum(1) for n in self.names]

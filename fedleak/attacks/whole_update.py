@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fedleak.attacks.evidence import Evidence
@@ -75,8 +74,8 @@ class UpdateTarget(Target):
         self.names = [n for n in evidence.gradient if n != self.head]
         error = {n: self._error(n) for n in evidence.gradient}
         x = solution.values[-1]
-        labels = F.one_hot(evidence.labels[:, 0], evidence.chain.head.out_shape[0])
-        g = evidence.chain.head.forward(x).softmax(1) - labels
+        chain = evidence.chain
+        g = chain.loss.alone(chain.head.forward(x), evidence.labels[:, 0])
         self.rows = HeadRows(g, x.flatten(1), error[self.head])
         self._known(
             [*self.rows(evidence.gradient[self.head]), *(evidence.gradient[n] for n in self.names)],

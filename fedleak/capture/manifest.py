@@ -22,11 +22,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor, nn
 
 from fedleak.capture.update import Update
+from fedleak.client.training import LocalTraining
 from fedleak.defences import parse_defence
 from fedleak.errors import InvalidInputError, InvalidUpdateError
 from fedleak.models import MODELS, call_factory
 from fedleak.terms import Shared, Terms
-from fedleak.threat import LocalTraining, ThreatModel
+from fedleak.threat import ThreatModel
 
 FORMAT = "fedleak-capture"
 VERSION = 1

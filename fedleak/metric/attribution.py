@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fedleak.client.replay import Gradients
 from fedleak.defences import DefenceSpec, defend
 from fedleak.metric.groups import Group, group_layers
 from fedleak.metric.posterior import Information, decibels
 from fedleak.metric.prediction import Reference
 from fedleak.metric.rows import Block
-from fedleak.replay import Gradients
 
 #: Relative error of every gradient, at least: sums of squares in float64 resolve no less.
 LEVEL = 1e-4

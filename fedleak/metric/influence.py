@@ -14,14 +14,13 @@ import math
 from dataclasses import asdict, dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.func import functional_call, grad, jvp
 
+from fedleak.client.replay import Gradients
 from fedleak.metric.derivatives import affordable_steps, derivable
 from fedleak.metric.posterior import decibels
 from fedleak.metric.prediction import Reference
-from fedleak.replay import Gradients
 
 #: Power iterations end where the eigenvalue grows by less than this part of it, or after so many
 #: steps, or floating-point operations.
@@ -71,7 +70,7 @@ def influence(reference: Reference, seed: int = 0) -> Influence:
 
     def gradient(x: Tensor) -> Gradients:
         def loss(parameters: Gradients) -> Tensor:
-            return F.cross_entropy(functional_call(replay.model, parameters, (x,)), labels)
+            return replay.loss.value(functional_call(replay.model, parameters, (x,)), labels)
 
         return grad(loss)(replay.parameters)
 

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, grad, jvp, vmap
 
+from fedleak.client.replay import Gradients, Replay
 from fedleak.metric.derivatives import derivable
 from fedleak.metric.rows import (
     Bias,
@@ -29,7 +30,6 @@ from fedleak.metric.rows import (
     share_rows,
     uniform,
 )
-from fedleak.replay import Gradients, Replay
 
 #: Derivatives in this many directions are taken together, at most.
 _TOGETHER = 64
@@ -121,7 +121,7 @@ class UpdateJacobian:
             with self._watched(added) as seen:
                 logits = functional_call(self.replay.model, parameters, (images,))
             inputs = {k: [x for x, _ in calls] for k, calls in seen.items()}
-            return F.cross_entropy(logits, self.labels), inputs
+            return self.replay.loss.value(logits, self.labels), inputs
 
         (back, direct), inputs = grad(loss, argnums=(0, 1), has_aux=True)(added, self._direct)
         return {"inputs": inputs, "back": back, "direct": direct}

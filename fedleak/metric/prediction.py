@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from fedleak.client.replay import Gradients, Replay
 from fedleak.defences import DefenceSpec, defend, parse_defence
 from fedleak.errors import InvalidInputError
 from fedleak.metric.jacobian import UpdateJacobian
@@ -21,7 +22,6 @@ from fedleak.metric.posterior import Posterior, posterior
 from fedleak.metric.rows import Block
 from fedleak.priors import GaussianPrior, Prior
 from fedleak.priors.synthetic import dead_leaves
-from fedleak.replay import Gradients, Replay
 
 #: Relative error of every gradient, root mean square: the rounding of float32; and where its
 #: derivatives themselves are taken in float32, what they resolve.

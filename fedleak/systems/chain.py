@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fedleak.client.loss import PLAIN, Loss
 from fedleak.errors import UnsupportedModelError
 from fedleak.systems.base import Gradients, Layer, Shape
 from fedleak.systems.linear import Dense
@@ -41,14 +41,17 @@ class Chain:
     layers : list of Layer
         In forward order, without the head.
     head : Dense
-        The last layer; its output are the logits of a softmax cross-entropy.
+        The last layer; its output are the logits.
+    loss : Loss
+        What clients minimise: the mean cross-entropy, where nothing else is known.
     """
 
-    def __init__(self, layers: list[Layer], head: Dense):
+    def __init__(self, layers: list[Layer], head: Dense, loss: Loss | None = None):
         self.layers, self.head = layers, head
+        self.loss = loss or PLAIN
 
     @classmethod
-    def read(cls, model: nn.Module, input_shape: Shape) -> Chain:
+    def read(cls, model: nn.Module, input_shape: Shape, loss: Loss | None = None) -> Chain:
         """Read a module.
 
         Parameters
@@ -59,6 +62,7 @@ class Chain:
             clients. Its tensors are copied as float64.
         input_shape : tuple of int
             Shape (C, H, W) of one image.
+        loss : Loss, optional
 
         Returns
         -------
@@ -78,7 +82,7 @@ class Chain:
                 f"the model does not end in a fully connected layer (nn.Linear){last}; "
                 "the linear systems start from such a head"
             )
-        return cls(layers[:-1], layers[-1])
+        return cls(layers[:-1], layers[-1], loss)
 
     @property
     def device(self) -> torch.device:
@@ -112,11 +116,11 @@ class Chain:
         Returns
         -------
         Trace
-            Of the cross-entropy of each image alone; differentiable in ``x``.
+            Of the loss of each image alone; differentiable in ``x``.
         """
         inputs = self.features(x)
         logits = self.head.forward(inputs[-1])
-        e = logits.softmax(1) - F.one_hot(label, logits.shape[1]).to(logits)
+        e = self.loss.alone(logits, label)
         gradients = self.head.gradients(inputs[-1], e)
         d = self.head.backward(inputs[-1], logits, e)
         below = self.backward(inputs, d)

@@ -32,11 +32,11 @@ import numpy as np
 import fedleak
 from fedleak import make_attack
 from fedleak.attacks import Attack, Reconstruction
+from fedleak.client.training import LocalTraining
 from fedleak.data import load_data
 from fedleak.observation import Observation
 from fedleak.paper.photographs import photographs
 from fedleak.quality import match, score
-from fedleak.threat import LocalTraining
 from tests.benchmarks.common import parse, parser_of, peak_memory, report, seconds
 
 import torch  # isort: skip

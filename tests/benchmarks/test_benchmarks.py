@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from fedleak.local_training import LocalReplay
+from fedleak.client.local_replay import LocalReplay
+from fedleak.client.replay import Replay
+from fedleak.client.training import LocalTraining
 from fedleak.models import conv_chain
-from fedleak.replay import Replay
-from fedleak.threat import LocalTraining
 from tests.benchmarks import batches, common, fedavg, hybrid, linear
 
 import torch  # isort: skip

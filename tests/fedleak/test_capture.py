@@ -17,11 +17,12 @@ from torch import Tensor, nn
 from fedleak.attacks import make_attack
 from fedleak.capture import Capture, CaptureWriter, Update, read_captures
 from fedleak.capture.manifest import write_atomically
+from fedleak.client.training import LocalTraining
 from fedleak.errors import InvalidInputError
 from fedleak.models import build_model
 from fedleak.observation import Observation
 from fedleak.terms import Terms
-from fedleak.threat import LocalTraining, ThreatModel
+from fedleak.threat import ThreatModel
 
 SHAPE = (1, 8, 8)
 

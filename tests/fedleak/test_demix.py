@@ -22,6 +22,7 @@ from fedleak.attacks.labels import label_candidates
 from fedleak.attacks.linear import solve_layer
 from fedleak.attacks.mixture import Mixture
 from fedleak.attacks.shared_rows import match_batch
+from fedleak.client.training import LocalTraining
 from fedleak.data import load_data
 from fedleak.defences import DefenceSpec, defend
 from fedleak.errors import UnsupportedModelError
@@ -31,7 +32,6 @@ from fedleak.observation import Observation
 from fedleak.priors import make_prior
 from fedleak.quality import match
 from fedleak.systems import Affine, Chain
-from fedleak.threat import LocalTraining
 
 
 def _head(seed: int, images: int, classes: int, features: int) -> tuple[Tensor, ...]:

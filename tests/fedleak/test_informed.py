@@ -14,6 +14,7 @@ from torchvision.io import write_png
 
 from fedleak.attacks import make_attack
 from fedleak.attacks.evidence import Evidence
+from fedleak.client.training import LocalTraining
 from fedleak.commands.app import main
 from fedleak.data import load_data
 from fedleak.defences import defend, parse_defence
@@ -21,7 +22,7 @@ from fedleak.errors import InvalidInputError
 from fedleak.laboratory import reconstruct
 from fedleak.models import build_model
 from fedleak.observation import Observation
-from fedleak.threat import LocalTraining, ThreatModel
+from fedleak.threat import ThreatModel
 
 SHAPE = (1, 8, 8)
 

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.func import jacrev
 
+from fedleak.client.replay import Replay
 from fedleak.errors import InvalidInputError
 from fedleak.metric import jacobian as jacobian_module
 from fedleak.metric import matrix_free
@@ -19,7 +20,6 @@ from fedleak.metric.posterior import Information, posterior
 from fedleak.metric.prediction import make_references, natural_prior, predict
 from fedleak.metric.rows import Block
 from fedleak.models import conv_chain
-from fedleak.replay import Replay
 
 SHAPE = (4, 5, 6)
 

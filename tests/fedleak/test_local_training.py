@@ -18,15 +18,16 @@ from fedleak.attacks.evidence import Evidence
 from fedleak.attacks.joint import match
 from fedleak.attacks.local import LocalTarget, Shuffles
 from fedleak.attacks.targets import ModuleTarget
+from fedleak.client.local_replay import LocalReplay, typical_on_the_way
+from fedleak.client.replay import Replay
+from fedleak.client.training import LocalTraining
 from fedleak.errors import InvalidInputError
-from fedleak.local_training import LocalReplay, pace, typical_on_the_way
 from fedleak.models import conv_chain
 from fedleak.observation import Observation
 from fedleak.priors import GaussianPrior
 from fedleak.quality import match as pair
 from fedleak.quality import score
-from fedleak.replay import Replay
-from fedleak.threat import LocalTraining, ThreatModel
+from fedleak.threat import ThreatModel
 
 SHAPE = (1, 8, 8)
 #: Five images in batches of two: the last batch is smaller.
@@ -197,10 +198,10 @@ def test_shuffles_have_the_moments_of_permutations(
 
 
 def test_pace() -> None:
-    assert pace(LocalTraining(0.1), 1) == [(1.0, 0.0)]
-    plain = pace(LocalTraining(0.1, 2, 2), 4)
+    assert LocalTraining(0.1).pace(1) == [(1.0, 0.0)]
+    plain = LocalTraining(0.1, 2, 2).pace(4)
     assert plain == [(0.25, 0.0), (0.25, 0.25), (0.25, 0.5), (0.25, 0.75)]
-    heavy = pace(LocalTraining(0.1, 2, 2, momentum=0.5), 4)
+    heavy = LocalTraining(0.1, 2, 2, momentum=0.5).pace(4)
     assert sum(part for part, _ in heavy) == pytest.approx(1)
     assert heavy[0][0] > heavy[-1][0]
     assert heavy[1][1] < 0.25

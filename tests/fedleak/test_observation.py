@@ -13,10 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedleak import make_attack, run_attack
+from fedleak.client.training import LocalTraining
 from fedleak.errors import ForbiddenError, InvalidInputError, InvalidUpdateError
 from fedleak.models import build_model
 from fedleak.observation import Observation
-from fedleak.threat import LocalTraining, ThreatModel
+from fedleak.threat import ThreatModel
 from tests.conftest import client_gradient
 
 MODEL = build_model("cnn2-v1", (1, 8, 8), 10, seed=0)

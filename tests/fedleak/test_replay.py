@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from fedleak import laboratory
 from fedleak.attacks.hybrid import HybridAttack
+from fedleak.client.replay import Replay
 from fedleak.errors import InvalidInputError, UnsupportedModelError
-from fedleak.replay import Replay
 from fedleak.solvers import jacobian
 
 SHAPE = (2, 6, 5)

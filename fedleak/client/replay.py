@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
+from fedleak.client.loss import PLAIN, Loss
 from fedleak.errors import InvalidInputError, UnsupportedModelError
 
 Gradients = dict[str, Tensor]
@@ -44,6 +44,8 @@ class Replay:
     dtype : torch.dtype
         Precision of the computation.
     device : torch.device
+    loss : Loss, optional
+        What clients minimise: the mean cross-entropy, where nothing else is known.
 
     Attributes
     ----------
@@ -64,7 +66,9 @@ class Replay:
         input_shape: tuple[int, ...],
         dtype: torch.dtype = torch.float64,
         device: torch.device | str = "cpu",
+        loss: Loss | None = None,
     ):
+        self.loss = loss or PLAIN
         self.model = _deterministic(copy.deepcopy(model)).to(device=device, dtype=dtype)
         self.parameters = {
             n: p.detach() for n, p in self.model.named_parameters() if p.requires_grad
@@ -125,14 +129,14 @@ class Replay:
         Returns
         -------
         Replayed
-            Of the mean cross-entropy of each batch.
+            Of the loss of each batch.
         """
 
         def loss(
             parameters: Gradients, batch: Tensor, target: Tensor
         ) -> tuple[Tensor, Tensor | None]:
             logits, head_input = self._forward(parameters, batch)
-            return F.cross_entropy(logits, target), head_input
+            return self.loss.value(logits, target), head_input
 
         if self.head is None:
             plain = grad(lambda p, x, y: loss(p, x, y)[0])

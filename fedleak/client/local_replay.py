@@ -7,24 +7,23 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.func import functional_call, grad, vmap
 
-from fedleak.replay import Gradients, Replay, Replayed
-from fedleak.threat import LocalTraining
+from fedleak.client.replay import Gradients, Replay, Replayed
+from fedleak.client.training import LocalTraining
 
-#: One step of G clients: ``(images, labels, shares, *weights, *velocities) -> (*weights,
-#: *velocities)``, each with a first dimension of length G; velocities only with momentum.
+#: One step of G clients: ``(images, labels, shares, *weights, *state) -> (*weights, *state)``,
+#: each with a first dimension of length G; the state is that of the optimiser.
 _Step = Callable[..., tuple[Tensor, ...]]
 
 
 class LocalReplay:
-    """Replays minibatch SGD for candidate images; to call in the place of a :class:`Replay`.
+    """Replays minibatch steps for candidate images; to call in the place of a :class:`Replay`.
 
-    The steps are those of ``torch.optim.SGD`` with momentum and weight decay. The result is
-    in the units of the one-step view: ``(sent - simulated) / (learning_rate * gain)`` without
-    the weight decay at the sent weights.
+    The steps are those of the clients' optimiser. The result is in the units of its one-step
+    view, of SGD ``(sent - simulated) / (learning_rate * gain)`` without the weight decay at the
+    sent weights.
 
     Which image was in which batch is not known. ``plan`` says what is assumed: the share of
     each image in the loss of each step. By default the images pass in the order given, in
@@ -68,10 +67,10 @@ class LocalReplay:
         y = labels.reshape(groups, own, *labels.shape[2:])
         sent = {n: p.expand(groups, *p.shape) for n, p in self.parameters.items()}
         received = self._train(sent, x, y, None if plan is None else plan.flatten(0, 1))
-        scale = self.training.learning_rate * self.training.gain(own)
-        decay = self.training.weight_decay
+        rate, gain = self.training.learning_rate, self.training.gain(own)
+        view = self.training.optimiser.one_step_view
         made = {
-            n: ((w - received[n]) / scale - decay * w)
+            n: view(w - received[n], w, rate, gain)
             .reshape(count, self.clients, *w.shape[1:])
             .mean(1)
             for n, w in sent.items()
@@ -81,15 +80,13 @@ class LocalReplay:
     def _train(self, sent: Gradients, x: Tensor, y: Tensor, plan: Tensor | None) -> Gradients:
         """Return the weights of G clients after their steps, shape (G, *parameter)."""
         names = list(sent)
-        state = list(sent.values())
-        if self.training.momentum:
-            state += [torch.zeros_like(w) for w in sent.values()]
+        state = [*sent.values(), *self.training.optimiser.init(list(sent.values()))]
         whole = torch.arange(x.shape[1], device=x.device)
         parts = whole.split(self.training.batch_size) * self.training.epochs
-        step = self._step(names)
         again = self.recompute and torch.is_grad_enabled()
-        run = partial(_Recomputed.apply, step) if again else step
         for s, part in enumerate(parts):
+            step = self._step(names, len(part), s + 1)
+            run = partial(_Recomputed.apply, step) if again else step
             if plan is None:
                 shares = x.new_full((len(x), len(part)), 1 / len(part))
                 state = list(run(x[:, part], y[:, part], shares, *state))
@@ -97,13 +94,13 @@ class LocalReplay:
                 state = list(run(x, y, plan[:, s], *state))
         return dict(zip(names, state, strict=False))
 
-    def _step(self, names: list[str]) -> _Step:
-        rate, m = self.training.learning_rate, self.training.momentum
-        decay, model = self.training.weight_decay, self.replay.model
+    def _step(self, names: list[str], count: int, number: int) -> _Step:
+        """Return the step of that number, whose batch is of ``count`` images."""
+        rate, optimiser = self.training.learning_rate, self.training.optimiser
+        model, own = self.replay.model, self.replay.loss
 
         def loss(weights: Gradients, x: Tensor, y: Tensor, shares: Tensor) -> Tensor:
-            logits = functional_call(model, weights, (x,))
-            return (shares * F.cross_entropy(logits, y, reduction="none")).sum()
+            return own.shared(functional_call(model, weights, (x,)), y, shares, count)
 
         def gradients(weights: Gradients, x: Tensor, y: Tensor, shares: Tensor) -> Gradients:
             if len(x) > 1:
@@ -113,13 +110,10 @@ class LocalReplay:
             return {n: g.unsqueeze(0) for n, g in made.items()}
 
         def step(x: Tensor, y: Tensor, shares: Tensor, *state: Tensor) -> tuple[Tensor, ...]:
-            old, velocity = state[: len(names)], state[len(names) :]
+            old, kept = state[: len(names)], state[len(names) :]
             made = gradients(dict(zip(names, old, strict=True)), x, y, shares)
-            moves = [made[n] + decay * w for n, w in zip(names, old, strict=True)]
-            if velocity:
-                moves = [m * v + g for v, g in zip(velocity, moves, strict=True)]
-            new = tuple(w - rate * g for w, g in zip(old, moves, strict=True))
-            return (*new, *moves) if velocity else new
+            new, kept = optimiser.step(old, [made[n] for n in names], kept, rate, number)
+            return (*new, *kept)
 
         return step
 
@@ -147,18 +141,6 @@ class _Recomputed(torch.autograd.Function):
         return None, *(next(found) if need else None for need in needed)
 
 
-def pace(training: LocalTraining, images: int) -> list[tuple[float, float]]:
-    """Return, for each step, its part of the update and how far the weights had come.
-
-    Both are parts of one, for a constant gradient: with momentum early steps move more, and
-    the weights are slow at first.
-    """
-    steps, m = training.steps(images), training.momentum
-    gain = training.gain(images)
-    moves = [(1 - m**s) / (1 - m) for s in range(1, steps + 1)]
-    return [(moves[steps - 1 - s] / gain, sum(moves[:s]) / gain) for s in range(steps)]
-
-
 def typical_on_the_way(
     replay: Replay, gradient: Gradients, training: LocalTraining, own: int, images: Tensor
 ) -> Tensor:
@@ -179,15 +161,18 @@ def typical_on_the_way(
     images : Tensor, shape (M, C, H, W)
         Images of the server's own.
     """
-    scale = training.learning_rate * training.gain(own)
-    sent, decay = replay.parameters, training.weight_decay
+    rate, gain = training.learning_rate, training.gain(own)
+    sent, link = replay.parameters, replay.loss.link
     rows = []
     with torch.no_grad():
         for n in range(len(next(iter(gradient.values())))):
+            moved = {
+                k: training.optimiser.change(gradient[k][n], p, rate, gain) for k, p in sent.items()
+            }
             mean: Tensor | float = 0.0
-            for part, way in pace(training, own):
-                w = {k: p - way * scale * (gradient[k][n] + decay * p) for k, p in sent.items()}
+            for part, way in training.pace(own):
+                w = {k: p - way * moved[k] for k, p in sent.items()}
                 logits = functional_call(replay.model, w, (images,))
-                mean = mean + part * logits.softmax(1).mean(0)
+                mean = mean + part * link(logits).mean(0)
             rows.append(mean)
     return torch.stack(rows)  # type: ignore[arg-type]

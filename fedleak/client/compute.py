@@ -1,0 +1,94 @@
+"""What a client computes: for simulations, laboratory and the tests' oracle alike."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from fedleak.client.loss import PLAIN, Loss
+from fedleak.client.training import LocalTraining
+
+
+def gradient(
+    model: nn.Module, images: Tensor, labels: Tensor, loss: Loss | None = None
+) -> tuple[dict[str, Tensor], float]:
+    """Return the gradient of one batch's loss, by parameter name, and the loss.
+
+    Parameters
+    ----------
+    model : nn.Module
+        In the mode of the client.
+    images : Tensor, shape (B, C, H, W)
+    labels : Tensor, int64, shape (B,)
+    loss : Loss, optional
+        By default the mean cross-entropy.
+    """
+    value = (loss or PLAIN).value(model(images), labels)
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    found = torch.autograd.grad(
+        value, list(trained.values()), materialize_grads=True, allow_unused=True
+    )
+    return dict(zip(trained, found, strict=True)), value.item()
+
+
+def example_gradients(
+    model: nn.Module, images: Tensor, labels: Tensor, loss: Loss | None = None
+) -> tuple[dict[str, Tensor], float]:
+    """Return the gradient of each image alone, and the mean loss.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Normalisation by the statistics of a batch sees one image at a time.
+    images : Tensor, shape (B, C, H, W)
+    labels : Tensor, int64, shape (B,)
+    loss : Loss, optional
+
+    Returns
+    -------
+    gradients : dict of str to Tensor, shape (B, *parameter)
+    loss : float
+    """
+    each = [
+        gradient(model, image, label, loss)
+        for image, label in zip(images.split(1), labels.split(1), strict=True)
+    ]
+    rows = {n: torch.stack([g[n] for g, _ in each]) for n in each[0][0]}
+    return rows, sum(value for _, value in each) / len(each)
+
+
+def train(
+    model: nn.Module,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    training: LocalTraining,
+    proximal_mu: float = 0.0,
+) -> float:
+    """Take the local steps of one client, in place; return the mean loss.
+
+    Parameters
+    ----------
+    model : nn.Module
+        In the mode of the client.
+    batches : iterable of (images, labels)
+        One for each step.
+    training : LocalTraining
+    proximal_mu : float
+        Weighs FedProx's term ``mu / 2 * ||w - w_sent||^2``.
+    """
+    optimiser = training.optimiser.torch(model.parameters(), training.learning_rate)
+    sent = [p.detach().clone() for p in model.parameters()]
+    losses = []
+    for images, labels in batches:
+        optimiser.zero_grad()
+        loss = training.loss.value(model(images), labels)
+        losses.append(loss.item())
+        if proximal_mu:
+            away = sum(
+                (p - s).square().sum() for p, s in zip(model.parameters(), sent, strict=True)
+            )
+            loss = loss + proximal_mu / 2 * away
+        loss.backward()
+        optimiser.step()
+    return sum(losses) / len(losses)
