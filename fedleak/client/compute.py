@@ -24,6 +24,11 @@ def gradient(
     labels : Tensor, int64, shape (B,)
     loss : Loss, optional
         By default the mean cross-entropy.
+
+    Returns
+    -------
+    gradients : dict of str to Tensor
+    loss : float
     """
     value = (loss or PLAIN).value(model(images), labels)
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
@@ -76,6 +81,10 @@ def train(
     training : LocalTraining
     proximal_mu : float
         Weighs FedProx's term ``mu / 2 * ||w - w_sent||^2``.
+
+    Returns
+    -------
+    float
     """
     optimiser = training.optimiser.torch(model.parameters(), training.learning_rate)
     sent = [p.detach().clone() for p in model.parameters()]

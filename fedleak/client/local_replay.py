@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.func import functional_call, grad, vmap
 
+from fedleak.client.loss import CanonicalLoss
 from fedleak.client.replay import Gradients, Replay, Replayed
 from fedleak.client.training import LocalTraining
 
@@ -112,8 +113,8 @@ class LocalReplay:
         def step(x: Tensor, y: Tensor, shares: Tensor, *state: Tensor) -> tuple[Tensor, ...]:
             old, kept = state[: len(names)], state[len(names) :]
             made = gradients(dict(zip(names, old, strict=True)), x, y, shares)
-            new, kept = optimiser.step(old, [made[n] for n in names], kept, rate, number)
-            return (*new, *kept)
+            new, fresh = optimiser.step(old, [made[n] for n in names], kept, rate, number)
+            return (*new, *fresh)
 
         return step
 
@@ -162,7 +163,9 @@ def typical_on_the_way(
         Images of the server's own.
     """
     rate, gain = training.learning_rate, training.gain(own)
-    sent, link = replay.parameters, replay.loss.link
+    sent = replay.parameters
+    assert isinstance(replay.loss, CanonicalLoss)  # others are not asked
+    link = replay.loss.link
     rows = []
     with torch.no_grad():
         for n in range(len(next(iter(gradient.values())))):

@@ -19,8 +19,8 @@ from typing import Any
 import pytest
 
 MODULES = (
-    "fedleak", "fedleak.metric", "fedleak.attacks", "fedleak.defences", "fedleak.priors",
-    "fedleak.capture", "fedleak.laboratory", "strategies", "simulations",
+    "fedleak", "fedleak.metric", "fedleak.attacks", "fedleak.client", "fedleak.defences",
+    "fedleak.priors", "fedleak.capture", "fedleak.laboratory", "strategies", "simulations",
 )  # fmt: skip
 SNAPSHOT = Path(__file__).with_name("public_api.txt")
 
