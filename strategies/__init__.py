@@ -6,6 +6,8 @@ from strategies.delegate import DelegatingStrategy
 from strategies.fedsgd import FedSGD
 from strategies.malicious_server import Leak, MaliciousServer
 from strategies.reject_invalid import RejectInvalid
+from strategies.tamper_guard import TamperGuard
+from strategies.tampering_server import Tampering, TamperingServer
 
 __all__ = [
     "DelegatingStrategy",
@@ -14,6 +16,9 @@ __all__ = [
     "LocalTraining",
     "MaliciousServer",
     "RejectInvalid",
+    "TamperGuard",
+    "Tampering",
+    "TamperingServer",
     "choosing_defence_mod",
     "defence_mod",
 ]

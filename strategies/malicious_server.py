@@ -256,10 +256,16 @@ class MaliciousServer(DelegatingStrategy):
         for nodes, observation in observations.items():
             groups.setdefault(id(observation.model), []).append(nodes)
         for group in groups.values():
-            outcomes = run_attack(self.attack, [observations[n] for n in group])
+            attack = self._attack_for(group[0])
+            outcomes = run_attack(attack, [observations[n] for n in group])
             for nodes, outcome in zip(group, outcomes, strict=True):
                 found = outcome.reconstruction
                 self._report(Leak(server_round, nodes, found, outcome.reason, outcome.seconds))
+
+    def _attack_for(self, nodes: tuple[int, ...]) -> Attack:
+        """Return the attack on the update of these clients."""
+        assert self.attack is not None
+        return self.attack
 
     def _update(
         self, server_round: int, node: int, reply: Message | None, models: dict[int, nn.Module]

@@ -1,0 +1,128 @@
+"""A client mod that looks at the model it received before it trains."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from logging import WARNING
+from typing import Literal, get_args
+
+import numpy as np
+import torch
+from flwr.app import Array, ArrayRecord, Context, Error, Message, MessageType
+from flwr.clientapp.typing import ClientAppCallable
+from flwr.common.logger import log
+from torch import Tensor
+
+from fedleak.errors import InvalidInputError
+from fedleak.tampers.signs import DISPARITY, Sign, disparity, signs_of_tampering
+from strategies.defence_mod import noise_seed
+from strategies.malicious_server import Shared
+
+__all__ = ["TAMPERED", "TamperGuard"]
+
+#: What the guard does when it suspects something.
+Action = Literal["warn", "refuse", "noise"]
+#: The code of the error that a client replies with when it refuses.
+TAMPERED = 7301
+_KEPT = "fedleak.guard"
+
+#: ``(arrays, context) -> norms``: the norm of each image's gradient on the model received.
+Norms = Callable[[dict[str, Tensor], Context], Tensor]
+
+
+@dataclass
+class TamperGuard:
+    """A mod, for ``ClientApp(mods=[...])``, that looks for signs of tampering before it trains.
+
+    Parameters
+    ----------
+    action : {"warn", "refuse", "noise"}
+        What happens where there is a sign: a warning in the log; an error instead of a reply,
+        and nothing is computed; or noise of the update's size instead of the update.
+    shared : {"weights", "gradient"}
+        What the client replies with: noise takes the place of the update, not of the weights.
+    norms : callable, optional
+        ``(arrays, context) -> norms`` of the gradients of the images that would be trained on:
+        then one that stands out is a sign, too (:func:`fedleak.tampers.signs.disparity`).
+    on_signs : callable, optional
+        Called with the round and the signs, where there are any.
+    limit : float
+        Disparity from which one image stands out.
+    seed : int
+        Draws the noise, together with the client's partition and the round.
+
+    Raises
+    ------
+    InvalidInputError
+        If the action is unknown.
+
+    Notes
+    -----
+    The model of the last unsuspicious round is kept in the context's state, to see a jump. The
+    guard sees what a careless server leaves behind; one that knows what is looked for can send
+    weights without these signs. That it is silent is no proof of honesty.
+    """
+
+    action: Action = "warn"
+    shared: Shared = "weights"
+    norms: Norms | None = None
+    on_signs: Callable[[int, list[Sign]], None] | None = None
+    limit: float = DISPARITY
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.action not in get_args(Action):
+            raise InvalidInputError(
+                f"action must be one of {', '.join(get_args(Action))}, not {self.action!r}"
+            )
+
+    def __call__(self, message: Message, context: Context, call_next: ClientAppCallable) -> Message:
+        record = next(iter(message.content.array_records.values()), None)
+        if message.metadata.message_type != MessageType.TRAIN or record is None:
+            return call_next(message, context)
+        state = {k: torch.from_numpy(np.array(v.numpy())) for k, v in record.items()}
+        signs = self._signs(state, context)
+        if not signs:
+            context.state[_KEPT] = ArrayRecord({k: v.clone() for k, v in state.items()})
+            return call_next(message, context)
+        configs = list(message.content.config_records.values())
+        server_round = int(str(configs[0].get("server-round", 0))) if configs else 0
+        what = "the model looks tampered with: " + "; ".join(str(s) for s in signs)
+        log(WARNING, "round %s: %s", server_round, what)
+        if self.on_signs is not None:
+            self.on_signs(server_round, signs)
+        if self.action == "refuse":
+            return Message(Error(TAMPERED, what), reply_to=message)
+        reply = call_next(message, context)
+        if self.action == "noise" and not reply.has_error():
+            client = context.node_config.get("partition-id", context.node_id)
+            generator = np.random.default_rng(noise_seed(self.seed, client, server_round))
+            for key, sent in list(reply.content.array_records.items()):
+                reply.content[key] = self._noise(sent, record, generator)
+        return reply
+
+    def _signs(self, state: dict[str, Tensor], context: Context) -> list[Sign]:
+        kept = context.state.array_records.get(_KEPT)
+        signs = signs_of_tampering(state, None if kept is None else kept.to_torch_state_dict())
+        if self.norms is not None:
+            value = disparity(self.norms(state, context))
+            if value >= self.limit:
+                signs.append(Sign("disparity", "update", value, self.limit))
+        return signs
+
+    def _noise(
+        self, sent: ArrayRecord, received: ArrayRecord, generator: np.random.Generator
+    ) -> ArrayRecord:
+        """Return arrays that say of the update only how large it is."""
+        out = {}
+        for name, array in sent.items():
+            value, base = array.numpy(), np.zeros(())
+            if self.shared == "weights" and name in received:
+                base = received[name].numpy()
+            if np.issubdtype(value.dtype, np.floating):
+                size = np.sqrt(np.mean((value.astype(np.float64) - base) ** 2))
+                drawn = base + size * generator.standard_normal(value.shape)
+                value = np.asarray(drawn).astype(value.dtype)
+            out[name] = Array(value)
+        return ArrayRecord(out)
