@@ -16,7 +16,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from fedleak import deadline
-from fedleak.wording import json_ready
+from fedleak.wording import clean_lines, json_ready
 
 #: Everything is logged here or below; set its level to INFO to be told of progress.
 LOGGER = logging.getLogger("fedleak")
@@ -112,7 +112,8 @@ class _Words(logging.Formatter):
     """For people: ``fedleak: `` and the reason."""
 
     def format(self, record: logging.LogRecord) -> str:
-        return f"fedleak: {fields_of(record).get('reason') or record.getMessage()}"
+        reason = fields_of(record).get("reason") or record.getMessage()
+        return f"fedleak: {clean_lines(str(reason))}"
 
 
 class _StandardError(logging.Handler):

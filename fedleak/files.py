@@ -6,11 +6,15 @@ no room on the disk. Everything that is not fedleak's own is read here.
 
 from __future__ import annotations
 
+import errno
+import io
 import json
 import os
 import stat
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from fedleak.errors import InvalidInputError
 
@@ -94,10 +98,11 @@ def read_json(path: Path, most: int = TEXT) -> Any:
         raise ValueError("it is nested too deep") from error
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write beside and move: a kill or a power cut leaves a whole file or none.
+def write_atomically(path: Path, content: bytes, durable: bool = False) -> None:
+    """Write beside and move, so that a kill leaves a whole file or none.
 
-    Only the owner can read it. A link of that name is replaced, never followed.
+    Only the owner can read it. A link of that name is replaced, never followed. With ``durable``
+    it is on the disk when this returns, so that a power cut leaves it, too.
 
     Raises
     ------
@@ -111,23 +116,52 @@ def write_atomically(path: Path, content: bytes) -> None:
     try:
         with os.fdopen(os.open(fresh, flags, 0o600), "wb") as file:
             file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
+        if durable:
+            flush(fresh)
         fresh.replace(path)
+        if durable:
+            flush(path.parent)
     except BaseException:
         fresh.unlink(missing_ok=True)
         raise
 
 
+def private(path: str, flags: int) -> int:
+    """Open a file for the owner alone, and through no link: an ``opener`` of :func:`open`."""
+    return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0), 0o600)
+
+
+def flush(path: Path) -> None:
+    """Have the system write a file, or the entries of a folder, to the disk now."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:  # not every file system does so for folders
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def write_arrays(path: Path, **arrays: np.ndarray) -> None:
+    """Write arrays as a compressed ``.npz``, as :func:`write_atomically` writes."""
+    stream = io.BytesIO()
+    np.savez_compressed(stream, **arrays)  # type: ignore[arg-type]
+    write_atomically(path, stream.getvalue())
+
+
 def make_private(folder: Path) -> Path:
-    """Make a folder that only its owner can enter; one that is there stays as it is.
+    """Make a folder, and those above it, that only its owner can enter; what is there stays.
 
     Raises
     ------
     OSError
         If it cannot be made.
     """
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    for path in reversed((folder, *folder.parents)):
+        if not path.exists():
+            path.mkdir(mode=0o700, exist_ok=True)
+    folder.mkdir(exist_ok=True)  # says so where it is a file
     return folder
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from fedleak.errors import InvalidInputError
+from fedleak.files import make_private, refuse_links
 
 #: In the folder that it guards. It is given back with the process, however that ends.
 LOCK = ".lock"
@@ -21,10 +22,11 @@ def only_writer(folder: Path) -> Iterator[None]:
     Raises
     ------
     InvalidInputError
-        If another command works there, or the folder cannot be used.
+        If another command works there, there are links in it, or it cannot be used.
     """
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_private(folder)
+        refuse_links(folder)
         lock = FileLock(folder / LOCK)
         lock.acquire(timeout=0)
     except Timeout:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,14 +16,23 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from fedleak.files import write_atomically
 from fedleak.status import reconstructed
 from fedleak.wording import CEILING_DB, ENOUGH_DB, INDISTINGUISHABLE, defence_words
 
 #: By how much the axis is compressed where nobody sees a difference.
 _SQUEEZE = 5.0
 _COLUMNS = 8
+
+
+def save(figure: Figure, path: Path, dpi: int = 150) -> None:
+    """Write a picture, whole, and through no link."""
+    stream = io.BytesIO()
+    figure.savefig(stream, format="png", dpi=dpi)
+    write_atomically(path, stream.getvalue())
 
 
 def plot_run(folder: Path, arms: Sequence[Path] | None = None) -> list[Path]:
@@ -105,7 +115,7 @@ def leakage_vs_rounds(
         sns.lineplot(rounds, y="accuracy", marker="o", legend=False, ax=bottom, **common)
         bottom.set(ylabel="test accuracy", ylim=(0, 1), xlabel="round")
         bottom.xaxis.get_major_locator().set_params(integer=True)
-        figure.savefig(path, dpi=150)
+        save(figure, path)
         plt.close(figure)
     return path
 
@@ -235,7 +245,7 @@ def image_grid(
         captions = [_caption(p) if truth else "" for p in psnr[:columns]]
         _draw(line, made[:columns], label, captions)
     figure.suptitle(title, fontsize=11)
-    figure.savefig(path, dpi=150)
+    save(figure, path)
     plt.close(figure)
     return path
 

@@ -22,9 +22,9 @@ import numpy as np
 from torch import Tensor, nn
 
 from fedleak.capture import CaptureWriter, Update
-from fedleak.capture.manifest import flush, write_atomically
 from fedleak.capture.truth import write_truth
 from fedleak.errors import InvalidInputError
+from fedleak.files import flush, make_private, private, read_json, write_atomically
 from fedleak.lock import is_empty
 from fedleak.metric import SecurityMetric
 from fedleak.provenance import commit, now, package_versions
@@ -91,7 +91,7 @@ def prepare_folder(out: Path, overwrite: bool = False) -> None:
     try:
         if not is_empty(out):
             _clear(out, overwrite)
-        out.mkdir(parents=True, exist_ok=True)
+        make_private(out)
         probe = out / "run.json.new"
         probe.touch()
         probe.unlink()
@@ -108,7 +108,7 @@ def _clear(out: Path, overwrite: bool) -> None:
             "the earlier run with --overwrite"
         )
     try:
-        about = json.loads((out / "run.json").read_text(encoding="utf-8"))
+        about = read_json(out / "run.json")
         arms = [str(a) for a in about["arms"]]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InvalidInputError(
@@ -176,14 +176,15 @@ class Recorder:
         self._attack_seconds = 0.0
         self._pictures: list[tuple[int, int, np.ndarray, np.ndarray, float]] = []
         self._about = about_run(scenario, engine)
-        out.mkdir(parents=True, exist_ok=True)
+        make_private(out)
         write_about(self.out, self._about)
         tables = {"leakage.csv": LEAKAGE, "rounds.csv": ROUNDS, "metric.csv": METRIC}
         for name, columns in tables.items():
             self._append(name, columns)
 
     def _append(self, name: str, row: Any) -> None:
-        with (self.out / name).open("a", newline="", encoding="utf-8") as file:
+        path = self.out / name
+        with open(path, "a", newline="", encoding="utf-8", opener=private) as file:
             csv.writer(file).writerow(row)
 
     def labels_of(self, server_round: int, node: int) -> list[int]:

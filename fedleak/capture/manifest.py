@@ -1,30 +1,30 @@
 """The JSON of a capture: which model, and what belongs to each update.
 
 Everything read here may come from a stranger. It is validated before it is used, names no
-file outside its own folder, and never makes code run that lies in the capture.
+file outside its own folder, chooses no code, and is bounded before anything is allocated.
 """
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import inspect
 import json
-import os
+import math
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from torch import Tensor, nn
 
 from fedleak.capture.update import Update
 from fedleak.client.training import LocalTraining
 from fedleak.defences import parse_defence
 from fedleak.errors import InvalidInputError, InvalidUpdateError
+from fedleak.files import ENVIRONMENT, TEXT, read_bytes, read_json, size_words, tensors
 from fedleak.models import MODELS, call_factory
 from fedleak.terms import Shared, Terms
 from fedleak.threat import ThreatModel
@@ -32,8 +32,15 @@ from fedleak.threat import ThreatModel
 FORMAT = "fedleak-capture"
 VERSION = 1
 MANIFEST = "manifest.json"
-#: Bounds what a hostile file can make the reader allocate or list.
-_MANY = 100_000
+#: Bounds what a hostile file can make the reader allocate, list or compute: things of a kind,
+#: values of pixels of one image and of all that an update is of, local steps, letters.
+MANY, PIXELS, STEPS, LETTERS = 100_000, 1 << 26, 100_000, 1000
+_Size = Annotated[int, Field(ge=0, le=1 << 40)]
+_Side = Annotated[int, Field(ge=1, le=PIXELS)]
+_Label = Annotated[int, Field(ge=0, le=1 << 31)]
+_Node = Annotated[int, Field(ge=-(1 << 63), lt=1 << 64)]
+_Text = Annotated[str, Field(max_length=LETTERS)]
+_Names = Annotated[tuple[_Text, ...], Field(max_length=MANY)]
 _FILE = r"^[A-Za-z0-9][A-Za-z0-9_-]*\.safetensors$"
 _SHA256 = r"^[0-9a-f]{64}$"
 
@@ -64,13 +71,29 @@ class ModelCard(_Part):
         Name and shape of every tensor in it.
     """
 
-    spec: str | None
-    input_shape: tuple[int, int, int]
-    classes: int | None = Field(ge=1, le=_MANY)
+    spec: _Text | None
+    input_shape: tuple[_Side, _Side, _Side]
+    classes: int | None = Field(ge=1, le=MANY)
     dtype: Literal["float16", "bfloat16", "float32", "float64"] = "float32"
-    evaluating: tuple[str, ...] = ()
-    frozen: tuple[str, ...] = ()
-    state: dict[str, tuple[int, ...]]
+    evaluating: _Names = ()
+    frozen: _Names = ()
+    state: dict[_Text, Annotated[tuple[_Size, ...], Field(max_length=64)]] = Field(max_length=MANY)
+
+    @property
+    def entries(self) -> int:
+        """Number of all numbers in the state."""
+        return sum(math.prod(shape) for shape in self.state.values())
+
+    @model_validator(mode="after")
+    def _fits(self) -> ModelCard:
+        if math.prod(self.input_shape) > PIXELS:
+            raise ValueError(f"images of shape {self.input_shape} are larger than {PIXELS} values")
+        if 4 * self.entries > tensors():
+            raise ValueError(
+                f"a model of {self.entries} numbers is larger than the {size_words(tensors())} "
+                f"that are read; {ENVIRONMENT} raises that"
+            )
+        return self
 
 
 class Manifest(_Part):
@@ -78,21 +101,21 @@ class Manifest(_Part):
 
     format: Literal["fedleak-capture"] = "fedleak-capture"
     version: Literal[1] = 1
-    created: str
+    created: _Text
     simulated: bool
     model: ModelCard
-    versions: dict[str, str]
+    versions: dict[_Text, _Text] = Field(max_length=LETTERS)
 
 
 class _StoredTerms(_Part):
     """The terms of an update, as far as the attacker knows them."""
 
-    images: int = Field(1, ge=1, le=_MANY)
-    labels: tuple[int, ...] | None = None
-    threat: dict[str, bool | str] = {}
+    images: int = Field(1, ge=1, le=MANY)
+    labels: tuple[_Label, ...] | None = Field(None, max_length=MANY)
+    threat: dict[str, bool | _Text] = {}
     training: dict[str, int | float] | None = None
     shared: Shared = "gradient"
-    defence: str | None = None
+    defence: _Text | None = None
 
     @staticmethod
     def of(terms: Terms) -> dict[str, Any]:
@@ -108,8 +131,12 @@ class _StoredTerms(_Part):
 
     def terms(self, input_shape: tuple[int, int, int], clients: int) -> Terms:
         """Return the terms; what the file does not hold is given."""
+        if self.images * math.prod(input_shape) > PIXELS:
+            raise InvalidUpdateError(
+                f"{self.images} images of shape {input_shape} are more than {PIXELS} values"
+            )
         try:
-            return Terms(
+            terms = Terms(
                 input_shape=input_shape,
                 images=self.images,
                 labels=self.labels,
@@ -121,13 +148,16 @@ class _StoredTerms(_Part):
             )
         except TypeError as error:
             raise InvalidUpdateError(f"threat or training of the update: {error}") from error
+        if terms.steps > STEPS:
+            raise InvalidUpdateError(f"{terms.steps} local steps are more than {STEPS}")
+        return terms
 
 
 class Record(_StoredTerms):
     """What belongs to one update, beside its tensors."""
 
     round: int = Field(ge=0)
-    nodes: tuple[int, ...] = Field(min_length=1, max_length=_MANY)
+    nodes: tuple[_Node, ...] = Field(min_length=1, max_length=MANY)
     tensors: str | None = Field(None, pattern=_FILE)
     tensors_sha256: str | None = Field(None, pattern=_SHA256)
     sent: str | None = Field(None, pattern=_FILE)
@@ -260,9 +290,9 @@ def read_manifest(folder: Path) -> Manifest:
     if not path.is_file():
         raise InvalidInputError(f"{str(folder)!r} is no capture: {_what_instead(folder)}")
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = read_json(path)
         kind, version = found.get("format"), found.get("version")
-    except (OSError, ValueError, AttributeError, RecursionError) as error:
+    except (OSError, ValueError, AttributeError) as error:
         raise InvalidInputError(
             f"{str(path)!r} cannot be read ({error}); copy the capture again"
         ) from error
@@ -302,7 +332,7 @@ def read_record(path: Path) -> Record:
         If the file is missing or damaged.
     """
     try:
-        return Record.model_validate_json(path.read_bytes())
+        return Record.model_validate_json(read_bytes(path, TEXT))
     except FileNotFoundError as error:
         raise InvalidUpdateError(f"{path.name} is missing") from error
     except OSError as error:
@@ -318,37 +348,6 @@ def problems(error: ValidationError) -> str:
         for e in error.errors()
     ]
     return "; ".join(listed[:3])
-
-
-def write_atomically(path: Path, content: bytes, durable: bool = False) -> None:
-    """Write beside and move, so that a kill leaves a whole file or none.
-
-    With ``durable`` it is on the disk when this returns, so that a power cut does so as well.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        fresh.write_bytes(content)
-        if durable:
-            flush(fresh)
-        fresh.replace(path)
-        if durable:
-            flush(path.parent)
-    except OSError:
-        fresh.unlink(missing_ok=True)
-        raise
-
-
-def flush(path: Path) -> None:
-    """Have the system write a file, or the entries of a folder, to the disk now."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:  # not every file system does so for folders
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
-            raise
-    finally:
-        os.close(descriptor)
 
 
 def to_json(values: Mapping[str, Any]) -> bytes:

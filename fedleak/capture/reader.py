@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -23,10 +22,14 @@ from fedleak.capture.manifest import (
 )
 from fedleak.capture.update import Update, load_sent
 from fedleak.errors import FedleakError, InvalidInputError, InvalidUpdateError
+from fedleak.files import TEXT, read_bytes, tensors
 from fedleak.models import MODELS, build_model
 from fedleak.observation import Observation
+from fedleak.wording import clean_reason
 
 _ROUND = re.compile(r"round-\d{4,9}")
+#: Bytes for the names of tensors, in a file of them.
+_NAMES = 64 << 20
 _UPDATE = re.compile(r"(client-\d{6,9})\.(json|safetensors)")
 
 
@@ -67,7 +70,8 @@ class Capture:
     folder : path
     model : str, optional
         How to make the model here: a registered name, ``FILE.py:FACTORY`` or
-        ``module:FACTORY``. By default as the manifest says.
+        ``module:FACTORY``. Not needed where the manifest has a registered name; nothing else
+        that it says is run.
 
     Raises
     ------
@@ -79,7 +83,9 @@ class Capture:
     def __init__(self, folder: Path | str, model: str | None = None):
         self.folder = Path(folder)
         self.manifest = read_manifest(self.folder)
-        self.digest = sha256((self.folder / MANIFEST).read_bytes())
+        self.digest = sha256(read_bytes(self.folder / MANIFEST, TEXT))
+        # Of 64-bit numbers, the names, and as much again: a client may have sent more.
+        self._most = min(tensors(), 16 * self.manifest.model.entries + _NAMES)
         self.spec = self._spec(model)
         # What was sent in the round that is being read, and the models that hold it.
         self._sent: dict[tuple[int, str, str], dict[str, Tensor]] = {}
@@ -99,21 +105,25 @@ class Capture:
     def read(self, name: str) -> Captured:
         """Return one update; never raise for what is wrong with it."""
         number, record = round_of(name), None
+
+        def lost(reason: object, damaged: bool = False) -> Captured:
+            nodes, images = (record.nodes, record.images) if record else ((), 1)
+            why = clean_reason(reason)
+            return Captured(name, number, nodes, images, None, why, damaged=damaged)
+
         try:
             record = self.record(name)
             if record.reason:
-                return Captured(name, number, record.nodes, record.images, None, record.reason)
+                return lost(record.reason)
             update = self._update(name, record)
         except FedleakError as error:
-            nodes, images = (record.nodes, record.images) if record else ((), 1)
-            return Captured(name, number, nodes, images, None, str(error), damaged=True)
+            return lost(error, damaged=True)
         try:
             seen = update.observe(self._model(record, update.sent))
         except FedleakError as error:
-            return Captured(name, number, record.nodes, record.images, None, str(error))
+            return lost(error)
         except Exception as error:  # a client may have sent anything
-            reason = f"the update cannot be read: {type(error).__name__}: {error}"
-            return Captured(name, number, record.nodes, record.images, None, reason)
+            return lost(f"the update cannot be read: {type(error).__name__}: {error}")
         return Captured(name, number, record.nodes, record.images, seen)
 
     def record(self, name: str) -> Record:
@@ -151,8 +161,8 @@ class Capture:
         if key not in self._sent:
             if any(known[0] != record.round for known in self._sent):
                 self.fresh_models()
-            self._sent[key] = _read_tensors(folder / record.sent, record.sent_sha256)
-        received = _read_tensors(folder / record.tensors, record.tensors_sha256)
+            self._sent[key] = _read_tensors(folder / record.sent, record.sent_sha256, self._most)
+        received = _read_tensors(folder / record.tensors, record.tensors_sha256, self._most)
         update = record.update(self._sent[key], received, self.manifest.model.input_shape)
         return replace(update, place=0 if update.summed else place_of(name))
 
@@ -177,32 +187,36 @@ class Capture:
         return model
 
     def _spec(self, given: str | None) -> str:
+        """Return how the model is made. A capture is data: it names no code, only known models."""
         if given is not None:
             return given
         named, wanted = self.manifest.model.spec, "--model NAME, FILE.py:FACTORY or module:FACTORY"
-        if named is None:
-            raise InvalidInputError(
-                f"capture {str(self.folder)!r} does not say how its model is made; pass {wanted}"
-            )
-        if _lies_inside(named, self.folder):
-            raise InvalidInputError(
-                f"capture {str(self.folder)!r} names code that lies in itself ({named!r}); a "
-                f"capture is data, and none of its code is run. If you trust it, pass {wanted}"
-            )
-        return named
+        if named in MODELS:
+            return str(named)
+        said = "does not say how its model is made" if named is None else f"is of model {named!r}"
+        raise InvalidInputError(
+            f"capture {str(self.folder)!r} {said}, which is no name of a model here (fedleak list "
+            f"models), and a capture never chooses code that runs; pass {wanted}, of code that you "
+            "trust"
+        )
 
     def _check_model(self) -> None:
-        card = self.manifest.model
         hint = (
             "pass the model of the capture with --model NAME, FILE.py:FACTORY or module:FACTORY "
-            f"(it was {card.spec!r} where the capture was made)"
+            f"(it was {self.manifest.model.spec!r} where the capture was made)"
         )
         if ":" not in self.spec and self.spec not in MODELS:
             raise InvalidInputError(f"model {self.spec!r} is not known here; {hint}")
         try:
-            model = self._build()
-        except InvalidInputError as error:
-            raise InvalidInputError(f"{error}; {hint}") from error
+            with torch.device("meta"):  # shapes alone: what is wrong or too large is not allocated
+                self._compare(self._build(), hint)
+        except FedleakError:
+            raise
+        except Exception:  # some models cannot be made without numbers
+            self._compare(self._build(), hint)
+
+    def _compare(self, model: nn.Module, hint: str) -> None:
+        card = self.manifest.model
         found = {n: tuple(t.shape) for n, t in model.state_dict().items()}
         if found != card.state:
             raise InvalidInputError(
@@ -248,9 +262,9 @@ def _key(record: Record) -> tuple[int, str, str]:
     return record.round, record.sent or "", record.sent_sha256 or ""
 
 
-def _read_tensors(path: Path, digest: str | None) -> dict[str, Tensor]:
+def _read_tensors(path: Path, digest: str | None, most: int) -> dict[str, Tensor]:
     try:
-        content = path.read_bytes()
+        content = read_bytes(path, most)
     except FileNotFoundError as error:
         raise InvalidUpdateError(f"{path.name} is missing") from error
     except OSError as error:
@@ -263,19 +277,6 @@ def _read_tensors(path: Path, digest: str | None) -> dict[str, Tensor]:
         return load(content)
     except (SafetensorError, ValueError, RuntimeError, KeyError) as error:
         raise InvalidUpdateError(f"{path.name} is damaged: {error}") from error
-
-
-def _lies_inside(spec: str, folder: Path) -> bool:
-    """Return whether the code that ``spec`` names is in ``folder``."""
-    where = spec.rpartition(":")[0]
-    path: str | None = where if where.endswith(".py") else None
-    if where and path is None:
-        try:  # the outermost package: to look for that, nothing is imported
-            found = importlib.util.find_spec(where.partition(".")[0])
-        except (ImportError, ValueError):
-            return False
-        path = found.origin if found is not None else None
-    return path is not None and Path(path).resolve().is_relative_to(folder.resolve())
 
 
 def _first_difference(found: dict[str, tuple[int, ...]], card: ModelCard) -> str:

@@ -19,7 +19,8 @@ from fedleak.capture.reader import Capture, place_of
 from fedleak.capture.store import Results
 from fedleak.capture.table import write_table
 from fedleak.errors import InvalidInputError
-from fedleak.images import SUFFIXES
+from fedleak.files import IMAGE, TEXT, read_bytes, refuse_links
+from fedleak.images import SUFFIXES, image_files
 from fedleak.lock import only_writer
 from fedleak.workers import Engine, OnProgress, check_engine
 
@@ -119,8 +120,11 @@ def attack_capture(
     work.make()  # refuses what it does not take
     settings = _settings(capture, work, together)
     place = _folder(capture, out, attack, settings)
+    if out is None:
+        refuse_links(place, below=capture.folder.resolve())
     with only_writer(place):
-        results = Results(place, settings, overwrite)
+        shape = capture.manifest.model.input_shape
+        results = Results(place, settings, shape, overwrite)
         chunks = list(_chunks(capture, capture.names()[: limit or None], together))
         todo, skipped = _plan(capture, results, chunks)
         finished, total = skipped, sum(len(c.names) for c in chunks)
@@ -156,10 +160,16 @@ def _chunks(capture: Capture, names: Sequence[str], together: int) -> Iterator[C
         members = tuple(group)
         digest = hashlib.sha256()
         for name in members:
-            record = capture.folder / f"{name}.json"
-            content = record.read_bytes() if record.is_file() else b""
+            content = _content(capture.folder / f"{name}.json")
             digest.update(f"{name} {sha256(content)}\n".encode())
         yield Chunk(members, digest.hexdigest())
+
+
+def _content(record: Path) -> bytes:
+    try:
+        return read_bytes(record, TEXT)
+    except OSError:  # missing, or no file: reading the update says so
+        return b""
 
 
 def _plan(capture: Capture, results: Results, chunks: Sequence[Chunk]) -> tuple[list[Chunk], int]:
@@ -205,12 +215,13 @@ def _settings(capture: Capture, work: Work, together: int) -> dict[str, Any]:
     from fedleak import __version__
 
     file = Path(work.model.rpartition(":")[0])
+    code = read_bytes(file, TEXT) if file.suffix == ".py" and file.is_file() else None
     settings: dict[str, Any] = {
         "capture": capture.digest,
         "attack": work.attack,
         "options": {k: v for k, v in sorted(work.options.items()) if k != "public"},
         "model": file.name + work.model[len(str(file)) :] if file.suffix == ".py" else work.model,
-        "model_code": sha256(file.read_bytes()) if file.suffix == ".py" else None,
+        "model_code": None if code is None else sha256(code),
         "device": work.device,
         "threads": work.threads,
         "together": together,
@@ -224,13 +235,15 @@ def _settings(capture: Capture, work: Work, together: int) -> dict[str, Any]:
 
 def _digest_images(path: Path) -> str:
     """Return a checksum of the images in a folder."""
-    below = sorted(path.rglob("*")) if path.is_dir() else [path]
-    files = [f for f in below if f.suffix.lower() in SUFFIXES and f.is_file()]
+    files = image_files(path) if path.is_dir() else [path] if path.exists() else []
     if not files:
         raise InvalidInputError(f"--public {str(path)!r} has no images; known: {sorted(SUFFIXES)}")
     digest = hashlib.sha256()
     for file in files:
-        digest.update(hashlib.sha256(file.read_bytes()).digest())
+        try:
+            digest.update(hashlib.sha256(read_bytes(file, IMAGE)).digest())
+        except OSError:  # reading it as an image says what is wrong with it
+            digest.update(b"-")
     return digest.hexdigest()
 
 

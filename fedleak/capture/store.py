@@ -11,16 +11,18 @@ from typing import Any
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
 from fedleak.capture.jobs import Chunk, Result, Retry
-from fedleak.capture.manifest import sha256, to_json, write_atomically
+from fedleak.capture.manifest import sha256, to_json
 from fedleak.errors import InvalidInputError
+from fedleak.files import TEXT, read_bytes, read_json, tensors, write_atomically
 from fedleak.images import png
 from fedleak.lock import is_empty
+from fedleak.wording import clean_reason
 
 SETTINGS = "attack.json"
 TABLE = "attacks.csv"
@@ -53,6 +55,8 @@ class Results:
     folder : Path
     settings : dict
         What every result in the folder must have been made with; plain types.
+    shape : tuple of int
+        Shape (C, H, W) of one image.
     overwrite : bool
         Start again, where the folder holds results.
 
@@ -62,8 +66,14 @@ class Results:
         If the folder cannot be used, holds something else, or was made with other settings.
     """
 
-    def __init__(self, folder: Path, settings: dict[str, Any], overwrite: bool = False):
-        self.folder = folder
+    def __init__(
+        self,
+        folder: Path,
+        settings: dict[str, Any],
+        shape: tuple[int, int, int],
+        overwrite: bool = False,
+    ):
+        self.folder, self.shape = folder, shape
         stored = folder / SETTINGS
         settings = json.loads(json.dumps(settings, default=str))
         try:
@@ -82,15 +92,15 @@ class Results:
     def _clear(self) -> None:
         for name in WRITTEN:
             path = self.folder / name
-            if path.is_dir():
+            if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
             else:
                 path.unlink(missing_ok=True)
 
     def _compare(self, stored: Path, settings: Mapping[str, Any]) -> None:
         try:
-            before = dict(json.loads(stored.read_text(encoding="utf-8")))
-        except (ValueError, TypeError) as error:
+            before = dict(read_json(stored))
+        except (OSError, ValueError, TypeError) as error:
             raise InvalidInputError(
                 f"{str(stored)!r} cannot be read ({error}); use another --out, or --overwrite"
             ) from error
@@ -105,16 +115,18 @@ class Results:
     def load(self, name: str, digest: str) -> Result | None:
         """Return a stored result; None where there is none, of this chunk, whole."""
         try:
-            row = _Row.model_validate_json(self._path(name, ".json").read_bytes())
+            row = _Row.model_validate_json(read_bytes(self._path(name, ".json"), TEXT))
             if row.chunk != digest:
                 return None
             images = None
             if row.sha256 is not None:
-                content = self._path(name, ".safetensors").read_bytes()
+                content = read_bytes(self._path(name, ".safetensors"), tensors())
                 if sha256(content) != row.sha256:
                     return None
                 images = load(content)["images"].numpy()
-        except (OSError, ValidationError, SafetensorError, KeyError):
+                if images.shape != (len(row.labels), *self.shape) or not np.isfinite(images).all():
+                    return None
+        except (OSError, ValueError, TypeError, SafetensorError, KeyError):
             return None
         return Result(
             name, images, row.labels, row.fit, row.seconds, row.reason, row.retry, row.doubtful
@@ -137,7 +149,7 @@ class Results:
                 labels=result.labels,
                 fit=result.fit if finite else None,
                 seconds=result.seconds,
-                reason=" ".join(result.reason.split()),
+                reason=clean_reason(result.reason),
                 retry=result.retry,
                 doubtful=result.doubtful,
             )

@@ -11,11 +11,11 @@ import pandas as pd
 import torch
 
 from fedleak.capture.jobs import Result
-from fedleak.capture.manifest import write_atomically
 from fedleak.capture.reader import Capture, round_of
 from fedleak.capture.store import OVERVIEW, TABLE
 from fedleak.capture.truth import Truth, read_truth
 from fedleak.errors import FedleakError, InvalidInputError, InvalidUpdateError
+from fedleak.files import write_atomically
 from fedleak.quality import score_batch
 from fedleak.status import most_frequent, reconstructed
 

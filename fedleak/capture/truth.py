@@ -11,8 +11,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from fedleak.capture.manifest import write_atomically
 from fedleak.errors import InvalidInputError
+from fedleak.files import read_bytes, tensors, write_atomically
 
 FOLDER = "truth"
 
@@ -51,14 +51,16 @@ def read_truth(capture: Path, name: str, shape: tuple[int, int, int]) -> Truth |
         If it is damaged.
     """
     path = capture / FOLDER / f"{name}.safetensors"
-    if not path.is_file():
+    if not path.exists():
         return None
     try:
-        found = load(path.read_bytes())
+        found = load(read_bytes(path, tensors()))
         images, labels, used = (found[k] for k in ("images", "labels", "used"))
     except (OSError, SafetensorError, KeyError, ValueError) as error:
         raise InvalidInputError(f"{str(path)!r} is damaged: {error}") from error
     count = len(images)
     if tuple(images.shape[1:]) != shape or len(labels) != count or used.shape != (count, 2):
         raise InvalidInputError(f"{str(path)!r} is damaged: its tensors do not belong together")
+    if not (bool(images.double().isfinite().all()) and count):
+        raise InvalidInputError(f"{str(path)!r} is damaged: its images are no numbers")
     return Truth(images, labels, [(int(c), int(i)) for c, i in used.tolist()])

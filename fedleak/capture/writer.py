@@ -18,11 +18,12 @@ from fedleak.capture.manifest import (
     sha256,
     spec_of,
     to_json,
-    write_atomically,
 )
 from fedleak.capture.update import Update
 from fedleak.errors import InvalidInputError
+from fedleak.files import write_atomically
 from fedleak.provenance import now, package_versions
+from fedleak.wording import clean_reason
 
 _log = logging.getLogger(__name__)
 
@@ -122,7 +123,7 @@ class CaptureWriter:
     def add_failure(self, server_round: int, nodes: tuple[int, ...], reason: str) -> str:
         """Note that nothing usable came from a client; return the name of the note."""
         name = self._next(server_round)
-        self._write(name, Record(round=server_round, nodes=nodes, reason=reason))
+        self._write(name, Record(round=server_round, nodes=nodes, reason=clean_reason(reason)))
         return name
 
     def _next(self, server_round: int) -> str:

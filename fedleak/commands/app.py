@@ -10,13 +10,12 @@ from typing import Annotated
 
 import click
 import typer
-from rich.console import Console
 
 from fedleak import events
 from fedleak.commands.attack import attack
 from fedleak.commands.audit import audit
 from fedleak.commands.compare import compare
-from fedleak.commands.console import stoppable, stopped
+from fedleak.commands.console import PlainConsole, stoppable, stopped
 from fedleak.commands.evaluate import evaluate
 from fedleak.commands.listing import list_
 from fedleak.commands.paper import paper
@@ -36,13 +35,15 @@ app = typer.Typer(
 FEDERATION = {"flwr", "flwr_datasets", "datasets", "ray"}
 #: Set to anything but 0 or nothing, it is as ``--log-json``.
 LOG_JSON = "FEDLEAK_LOG_JSON"
+#: The same: an error that nobody has foreseen shows where it was raised.
+TRACEBACK = "FEDLEAK_TRACEBACK"
 
 
 def _show_version(wanted: bool) -> None:
     if wanted:
         from fedleak import __version__
 
-        Console().print(f"fedleak {__version__}", highlight=False)
+        PlainConsole().print(f"fedleak {__version__}", highlight=False)
         raise typer.Exit
 
 
@@ -95,8 +96,6 @@ def main() -> None:
         code = app(standalone_mode=False)
     except Exception as error:
         code = _explain(error)
-        if code == 1 and not isinstance(error, click.ClickException) and not events.as_json():
-            raise
     except KeyboardInterrupt:
         code = _explain(click.Abort())
     seconds = round(time.perf_counter() - begin, 3)
@@ -125,8 +124,18 @@ def _explain(error: Exception) -> int:
             return code
     if isinstance(error, FedleakError):
         code, reason = 2, str(error)
-    ours = isinstance(error, click.ClickException | FedleakError)
-    if ours or events.as_json():
-        more = {} if ours else {"traceback": traceback.format_exc()}
-        events.fail(reason, exit_code=code, kind=type(error).__name__, **more)
+    elif isinstance(error, OSError):  # a full disk, a folder that is not ours to write into
+        code, reason = 2, f"a file cannot be used: {error}"
+    elif isinstance(error, MemoryError) or "allocate" in str(error):  # torch's is a RuntimeError
+        code, reason = 2, f"it does not fit into memory ({error}); use fewer or smaller images"
+    ours = code == 2 or isinstance(error, click.ClickException)
+    more = {} if ours else {"traceback": traceback.format_exc()}
+    if not ours and not events.as_json():
+        reason = (
+            f"an error that fedleak does not know: {reason}. Please report it, with what "
+            f"{TRACEBACK}=1 shows of the same command"
+        )
+        if os.environ.get(TRACEBACK, "") not in ("", "0"):
+            traceback.print_exception(error)
+    events.fail(reason, exit_code=code, kind=type(error).__name__, **more)
     return code

@@ -9,16 +9,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
-from fedleak.commands.console import near, number, read_options, resumable
+from fedleak.commands.console import PlainConsole, near, number, read_options, resumable
 from fedleak.wording import json_ready
 
 if TYPE_CHECKING:
     from fedleak.capture.run import Attacked
 
-_console = Console()
+_console = PlainConsole()
 
 
 def attack(
@@ -92,7 +91,7 @@ def _report(attacked: Attacked, attack: str, json_: bool) -> None:
     )  # fmt: skip
     _console.print(table)
     for line in _notes(attacked, found):
-        _console.print(line, highlight=False, soft_wrap=True, markup=False)
+        _console.print(line, highlight=False, soft_wrap=True)
     for name, what in (
         ("attacks.csv", "every image: scores, labels, fit, status"),
         ("reconstructions.png", "the first images"),

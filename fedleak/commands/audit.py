@@ -12,8 +12,9 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from fedleak.commands.console import display, number
+from fedleak.commands.console import PlainConsole, display, number
 from fedleak.errors import InvalidInputError
+from fedleak.files import make_private, write_atomically
 from fedleak.metric.auditing import Audit
 from fedleak.metric.auditing import audit as run
 
@@ -66,7 +67,7 @@ def audit(
     target_db = None if target is None else read_target(target)
     if out is not None:
         try:
-            out.mkdir(parents=True, exist_ok=True)
+            make_private(out)
         except OSError as error:
             raise InvalidInputError(f"--out {str(out)!r} cannot be used: {error}") from error
     chosen = choose_prior(prior, public, shape)
@@ -81,12 +82,12 @@ def audit(
     if out is not None:
         from fedleak.metric.figure import draw
 
-        (out / "audit.json").write_text(json.dumps(found, indent=2) + "\n")
+        write_atomically(out / "audit.json", (json.dumps(found, indent=2) + "\n").encode())
         drawn = draw(result, out)
     if json_:
         print(json.dumps(found, indent=2))  # noqa: T201
         return
-    console = Console(soft_wrap=True)
+    console = PlainConsole(soft_wrap=True)
     show(result, model, console)
     if out is not None:
         names = ", ".join(["audit.json", *(p.name for p in drawn)])

@@ -10,12 +10,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich import box
-from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
-from fedleak.commands.console import display, near, number
+from fedleak.commands.console import PlainConsole, display, near, number
 from fedleak.errors import InvalidInputError
+from fedleak.files import make_private, write_atomically
 from fedleak.status import reconstructed
 from fedleak.wording import clean, json_ready
 
@@ -24,7 +23,7 @@ if TYPE_CHECKING:
 
     from fedleak.runs import Run
 
-_console = Console()
+_console = PlainConsole()
 #: More lines than this cannot be told apart; letters of a name in the picture.
 _MANY, _LABEL = 10, 60
 
@@ -47,10 +46,10 @@ def compare(
         notes = list(_notes(found, rows))
         whole = {"simulated": True, "runs": rows, "notes": notes}
         try:
-            out.mkdir(parents=True, exist_ok=True)
+            make_private(out)
             picture = draw(found, out / "compare.png")
             text = json.dumps({**whole, "picture": picture and str(picture)}, indent=2)
-            (out / "compare.json").write_text(text + "\n", encoding="utf-8")
+            write_atomically(out / "compare.json", (text + "\n").encode())
         except OSError as error:
             raise InvalidInputError(f"--out {str(out)!r} cannot be used: {error}") from error
     if json_:
@@ -60,13 +59,13 @@ def compare(
     if (differs := _differences(rows)) is not None:
         _console.print("", differs)
     for note in notes:
-        _console.print(note, highlight=False, soft_wrap=True, markup=False)
+        _console.print(note, highlight=False, soft_wrap=True)
     _console.print(
         "\nPSNR in dB over clients and images, in the first and the last attacked round: the\n"
         "median, and the worst case (the best image). labels: inferred rightly. predicted:\n"
         "by the metric, in the last round. accuracy: on test images, at the end. All values\n"
         f"are of simulated clients. Look next at, in {near(out.resolve())}:",
-        highlight=False, soft_wrap=True, markup=False,
+        highlight=False, soft_wrap=True,
     )  # fmt: skip
     if picture is not None:
         _console.print("  compare.png     leakage and accuracy over the rounds", highlight=False)
@@ -132,7 +131,7 @@ def _table(rows: Sequence[dict[str, Any]]) -> Table:
     for row in rows:
         right, accuracy = row["labels_right"], row["accuracy"]
         table.add_row(
-            escape(row["run"]), escape(row["defence"]),
+            row["run"], row["defence"],
             *_cells(row["first"]), *_cells(row["last"]),
             "-" if right is None else f"{right:.0%}",
             "-" if accuracy is None else f"{accuracy:.2f}",
@@ -154,10 +153,10 @@ def _differences(rows: Sequence[dict[str, Any]]) -> Table | None:
         show_edge=False,
     )  # fmt: skip
     for name in ("", *(name for name, _ in columns)):
-        table.add_column(escape(name), overflow="fold")
+        table.add_column(name, overflow="fold")
     for key in rows[0]["differs"]:
         values = [differs[key] for _, differs in columns]
-        table.add_row(*map(escape, [key, *("-" if v is None else str(v) for v in values)]))
+        table.add_row(key, *("-" if v is None else str(v) for v in values))
     return table
 
 

@@ -23,10 +23,24 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.text import Text
 
 from fedleak.errors import InvalidInputError
 from fedleak.events import LOGGER, as_json, emit, fields_of
 from fedleak.stopping import EXIT_CODE, Terminated, terminable
+from fedleak.wording import clean_lines
+
+
+class PlainConsole(Console):
+    """Prints text as it is: no markup, and nothing that steers a terminal.
+
+    Names of files, of layers, and what clients sent come from strangers. Whatever is printed or
+    put into a table goes through here.
+    """
+
+    def render_str(self, text: str, **options: Any) -> Text:  # type: ignore[override]
+        plain = {**options, "markup": False, "emoji": False}
+        return super().render_str(clean_lines(text, len(text)), **plain)
 
 
 class OnNotedProgress(Protocol):
@@ -197,10 +211,11 @@ def display(doing: str = "", quiet: bool = False, inner: bool = False) -> Iterat
     if quiet or as_json() or not LOGGER.isEnabledFor(logging.INFO):
         yield
         return
-    console = Console(stderr=True)
+    console = PlainConsole(stderr=True)
     bars = Progress(
-        TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[of]}"),
-        TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("{task.fields[note]}"),
+        TextColumn("{task.description}", markup=False), BarColumn(),
+        TextColumn("{task.fields[of]}", markup=False), TimeElapsedColumn(), TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}", markup=False),
         console=console, disable=not console.is_terminal, transient=bool(doing),
     )  # fmt: skip
     if doing:

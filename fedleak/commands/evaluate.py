@@ -8,10 +8,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
-from fedleak.commands.console import near, number, resumable, say_report
+from fedleak.commands.console import PlainConsole, near, number, resumable, say_report
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -19,7 +18,7 @@ if TYPE_CHECKING:
     from simulations.evaluation.run import Evaluated
     from simulations.evaluation.sweep import Sweep
 
-_console = Console()
+_console = PlainConsole()
 
 
 def evaluate(
@@ -79,7 +78,7 @@ def _report(evaluated: Evaluated, sweep: Sweep) -> None:
         table.add_row(*names, _label(key[-2], key[-1]), *_figures(rows))
     _console.print(table)
     for line in _notes(evaluated, sweep):
-        _console.print(line, highlight=False, soft_wrap=True, markup=False)
+        _console.print(line, highlight=False, soft_wrap=True)
     for name, what in (
         ("frontier.png", "accuracy against what an informed attacker recovers"),
         ("pictures.png", "one image under every defence"),

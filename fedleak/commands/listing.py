@@ -14,14 +14,13 @@ from typing import Annotated, Any
 
 import typer
 from rich import box
-from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
+from fedleak.commands.console import PlainConsole
 from fedleak.errors import UnknownNameError
 from fedleak.registry import Registry
 
-_console = Console()
+_console = PlainConsole()
 #: The package that a name comes from, where it is not another one.
 _OURS = "fedleak"
 
@@ -202,7 +201,7 @@ def _table(kind: str, listed: list[Entry]) -> Table:
         if e.package != "torchvision":
             text = f"broken: {e.broken}" if e.broken else e.summary
             cells = [e.name, text, *([e.unit] if units else []), *([e.package] if several else [])]
-            table.add_row(*map(escape, cells), style="red" if e.broken else "")
+            table.add_row(*cells, style="red" if e.broken else "")
     if many:
         table.add_row("(torchvision)", ", ".join(many), "torchvision")
     return table

@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 
-from fedleak.commands.console import resumable
+from fedleak.commands.console import PlainConsole, resumable
 from fedleak.errors import InvalidInputError
 
 if TYPE_CHECKING:
@@ -55,14 +54,14 @@ def paper(
     specs = [parse_attack(a) for a in dict.fromkeys(attack or ATTACKS_OF_THE_PAPER)]
     chosen = _images(images, limit, seed)
     shared = None if public is None else _public(public, chosen.pixels)
-    console = Console(soft_wrap=True)
+    console = PlainConsole(soft_wrap=True)
     command = _command(images, limit, slow_limit, attack, network, public, seed, device, out)
     with resumable("comparing", "cells") as on_progress:
         compare(
             networks, specs, chosen, slow_limit, out, public=shared, seed=seed, device=device,
             command=command, overwrite=overwrite, on_progress=on_progress,
         )  # fmt: skip
-    console.print((out / "paper.md").read_text(), highlight=False, markup=False)
+    console.print((out / "paper.md").read_text(), highlight=False)
     console.print(f"In {out}: paper.md, paper.png, paper.csv, paper.json", highlight=False)
 
 

@@ -9,16 +9,16 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
-from fedleak.commands.console import display, number, read_options
+from fedleak.commands.console import PlainConsole, display, number, read_options
 from fedleak.errors import InvalidInputError
+from fedleak.files import make_private
 
 if TYPE_CHECKING:
     from fedleak.attacks import Reconstruction
 
-_console = Console()
+_console = PlainConsole()
 
 
 def reconstruct(
@@ -60,7 +60,7 @@ def reconstruct(
         raise InvalidInputError(f"--channels must be 1 (grey) or 3 (colour), not {channels}")
     if out is not None:
         try:
-            out.mkdir(parents=True, exist_ok=True)
+            make_private(out)
         except OSError as error:
             raise InvalidInputError(f"--out {str(out)!r} cannot be used: {error}") from error
     if label not in ("infer", "known"):

@@ -6,9 +6,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
-from fedleak.commands.console import near
+from fedleak.commands.console import PlainConsole, near
 
 
 def report(
@@ -26,8 +25,8 @@ def report(
     from fedleak.report.page import write_report  # draws: seconds to import
 
     path, headline = write_report(folder, out)
-    console = Console(soft_wrap=True)
-    console.print(headline, highlight=False, markup=False)
-    console.print(f"In {near(path.absolute())}", highlight=False, markup=False)
+    console = PlainConsole(soft_wrap=True)
+    console.print(headline, highlight=False)
+    console.print(f"In {near(path.absolute())}", highlight=False)
     if open_:
         typer.launch(path.absolute().as_uri())

@@ -10,10 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
-from fedleak.commands.console import display, near, number, say_report
+from fedleak.commands.console import PlainConsole, display, near, number, say_report
 from fedleak.events import emit
 from fedleak.status import most_frequent, reconstructed
 
@@ -21,7 +20,7 @@ if TYPE_CHECKING:
     from simulations.engines import Arm
     from simulations.scenario import Scenario
 
-_console = Console()
+_console = PlainConsole()
 
 
 def simulate(
@@ -145,7 +144,7 @@ def _closing_table(scenario: Scenario, arms: list[Arm]) -> None:
         "\nfailed: of all images. Rounds: median over clients. predicted: by the metric, for\n"
         "the last round and an attacker who knows the defence. best: the best image.\n"
         f"labels: inferred rightly. accuracy: at the end. Look next at, in {shown}:",
-        highlight=False, soft_wrap=True, markup=False,
+        highlight=False, soft_wrap=True,
     )  # fmt: skip
     for name, what in (
         ("leakage_vs_rounds.png", "leakage and accuracy over the rounds"),
@@ -157,8 +156,11 @@ def _closing_table(scenario: Scenario, arms: list[Arm]) -> None:
             _console.print(f"  {name:<26}{what}", highlight=False)
     say_report(_console, folder)
     if (captures := arms[0].out / "captures").is_dir():
+        # A capture names no code: whoever attacks it does.
+        model = scenario.model.name
+        named = f" --model {shlex.quote(model)}" if ":" in model else ""
         _console.print(
             f"Captured. Attack it, here or elsewhere: fedleak attack "
-            f"{shlex.quote(str(near(captures)))}",
-            highlight=False, soft_wrap=True, markup=False,
+            f"{shlex.quote(str(near(captures)))}{named}",
+            highlight=False, soft_wrap=True,
         )  # fmt: skip

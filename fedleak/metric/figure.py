@@ -14,6 +14,7 @@ from matplotlib.axes import Axes
 
 from fedleak.metric.attribution import NOISED, PRUNED
 from fedleak.metric.auditing import Audit
+from fedleak.plots import save
 
 _COLUMNS = 8
 
@@ -40,7 +41,7 @@ def layers(audit: Audit, path: Path) -> Path:
         else 2 * len(audit.attribution.layers) if audit.attribution else 1
         for p in panels
     ]  # fmt: skip
-    with sns.axes_style("whitegrid"):
+    with sns.axes_style("whitegrid"), mpl.rc_context({"text.parse_math": False}):
         figure, axes = plt.subplots(
             len(panels), 1, squeeze=False, layout="constrained",
             figsize=(7.5, sum(1.2 + 0.3 * max(n, 1) for n in counts)),
@@ -48,7 +49,7 @@ def layers(audit: Audit, path: Path) -> Path:
         )  # fmt: skip
         for panel, axis in zip(panels, axes[:, 0], strict=True):
             panel(audit, axis)
-        figure.savefig(path, dpi=150)
+        save(figure, path)
         plt.close(figure)
     return path
 
@@ -112,6 +113,6 @@ def open_variance(audit: Audit, path: Path) -> Path:
         axis.set_xlabel(f"image {n + 1}" if len(left) > 1 else "", fontsize=8)
     figure.colorbar(drawn, ax=axes[0, -1], label="root mean square, pixels in [0, 1]")
     figure.suptitle(f"Left open of each pixel: {audit.prediction.psnr_db:.1f} dB", fontsize=10)
-    figure.savefig(path, dpi=150)
+    save(figure, path)
     plt.close(figure)
     return path

@@ -13,6 +13,7 @@ from torch import Tensor
 from fedleak import __version__
 from fedleak.attacks.evidence import resolve_device
 from fedleak.errors import FedleakError
+from fedleak.files import write_atomically
 from fedleak.metric import security_metric
 from fedleak.models import build_model
 from fedleak.paper.cells import CLASSES, AttackSpec, Images, run_cell
@@ -86,7 +87,8 @@ def compare(
         on_progress(len(cells), len(cells), "")
     table = store.table()
     metric = {name: _c_metric(model, shape) for name, model in models.items()}
-    (out / "paper.md").write_text(markdown(table, networks, specs, metric, command))
+    text = markdown(table, networks, specs, metric, command)
+    write_atomically(out / "paper.md", text.encode())
     draw(table, out, networks, specs, images.first(_IN_FIGURE))
 
 

@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 
 from fedleak.paper.cells import AttackSpec, Images, pictures_of
 from fedleak.paper.tables import select
+from fedleak.plots import save
 from fedleak.wording import CEILING_DB
 
 #: How the paper and its readers call the attacks.
@@ -60,7 +61,7 @@ def draw(
     for n, block in enumerate(blocks):
         _block(block, table, folder, networks, attacks, images, n)
     path = folder / "paper.png"
-    figure.savefig(path, dpi=200)
+    save(figure, path, 200)
     plt.close(figure)
     return path
 

@@ -13,6 +13,7 @@ import pandas as pd
 from torch import Tensor
 
 from fedleak.errors import InvalidInputError
+from fedleak.files import make_private, read_json, refuse_links, write_arrays, write_atomically
 from fedleak.paper.cells import COLUMNS, Row, pictures_of
 
 #: What a comparison writes; ``overwrite`` removes these and nothing else.
@@ -49,9 +50,10 @@ class Store:
         self.folder, self.csv = folder, folder / "paper.csv"
         stored, pictures = folder / "paper.json", folder / "reconstructions"
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            make_private(folder)
         except OSError as error:
             raise InvalidInputError(f"--out {str(folder)!r} cannot be used: {error}") from error
+        refuse_links(folder)
         if not stored.is_file():
             if any(folder.iterdir()):
                 raise InvalidInputError(
@@ -65,12 +67,12 @@ class Store:
             self._compare(stored, settings)
         pictures.mkdir(exist_ok=True)
         text = json.dumps({"settings": settings, **(record or {})}, indent=2)
-        stored.write_text(text + "\n")
+        write_atomically(stored, (text + "\n").encode())
 
     def _compare(self, stored: Path, settings: dict[str, Any]) -> None:
         try:
-            before = json.loads(stored.read_text())["settings"]
-        except (ValueError, KeyError) as error:
+            before = dict(read_json(stored)["settings"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise InvalidInputError(
                 f"{str(stored)!r} cannot be read ({error}); use another --out or --overwrite"
             ) from error
@@ -99,15 +101,12 @@ class Store:
     def add(self, rows: list[Row], made: np.ndarray) -> None:
         """Write one finished cell: its pictures first, then its rows, in one go."""
         cell = tuple(str(rows[0][name]) for name in ("network", "attack", "options"))
-        np.savez_compressed(pictures_of(self.folder, *cell), made=made)
+        write_arrays(pictures_of(self.folder, *cell), made=made)
         whole = pd.DataFrame(rows, columns=list(COLUMNS))
         if self.csv.is_file():
             table = self.table()
             whole = pd.concat([table[~_cell(table, *cell)], whole])
-        # A file that is replaced is never seen half written.
-        half = self.csv.with_suffix(".part")
-        whole.to_csv(half, index=False, na_rep="nan")
-        half.replace(self.csv)
+        write_atomically(self.csv, whole.to_csv(index=False, na_rep="nan").encode())
 
 
 def _cell(table: pd.DataFrame, network: str, attack: str, options: str) -> pd.Series:

@@ -13,8 +13,8 @@ from typing import Any
 import jinja2
 
 from fedleak import __version__
-from fedleak.capture.manifest import write_atomically
 from fedleak.errors import InvalidInputError
+from fedleak.files import write_atomically
 from fedleak.provenance import now
 from fedleak.report import words
 from fedleak.report.audited import Audited, audited, layers
@@ -92,7 +92,6 @@ def write_report(folder: Path | str, out: Path | str | None = None) -> tuple[Pat
             f"--out {str(path)!r} is a folder; name a file in it, as {str(path / NAME)!r}"
         )
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, text.encode("utf-8", "replace"))
     except OSError as error:
         raise InvalidInputError(

@@ -10,7 +10,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from fedleak.capture.manifest import flush, to_json, write_atomically
+from fedleak.capture.manifest import to_json
+from fedleak.files import flush, write_atomically
 from fedleak.runs import CELLS, DONE, INFORMED, UNAWARE
 from simulations.engines import quiet_flower, run_inline
 from simulations.evaluation.sweep import Cell
@@ -70,7 +71,6 @@ def run_cell(out: str, cell: Cell) -> Outcome:
         _train_and_attack(cell.scenario, part)
         outcome = Outcome("ok", "", round(time.perf_counter() - begin, 3))
         write_atomically(part / DONE, to_json(vars(outcome)), durable=True)
-        part.chmod(0o755)  # mkdtemp makes it private
         shutil.rmtree(folder, ignore_errors=True)  # one that has lost its DONE
         os.replace(part, folder)
         flush(folder.parent)

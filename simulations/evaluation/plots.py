@@ -7,13 +7,14 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import matplotlib as mpl
 import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
-from fedleak.plots import compress, front, plt
+from fedleak.plots import compress, front, plt, save
 from fedleak.runs import CELLS, INFORMED, UNAWARE
 from fedleak.wording import CEILING_DB, ENOUGH_DB, strength_words
 from simulations.evaluation.sweep import Cell
@@ -79,7 +80,7 @@ def frontier(table: pd.DataFrame, path: Path, title: str = "") -> None:
     """
     points = _mean_of_seeds(table, ["accuracy", "psnr_db_median_informed"])
     palette = _palette(points)
-    with sns.axes_style("whitegrid"):
+    with sns.axes_style("whitegrid"), mpl.rc_context({"text.parse_math": False}):
         figure, axis = plt.subplots(figsize=(8.5, 5.5), layout="constrained")
         _fit(axis, points["psnr_db_median_informed"], "y")
         best = points.iloc[
@@ -116,7 +117,7 @@ def frontier(table: pd.DataFrame, path: Path, title: str = "") -> None:
             ylabel="PSNR of the median image, informed attacker, dB (better: down)",
         )
         axis.set_title(f"What a defence costs, and what it buys: {title}", fontsize=11)
-        figure.savefig(path, dpi=150)
+        save(figure, path)
         plt.close(figure)
 
 
@@ -135,7 +136,7 @@ def leakage_vs_rounds(rounds: pd.DataFrame, path: Path, title: str = "") -> None
     columns = min(_PANELS, len(names))
     lines = math.ceil(len(names) / columns)
     psnr = ["psnr_db_informed", "psnr_db_unaware"]
-    with sns.axes_style("whitegrid"):
+    with sns.axes_style("whitegrid"), mpl.rc_context({"text.parse_math": False}):
         figure, axes = plt.subplots(
             lines, columns, figsize=(max(7.0, 4.3 * columns), 3.4 * lines + 0.6), squeeze=False,
             sharey=True, sharex=True, layout="constrained",
@@ -161,7 +162,7 @@ def leakage_vs_rounds(rounds: pd.DataFrame, path: Path, title: str = "") -> None
             f"Leakage over the rounds: {title}\ndotted: unaware attacker; solid: informed, "
             "with 95 % confidence over seeds", fontsize=11,
         )  # fmt: skip
-        figure.savefig(path, dpi=150)
+        save(figure, path)
         plt.close(figure)
 
 
@@ -190,7 +191,7 @@ def predicted(table: pd.DataFrame, path: Path, title: str = "") -> None:
     columns = ["predicted_psnr_db", "psnr_db_median_informed"]
     points = _mean_of_seeds(table.dropna(subset=columns[0]), columns)
     palette = _palette(_mean_of_seeds(table, columns[1:]))
-    with sns.axes_style("whitegrid"):
+    with sns.axes_style("whitegrid"), mpl.rc_context({"text.parse_math": False}):
         figure, axis = plt.subplots(figsize=(7.5, 5.5), layout="constrained")
         both = points[columns].max()
         for which in ("x", "y"):
@@ -208,7 +209,7 @@ def predicted(table: pd.DataFrame, path: Path, title: str = "") -> None:
         axis.legend(handles=handles, loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
         axis.set(xlabel="predicted PSNR (dB)", ylabel="attained PSNR (dB), informed attacker")
         axis.set_title(f"The metric against the attack: {title}", fontsize=11)
-        figure.savefig(path, dpi=150)
+        save(figure, path)
         plt.close(figure)
 
 
@@ -251,7 +252,7 @@ def pictures(folder: Path, cells: Sequence[Cell], path: Path, title: str = "") -
         axes[2 * line, 0].set_ylabel("unaware", fontsize=9)
         axes[2 * line + 1, 0].set_ylabel("informed", fontsize=9)
     figure.suptitle(f"One image under every defence: {title}", fontsize=11)
-    figure.savefig(path, dpi=150)
+    save(figure, path)
     plt.close(figure)
 
 

@@ -11,9 +11,10 @@ from typing import Any
 import pandas as pd
 
 from fedleak import workers
-from fedleak.capture.manifest import to_json, write_atomically
+from fedleak.capture.manifest import to_json
 from fedleak.errors import InvalidInputError
 from fedleak.events import emit
+from fedleak.files import write_atomically
 from fedleak.lock import is_empty, only_writer
 from fedleak.provenance import commit, now, package_versions
 from fedleak.workers import Engine, OnProgress

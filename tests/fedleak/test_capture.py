@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import re
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,13 +15,18 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from fedleak.attacks import make_attack
 from fedleak.capture import Capture, CaptureWriter, Update, read_captures
-from fedleak.capture.manifest import write_atomically
+from fedleak.capture.run import attack_capture
+from fedleak.capture.truth import write_truth
 from fedleak.client.training import LocalTraining
+from fedleak.commands.app import main
 from fedleak.errors import InvalidInputError
+from fedleak.files import write_atomically
+from fedleak.lock import LOCK
 from fedleak.models import build_model
 from fedleak.observation import Observation
 from fedleak.terms import Terms
@@ -118,7 +126,7 @@ def test_the_observation_is_that_of_the_live_attack(
         parts = [Update.of_sum(4, (3, 2**63 + 5), sent, live[0])]
     writer = CaptureWriter(tmp_path, Net, SHAPE)
     names = [writer.add(update) for update in parts]
-    found = list(read_captures(tmp_path))
+    found = list(read_captures(tmp_path, f"{__name__}:Net"))
     assert [c.name for c in found] == names
     assert [c.nodes for c in found] == [u.nodes for u in parts]
     for captured, seen in zip(found, live, strict=True):
@@ -129,7 +137,7 @@ def test_the_observation_is_that_of_the_live_attack(
     told = shared != "gradient" and threat.learning_rate and (shared != "sum" or threat.local_steps)
     assert ('"learning_rate": 0.3' in text) == told
     assert ('"labels": null' in text) != threat.labels
-    stored = Capture(tmp_path).update(names[0])
+    stored = Capture(tmp_path, f"{__name__}:Net").update(names[0])
     for name, value in parts[0].received.items():
         assert stored.received[name].dtype == value.dtype  # exactly what came
         assert torch.equal(stored.received[name], value)
@@ -171,14 +179,12 @@ def test_sent_weights_are_stored_once(tmp_path: Path) -> None:
 def test_a_write_is_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_atomically(tmp_path / "a.json", b"old")
 
-    def full(self: Path, content: bytes) -> int:
-        with self.open("wb") as file:
-            file.write(content[:2])
+    def full(file: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Path, "write_bytes", full)
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="No space"):
-        write_atomically(tmp_path / "a.json", b"new content")
+        write_atomically(tmp_path / "a.json", b"new content", durable=True)
     assert (tmp_path / "a.json").read_bytes() == b"old"
     assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
 
@@ -313,15 +319,23 @@ def test_the_model_is_found_or_asked_for(tmp_path: Path, monkeypatch: pytest.Mon
         assert Capture(folder, "cnn2-v1").read("round-0001/client-000000").observation is not None
     with pytest.raises(InvalidInputError, match=r"'cnn2-v2' is not the one that was captured"):
         Capture(folder, "cnn2-v2")
-    # Code that came along is not run: neither by its file, nor as a module found in it.
+    # A capture chooses no code: neither what came along, nor what lies beside it, nor what is
+    # installed; each of these would run.
     evil = "import pathlib\npathlib.Path('ran').touch()\ndef make(): ...\n"
     (folder / "evil.py").write_text(evil)
+    (tmp_path / "beside.py").write_text(evil)
     monkeypatch.syspath_prepend(str(folder))
+    monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.chdir(tmp_path)
-    for spec in ("captures/evil.py:make", f"{folder}/../captures/evil.py:make", "evil:make"):
+    for spec in ("captures/evil.py:make", f"{folder}/../captures/evil.py:make", "evil:make",
+                 "beside.py:make", "beside:make", f"{tmp_path}/beside.py:make", "os:abort",
+                 "sys:exit", "torchvision.models:vit_h_14", f"{__name__}:Net", "", ":",
+                 "x" * 999):  # fmt: skip
         _with_spec(folder, spec)
-        with pytest.raises(InvalidInputError, match="names code that lies in itself"):
+        with pytest.raises(InvalidInputError, match="a capture never chooses code"):
             Capture(folder)
+        with pytest.raises(InvalidInputError, match="a capture never chooses code"):
+            attack_capture(folder, "linear")
     assert not list(tmp_path.rglob("ran"))
 
 
@@ -354,3 +368,169 @@ def test_no_pickle(tmp_path: Path) -> None:
     assert (
         os.sep not in json.loads((tmp_path / "round-0001/client-000000.json").read_text())["sent"]
     )
+
+
+def test_only_the_owner_reads_captures(tmp_path: Path) -> None:
+    make_capture(tmp_path / "captures", clients=1, rounds=1)
+    write_truth(tmp_path / "captures", "round-0001/client-000000", [(0, 0)], *images(1))
+    attack_capture(tmp_path / "captures", "linear")
+    for path in [tmp_path / "captures", *(tmp_path / "captures").rglob("*")]:
+        expected = 0o700 if path.is_dir() else 0o600
+        if path.name != LOCK:
+            assert path.stat().st_mode & 0o777 == expected, path
+
+
+def _sparse(path: Path) -> None:
+    with path.open("wb") as file:
+        file.truncate(50 << 30)
+
+
+def _pipe(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
+def _zero(path: Path) -> None:
+    path.unlink()
+    path.symlink_to("/dev/zero")
+
+
+@pytest.mark.parametrize("kind", [_sparse, _pipe, _zero])
+@pytest.mark.parametrize("name", ["client-000001.safetensors", "client-000001.json"])
+def test_what_is_no_file_is_not_read(
+    tmp_path: Path, kind: Callable[[Path], None], name: str
+) -> None:
+    make_capture(tmp_path, clients=2, rounds=1)
+    kind(tmp_path / "round-0001" / name)
+    table = attack_capture(tmp_path, "linear").table
+    assert table["status"].tolist() == ["ok", "failed"]
+    assert f"{name} cannot be read" in table["reason"][1]
+    kind(tmp_path / "manifest.json")
+    with pytest.raises(InvalidInputError, match=r"manifest\.json"):
+        Capture(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"input_shape": [1, 60000, 60000]}, "are larger than"),
+        ({"input_shape": [1, 0, 8]}, "input_shape"),
+        ({"input_shape": [1, 7000, 7000]}, "is not the one that was captured"),
+        ({"state": {"w": [1 << 39, 1 << 39]}}, "FEDLEAK_MAX_GIB raises that"),
+        ({"state": {"w": [-1]}}, "state.w"),
+        ({"state": {str(n): [] for n in range(100_001)}}, "state"),
+        ({"classes": 10**6}, "classes"),
+        ({"spec": "x" * 5000}, "spec"),
+    ],
+)
+def test_sizes_are_bounded_before_anything_is_made(
+    tmp_path: Path, change: dict[str, Any], words: str
+) -> None:
+    make_capture(tmp_path, clients=1, rounds=1)
+    path = tmp_path / "manifest.json"
+    manifest = json.loads(path.read_text())
+    path.write_text(json.dumps({**manifest, "model": {**manifest["model"], **change}}))
+    with pytest.raises(InvalidInputError, match=re.escape(words)):
+        Capture(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("images", 100_001, "images"),
+        ("labels", [10**15], "labels"),
+        ("nodes", [10**400], "nodes"),
+        ("defence", "noise:1+" * 1000, "defence"),
+        ("defence", "examples:99999999999", "defence"),
+        ("threat", {"labels": "yes"}, "labels"),
+        ("training", {"learning_rate": 0.1, "epochs": 10**12}, "local steps"),
+        ("training", {"learning_rate": "fast"}, "training"),
+    ],
+)
+def test_what_a_record_asks_for_is_bounded(
+    tmp_path: Path, key: str, value: Any, words: str
+) -> None:
+    make_capture(tmp_path, clients=2, rounds=1)
+    _edit(key, value)(tmp_path / "round-0001" / "client-000001.safetensors")
+    if key == "training":
+        _edit("shared", "weights")(tmp_path / "round-0001" / "client-000001.safetensors")
+    first, second = read_captures(tmp_path)
+    assert first.observation is not None
+    assert words in second.reason
+
+
+def test_a_strangers_words_do_not_reach_the_terminal(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_capture(tmp_path / "c", clients=3, rounds=1)
+    steer = "\x1b]0;OWNED\x07\x1b[31mred [/nope] [bold]\r\n\x9b2J"
+    path = tmp_path / "c" / "round-0001" / "client-000001.safetensors"
+    path.write_bytes(content := save({steer * 40 + str(n): torch.zeros(1) for n in range(2000)}))
+    _edit("tensors_sha256", hashlib.sha256(content).hexdigest())(path)
+    _edit("reason", "=1+1 " + steer * 9999)(path.with_name("client-000002.safetensors"))
+    found = list(read_captures(tmp_path / "c"))
+    assert found[1].reason.startswith("the update has no entry 'conv1.weight'; it has ")
+    assert found[2].reason.startswith("'=1+1 \N{REPLACEMENT CHARACTER}]0;OWNED")
+    monkeypatch.setattr(
+        "sys.argv", ["fedleak", "attack", str(tmp_path / "c"), "--attack", "linear"]
+    )
+    main()
+    told = capsys.readouterr()
+    table = next((tmp_path / "c").glob("attacks/*/attacks.csv")).read_text()
+    for text in (found[1].reason, found[2].reason, told.out, told.err, table):
+        assert not set(text) & set("\x1b\x07\r\x9b")
+        assert len(text) < 5000
+    assert "[/nope] [bold]" in told.out
+
+
+def test_nothing_is_written_through_a_link(tmp_path: Path) -> None:
+    """A stranger's capture comes with links where results would go."""
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / "notes.txt").write_text("my thesis")
+    make_capture(tmp_path / "clean", clients=1, rounds=1)
+    name = attack_capture(tmp_path / "clean", "linear").folder.name
+    places = [f"{name}/{n}" for n in ("reconstructions.png", "attacks.csv", "attack.json", LOCK)]
+    places += [f"{name}/results", f"{name}/pictures", f"{name}/results/round-0001", name, ""]
+    for n, place in enumerate(places):
+        capture = tmp_path / str(n)
+        shutil.copytree(tmp_path / "clean", capture)
+        link = capture / "attacks" / place
+        if link.is_dir():
+            shutil.rmtree(link)
+        else:
+            link.unlink()
+        link.symlink_to(outside / "notes.txt" if link.suffix or link.name == LOCK else outside)
+        for overwrite in (False, True):
+            with pytest.raises(InvalidInputError, match="is a link"):
+                attack_capture(capture, "linear", overwrite=overwrite)
+        assert [p.name for p in outside.rglob("*")] == ["notes.txt"]
+        assert (outside / "notes.txt").read_text() == "my thesis"
+
+
+def test_results_that_somebody_else_made_up_are_made_again(tmp_path: Path) -> None:
+    make_capture(tmp_path, clients=2, rounds=1)
+    found = attack_capture(tmp_path, "linear")
+    stored = found.folder / "results" / "round-0001" / "client-000000.json"
+    for odd in (torch.zeros(2, 1, 8, 8), torch.zeros(1, 3, 8, 8), torch.zeros(()),
+                torch.full((1, 1, 8, 8), torch.nan)):  # fmt: skip
+        content = save({"images": odd})
+        stored.with_suffix(".safetensors").write_bytes(content)
+        row = json.loads(stored.read_text()) | {"sha256": hashlib.sha256(content).hexdigest()}
+        stored.write_text(json.dumps(row))
+        again = attack_capture(tmp_path, "linear")
+        assert again.skipped == 0
+        assert (again.table["status"] == "ok").all()
+
+
+def test_a_truth_that_is_none(tmp_path: Path) -> None:
+    make_capture(tmp_path, clients=1, rounds=1)
+    name, truth = "round-0001/client-000000", tmp_path / "truth" / "round-0001"
+    for count, value in ((1, torch.nan), (0, 0.0)):
+        pixels = torch.full((count, *SHAPE), value)
+        write_truth(tmp_path, name, [(0, 0)] * count, pixels, torch.zeros(count).long())
+        (row,) = attack_capture(tmp_path, "linear").table.to_dict("records")
+        assert "not scored" in row["reason"]
+    _pipe(truth / "client-000000.safetensors")
+    (row,) = attack_capture(tmp_path, "linear").table.to_dict("records")
+    assert "not scored" in row["reason"]

@@ -180,13 +180,15 @@ def test_several_processes_give_the_same_table_and_one_that_ends_costs_its_rows(
             received = gradient_of(model, *images(1, 10 * number + node))
             writer.add(Update(number, (node,), sent, received, Terms(input_shape=SHAPE)))
     options = {"steps": 5}
-    found = attack_capture("captures", options=options, jobs=2, out="two").table
+    found = attack_capture(
+        "captures", options=options, model="fatal.py:Net", jobs=2, out="two"
+    ).table
     assert found["status"].tolist() == ["ok", "ok", "failed", "failed"] + ["ok"] * (2 * rounds - 4)
     assert found["reason"][2].startswith("the worker process was ended by SIGKILL; out of memory?")
     shutil.rmtree("captures/round-0002")
-    rest = attack_capture("captures", options=options, out="two")
+    rest = attack_capture("captures", options=options, model="fatal.py:Net", out="two")
     assert rest.skipped == 2 * rounds - 2
-    attack_capture("captures", options=options, out="one")
+    attack_capture("captures", options=options, model="fatal.py:Net", out="one")
     assert table_of(tmp_path / "one") == table_of(tmp_path / "two")
     crashed = json.loads((tmp_path / "two/results/round-0002/client-000000.json").read_text())
     assert crashed["retry"] == "crashed"  # tried again, if it were still there

@@ -158,9 +158,14 @@ def test_an_error_of_ours_has_its_traceback_in_the_event(
     error = events_in(capsys.readouterr().err)[1]
     assert error["reason"] == "ZeroDivisionError: oh"
     assert "Traceback" in str(error["traceback"])
-    monkeypatch.setattr(sys, "argv", ["fedleak", "list", "attacks"])
-    with pytest.raises(ZeroDivisionError):  # a person is shown the traceback itself
-        main()
+    # A person is told in a sentence, and how to see more.
+    assert run(["list", "attacks"], monkeypatch) == 1
+    told = capsys.readouterr().err
+    assert "ZeroDivisionError: oh. Please report it, with what FEDLEAK_TRACEBACK=1 shows" in told
+    assert "Traceback" not in told
+    monkeypatch.setenv("FEDLEAK_TRACEBACK", "1")
+    assert run(["list", "attacks"], monkeypatch) == 1
+    assert "Traceback" in capsys.readouterr().err
 
 
 def test_without_the_federation_its_commands_name_the_extra(
