@@ -14,14 +14,13 @@ from fedleak.capture.manifest import (
     Manifest,
     Record,
     describe_model,
-    flush,
     sha256,
     spec_of,
     to_json,
 )
 from fedleak.capture.update import Update
 from fedleak.errors import InvalidInputError
-from fedleak.files import write_atomically
+from fedleak.files import flush, write_atomically
 from fedleak.provenance import now, package_versions
 from fedleak.wording import clean_reason
 

@@ -38,7 +38,7 @@ class PlainConsole(Console):
     put into a table goes through here.
     """
 
-    def render_str(self, text: str, **options: Any) -> Text:  # type: ignore[override]
+    def render_str(self, text: str, **options: Any) -> Text:
         plain = {**options, "markup": False, "emoji": False}
         return super().render_str(clean_lines(text, len(text)), **plain)
 
