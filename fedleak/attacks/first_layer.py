@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -34,6 +36,10 @@ _RANGE = 5e-3
 _TOGETHER = 512
 
 
+class _Seen(Exception):
+    """All that matters of a forward pass has been seen."""
+
+
 @dataclass(frozen=True)
 class FirstLayer:
     """A fully connected layer on the pixels, its ReLU, and the fully connected layer after it.
@@ -61,10 +67,14 @@ class FirstLayer:
         """
         seen: list[tuple[str, nn.Module, Tensor, Tensor]] = []
         model = copy.deepcopy(model).double().eval()
+
+        def look(name: str, module: nn.Module, given: Any, made: Tensor) -> None:
+            seen.append((name, module, given[0].detach(), made.detach()))
+            if len(seen) == 2 or not isinstance(module, nn.Linear):
+                raise _Seen  # the rest of a deep network need not run
+
         handles = [
-            module.register_forward_hook(
-                lambda m, i, o, name=name: seen.append((name, m, i[0].detach(), o.detach()))
-            )
+            module.register_forward_hook(partial(look, name))
             for name, module in model.named_modules()
             if next(module.parameters(recurse=False), None) is not None
         ]
@@ -73,6 +83,8 @@ class FirstLayer:
         try:
             with torch.no_grad():
                 model(x)
+        except _Seen:
+            pass
         except (RuntimeError, ValueError) as error:
             raise UnsupportedModelError(
                 f"the model cannot take images of shape {input_shape}: {error}"
@@ -80,9 +92,10 @@ class FirstLayer:
         finally:
             for handle in handles:
                 handle.remove()
-        if len(seen) < 2:
+        if len(seen) < 2 and (not seen or isinstance(seen[0][1], nn.Linear)):
             raise UnsupportedModelError("the model has fewer than two layers with weights")
-        (name, layer, given, made), (after, following, hidden, _) = seen[:2]
+        name, layer, given, made = seen[0]
+        after, following, hidden, _ = seen[-1]
         if not isinstance(layer, nn.Linear) or not torch.equal(given.flatten(1), x.flatten(1)):
             raise UnsupportedModelError(
                 f"the first layer {name!r} ({type(layer).__name__}) is not fully connected to the "
@@ -129,6 +142,18 @@ class RowsAttack(Attack):
 
     def reconstruct(self, observations: Sequence[Observation]) -> list[Reconstruction]:
         return [_Rows(o, resolve_device(self.device)).reconstruction() for o in observations]
+
+
+def whole_batch(seen: Observation, device: str = "auto") -> Reconstruction | None:
+    """Read a batch off the rows of the first layer, if these show all of it, certified."""
+    if seen.images == 1 or seen.errors or seen.terms.steps > 1:
+        return None
+    try:
+        found = _Rows(seen, resolve_device(device)).reconstruction()
+    except UnsupportedModelError:
+        return None
+    whole = len(found.images) == seen.images and all(found.details["certified"])
+    return found if whole else None
 
 
 class _Rows:

@@ -17,6 +17,7 @@ from fedleak.attacks import shared_rows
 from fedleak.attacks.base import ATTACKS, Attack, Reconstruction
 from fedleak.attacks.demix import Demixed
 from fedleak.attacks.evidence import Evidence
+from fedleak.attacks.first_layer import whole_batch
 from fedleak.attacks.heads import HeadSolution, demix_heads, of_batches
 from fedleak.attacks.joint import Match, match
 from fedleak.attacks.linear import (
@@ -65,7 +66,8 @@ class HybridAttack(Attack):
     one, and a noisy one hardly. An image that comes out on the grid of 8-bit pixels is
     rounded to it: all pixels of a wrong image do not lie there by chance.
 
-    Batches are told apart at the head first. Those that cannot be, and models that are no chain
+    Batches are read off the rows of a fully connected first layer where those show all of their
+    images (:class:`fedleak.attacks.RowsAttack`), and told apart at the head elsewhere. Those that cannot be, and models that are no chain
     of layers with linear systems (residual blocks, attention, ...), are matched on the module
     itself, with the head's input where it is known.
 
@@ -125,6 +127,12 @@ class HybridAttack(Attack):
         return super().needs(observation) | ({"public_images"} if learned else set())
 
     def reconstruct(self, observations: Sequence[Observation]) -> list[Reconstruction]:
+        whole = [whole_batch(o, self.device) for o in observations]
+        left = [o for o, read in zip(observations, whole, strict=True) if read is None]
+        others = iter(self._reconstruct(left) if left else [])
+        return [next(others) if read is None else read for read in whole]
+
+    def _reconstruct(self, observations: Sequence[Observation]) -> list[Reconstruction]:
         evidence = Evidence.gather(observations, self.device, simulate=self.local_training)
         if evidence.signs:
             return self._match_module(evidence, "only the signs of the update are known")

@@ -104,6 +104,14 @@ def test_an_honest_network_shows_small_batches_too() -> None:
     assert all(details["certified"])  # type: ignore[call-overload]
 
 
+def test_the_default_attack_reads_rows_where_they_show_the_whole_batch() -> None:
+    images, labels = digits(16)
+    psnr, right, details, fit = attacked(mlp(200), images, labels, "hybrid")
+    assert (len(psnr), all(right), details["by"]) == (16, True, "rows")
+    assert min(psnr) > 100
+    assert fit < 1e-5
+
+
 @settings(max_examples=8, deadline=None)
 @given(st.integers(0, 1000), st.sampled_from(["peel", "imprint", "trap", "honest"]))
 def test_what_comes_back_is_never_invented(seed: int, name: str) -> None:
