@@ -67,9 +67,9 @@ class HybridAttack(Attack):
     rounded to it: all pixels of a wrong image do not lie there by chance.
 
     Batches are read off the rows of a fully connected first layer where those show all of their
-    images (:class:`fedleak.attacks.RowsAttack`), and told apart at the head elsewhere. Those that cannot be, and models that are no chain
-    of layers with linear systems (residual blocks, attention, ...), are matched on the module
-    itself, with the head's input where it is known.
+    images (:class:`fedleak.attacks.RowsAttack`), and told apart at the head elsewhere. Those that
+    cannot be, and models that are no chain of layers with linear systems (residual blocks,
+    attention, ...), are matched on the module itself, with the head's input where it is known.
 
     Parameters
     ----------
