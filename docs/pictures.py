@@ -23,11 +23,11 @@ from fedleak.data import load_data
 from fedleak.defences import parse_defence
 from fedleak.laboratory import Trials, reconstruct
 from fedleak.metric import security_metric
-from fedleak.metric.rank import dense_system
 from fedleak.models import conv_chain
 from fedleak.plots import image_grid
 from fedleak.quality import score_batch
 from fedleak.systems import Affine
+from fedleak.systems.dense import dense_system
 
 FOLDER = Path(__file__).parent / "pictures"
 SHAPE = (1, 8, 8)

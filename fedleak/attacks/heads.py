@@ -18,12 +18,10 @@ from fedleak.attacks.inference import head_of, typical_probabilities
 from fedleak.attacks.mixture import Constraint
 from fedleak.client.loss import CanonicalLoss, Loss
 from fedleak.errors import UnsupportedModelError
+from fedleak.precision import FORWARD, GRADIENT
 from fedleak.solvers import cgls
 from fedleak.systems import Affine, Chain, Pointwise
 
-#: Relative rounding error of a float32 forward pass, measured on the paper's networks; that
-#: of a weight gradient, a sum over many positions, was about three times as large.
-ROUNDING = 1.1e-7
 #: Below this noise, relative to an entry's size, an update is as good as undefended.
 CLEAN = 1e-5
 # Scales tried for a head without bias: logarithms of ||dL/dlogits||, and how many.
@@ -105,7 +103,7 @@ def _informed(evidence: Evidence) -> HeadSolution:
         / v.flatten(1).square().mean(1).clamp_min(1e-300)
         for e, v in zip(evidence.errors.values(), evidence.gradient.values(), strict=True)
     ]
-    noise = torch.stack(part).mean(0).sqrt().clamp(3 * ROUNDING, 1.0)
+    noise = torch.stack(part).mean(0).sqrt().clamp(GRADIENT, 1.0)
     return HeadSolution(g, value, deviation, noise, evidence.labels)
 
 
@@ -209,7 +207,7 @@ def of_batches(found: list[Demixed], evidence: Evidence) -> HeadSolution:
             )
     value = torch.cat([b.inputs for b in found])
     deviation = torch.cat([b.deviation for b in found]).unsqueeze(1).expand_as(value)
-    noise = torch.tensor([max(b.noise, 3 * ROUNDING) for b in found]).to(value)
+    noise = torch.tensor([max(b.noise, GRADIENT) for b in found]).to(value)
     labels = torch.stack([b.labels for b in found])
     return HeadSolution(
         torch.cat([b.errors for b in found]), value, deviation, noise, labels, found
@@ -238,7 +236,7 @@ def _head_input(g: Tensor, head: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     rows = rest.square().mean(2).sqrt()
     used = head.abs().amax(2) > 0
     even = torch.where(used, rows, torch.nan).nanmedian(1, keepdim=True).values.nan_to_num(0.0)
-    rounding = ROUNDING / 4 * g.abs() * x.square().mean(1, keepdim=True).sqrt()
+    rounding = FORWARD / 4 * g.abs() * x.square().mean(1, keepdim=True).sqrt()
     variance = even.square() + rounding.square()
     floor = variance.amax(1, keepdim=True) * 1e-12 + 1e-300
     weight = 1.0 / (variance + floor)

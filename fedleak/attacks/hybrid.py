@@ -172,7 +172,10 @@ class HybridAttack(Attack):
         self, evidence: Evidence, heads: list[HeadSolution] | None
     ) -> list[Reconstruction]:
         """Solve what is determined, layer by layer, and match what is not."""
-        solution = solve_recursively(evidence, heads=heads)
+        try:
+            solution = solve_recursively(evidence, heads=heads)
+        except UnsupportedModelError as error:  # a layer that has no way back
+            return self._match_module(evidence, str(error))
         images, by = solution.image.clone(), [{"by": "linear"}] * len(evidence)
         unknown = solution.deviations[-1].isinf().flatten(1).any(1)
         unknown = unknown.unflatten(0, (-1, evidence.images)).any(1)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fedleak.attacks.demix import Demixed
 from fedleak.systems import Layer
+from fedleak.tensors import rms
 
 #: A solvable system of a clean update leaves a residual of a few roundings, below this.
 _MISSED = 1.5e-6
@@ -148,11 +149,3 @@ class LinearSolution:
 
 def pick(parts: Sequence[Tensor], best: Tensor) -> Tensor:
     return torch.stack(list(parts))[best, torch.arange(len(best), device=best.device)]
-
-
-def spread(scalar: Tensor, like: Tensor) -> Tensor:
-    return scalar.reshape(-1, *[1] * (like.dim() - 1))
-
-
-def rms(x: Tensor) -> Tensor:
-    return spread(x.flatten(1).square().mean(1).sqrt().clamp_min(1e-300), x)

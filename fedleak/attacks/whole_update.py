@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from fedleak.attacks.evidence import Evidence
-from fedleak.attacks.heads import ROUNDING
 from fedleak.attacks.linear import LinearSolution
-from fedleak.attacks.solution import rms
 from fedleak.attacks.targets import Target
+from fedleak.precision import GRADIENT
+from fedleak.tensors import rms
 
 #: Of a row that the others contain, this part of its variance may be left by rounding.
 _CONTAINED = 1e-6
@@ -85,7 +85,7 @@ class UpdateTarget(Target):
     def _error(self, name: str) -> Tensor:
         """Return the errors of a gradient's entries, with the rounding of the client's own."""
         size = rms(self.evidence.gradient[name])
-        return torch.hypot(self.evidence.errors[name], 3 * ROUNDING * size)
+        return torch.hypot(self.evidence.errors[name], GRADIENT * size)
 
     def made(self, images: Tensor, hidden: Tensor | None = None) -> Tensor:
         traced = self.evidence.chain.trace(images[:, 0], self.evidence.labels[:, 0])

@@ -1,8 +1,13 @@
 """The security metric: how solvable each layer's linear system is, and what that leaks in dB."""
 
 from fedleak.metric.auditing import Audit, audit
-from fedleak.metric.c_metric import LayerRank, SecurityMetric, security_metric
-from fedleak.metric.rank import exact_rank, structural_rank
+from fedleak.metric.c_metric import (
+    LayerRank,
+    SecurityMetric,
+    exact_rank,
+    security_metric,
+    structural_rank,
+)
 
 __all__ = [
     "Audit",

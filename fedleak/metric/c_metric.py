@@ -6,13 +6,12 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from fedleak.errors import InvalidInputError
-from fedleak.metric.rank_binding import binding_rows
-from fedleak.metric.rank_exact import AFFORDABLE, EXACT, FAST, Effort, numerical_ranks
+from fedleak.errors import InvalidInputError, UnsupportedModelError
 from fedleak.systems import Affine, Chain, Trace
-from fedleak.systems.conv import Conv
+from fedleak.systems.ranks.binding import binding_rows
+from fedleak.systems.ranks.blocks import AFFORDABLE, EXACT, FAST, Effort
 
 Method = Literal["auto", "exact", "structural"]
 _EFFORTS = {"auto": AFFORDABLE, "exact": EXACT, "structural": FAST}
@@ -25,7 +24,7 @@ class LayerRank:
     Attributes
     ----------
     name, kind : str
-        The module's dotted name; ``"conv2d"`` or ``"linear"``.
+        The module's dotted name; ``"conv2d"``, ``"linear"``, or what another package's layer is.
     unknowns : int
         Entries of the layer's input.
     rank : int
@@ -130,19 +129,52 @@ def security_metric(
     classes = chain.head.out_shape[0]
     label = torch.randint(classes, (1,), generator=generator)
     trace = chain.trace(x.to(chain.device), label.to(chain.device))
-    places = [i for i, layer in enumerate(chain.layers) if isinstance(layer, Affine)]
-    depth = sum(isinstance(chain.layers[i], Conv) for i in places)
+    systems = {i: layer for i, layer in enumerate(chain.layers) if isinstance(layer, Affine)}
+    depth = sum(layer.counts for layer in systems.values())
     layers: list[LayerRank] = []
     dense: list[LayerRank] = []
-    for i in places:
-        convolution = isinstance(chain.layers[i], Conv)
-        weight = (depth - len(layers)) / depth if convolution else 0.0
-        found = _layer_rank(chain, trace, i, weight, _EFFORTS[method])
-        (layers if convolution else dense).append(found)
-    c = sum(round(layer.weight * layer.deficiency) for layer in layers)
-    open_ = sum(layer.weight * layer.deficiency for layer in layers)
-    total = sum(layer.weight * layer.unknowns for layer in layers)
+    for i, layer in systems.items():
+        weight = (depth - len(layers)) / depth if layer.counts else 0.0
+        found = _layer_rank(chain, trace, i, layer, weight, _EFFORTS[method])
+        (layers if layer.counts else dense).append(found)
+    c = sum(round(r.weight * r.deficiency) for r in layers)
+    open_ = sum(r.weight * r.deficiency for r in layers)
+    total = sum(r.weight * r.unknowns for r in layers)
     return SecurityMetric(c, open_ / total if total else 0.0, tuple(layers), tuple(dense))
+
+
+def exact_rank(layer: Affine, e: Tensor, known: Tensor | None = None) -> int:
+    """Return the numerical rank of ``U = [A; K(e)]``; see :meth:`System.exact_rank`."""
+    return layer.exact_rank(e, known)
+
+
+def structural_rank(layer: Affine, e: Tensor | None = None, known: Tensor | None = None) -> int:
+    """Return the rank that generic weights and a generic ``e`` give, in closed form.
+
+    Parameters
+    ----------
+    layer : Affine
+    e : Tensor, shape (*out_shape), optional
+        ``dL/dz``: its filters of zeros have no gradient rows.
+    known : Tensor of bool, shape (*out_shape), optional
+        Outputs that have a weight row.
+
+    Returns
+    -------
+    int
+        For a convolution :func:`fedleak.systems.ranks.counted.counted_rank`.
+
+    Raises
+    ------
+    UnsupportedModelError
+        If this kind of layer has no closed form.
+    """
+    rank = layer.counted_rank(e, known)
+    if rank is None:
+        raise UnsupportedModelError(
+            f"layer {layer.name!r} ({type(layer).__name__}) has no rank in closed form"
+        )
+    return rank
 
 
 def _image_shape(shape: tuple[int, int, int]) -> tuple[int, int, int]:
@@ -158,19 +190,19 @@ def _image_shape(shape: tuple[int, int, int]) -> tuple[int, int, int]:
     return channels, height, width
 
 
-def _layer_rank(chain: Chain, trace: Trace, i: int, weight: float, effort: Effort) -> LayerRank:
-    layer = chain.layers[i]
-    assert isinstance(layer, Affine)
+def _layer_rank(
+    chain: Chain, trace: Trace, i: int, layer: Affine, weight: float, effort: Effort
+) -> LayerRank:
     e = trace.errors[i][0]
     if not bool(e.isfinite().all()):
         raise InvalidInputError(
             f"the gradient at layer {layer.name!r} is not finite: its weights, or those after "
             "it, are too large for a metric"
         )
-    ranks = numerical_ranks(layer, e, binding_rows(chain, trace.inputs, i), effort)
+    ranks = layer.block_ranks(e, binding_rows(chain.layers, trace.inputs, i), effort)
     return LayerRank(
         layer.name,
-        "conv2d" if isinstance(layer, Conv) else "linear",
+        layer.kind or type(layer).__name__,
         layer.unknowns,
         ranks.joint,
         ranks.joint - layer.unknowns,

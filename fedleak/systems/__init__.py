@@ -1,6 +1,20 @@
 """Layers as linear systems: one file for each kind of layer."""
 
-from fedleak.systems.base import Affine, Gradients, Layer, Pointwise, Rows, System
+from fedleak.systems.base import LAYERS, Above, Descent, Equations, Gradients, Layer, Pointwise
 from fedleak.systems.chain import Chain, Trace
+from fedleak.systems.system import Affine, Rows, System
 
-__all__ = ["Affine", "Chain", "Gradients", "Layer", "Pointwise", "Rows", "System", "Trace"]
+__all__ = [
+    "LAYERS",
+    "Above",
+    "Affine",
+    "Chain",
+    "Descent",
+    "Equations",
+    "Gradients",
+    "Layer",
+    "Pointwise",
+    "Rows",
+    "System",
+    "Trace",
+]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fedleak.errors import UnsupportedModelError
-from fedleak.systems.base import Pointwise, Shape
+from fedleak.systems.base import LAYERS, Pointwise, Shape
 
 # float64 resolves tanh and sigmoid this close to saturation; the published code
 # clips tanh at 0.9999 and loses what lies beyond.
@@ -124,3 +126,29 @@ class Reshape(Pointwise):
 
     def inverse(self, z: Tensor) -> Tensor:
         return z.reshape(-1, *self.in_shape)
+
+
+@LAYERS.register(nn.Tanh)
+def _tanh(name: str, module: nn.Tanh, i: Shape, o: Shape) -> Tanh:
+    return Tanh(name, i, o)
+
+
+@LAYERS.register(nn.Sigmoid)
+def _sigmoid(name: str, module: nn.Sigmoid, i: Shape, o: Shape) -> Sigmoid:
+    return Sigmoid(name, i, o)
+
+
+@LAYERS.register(nn.ReLU, nn.ReLU6, nn.Hardtanh)
+def _clamp(name: str, module: Any, i: Shape, o: Shape) -> Clamp:
+    bounds = (0.0, torch.inf) if isinstance(module, nn.ReLU) else (module.min_val, module.max_val)
+    return Clamp(name, i, o, *map(float, bounds))
+
+
+@LAYERS.register(nn.LeakyReLU)
+def _leaky(name: str, module: nn.LeakyReLU, i: Shape, o: Shape) -> LeakyReLU:
+    return LeakyReLU(name, i, o, module.negative_slope)
+
+
+@LAYERS.register(nn.Identity, nn.Flatten, nn.Unflatten, nn.Dropout, nn.Dropout2d)
+def _reshape(name: str, module: nn.Module, i: Shape, o: Shape) -> Reshape:
+    return Reshape(name, i, o)

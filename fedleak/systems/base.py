@@ -2,21 +2,100 @@
 
 Notation (Chen & Campbell 2022, section 3; ``N`` updates of one model at once):
 ``x`` is a layer's input, ``z`` its output, ``e = dL/dz`` and ``D = dL/dx``.
-The attack, gradient matching and the metric all use these same operators, so a new
-kind of layer is one file.
+The attacks and the metric ask a layer, and never what kind of layer it is: a new kind is
+one file. What it does not say of itself has a default that is right, or a refusal.
 """
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from scipy.sparse import csr_matrix, diags
+from torch import Tensor, nn
+from torch.func import jacrev
+
+from fedleak.errors import UnsupportedModelError
+from fedleak.registry import Registry
 
 Shape = tuple[int, ...]
 Gradients = dict[str, Tensor]
+T = TypeVar("T")
+
+#: Entries of a Jacobian that a layer without one of its own may have.
+_JACOBIAN = 4e7
+
+
+@dataclass
+class Above:
+    """What is known of a layer's output, and of its parameters' gradients, for N updates.
+
+    Attributes
+    ----------
+    value, cotangent : Tensor, shape (N * batch, *out_shape)
+        ``z`` and ``e = dL/dz``: the images of one update after each other.
+    deviation : Tensor, shape (N * batch, *out_shape)
+        Standard deviation of ``value``, infinite where it is not known.
+    gradients : dict
+        The update by parameter name, shape (N, *parameter).
+    errors : dict
+        Standard deviations of its entries, alike, where a known defence tells them.
+    noise : Tensor, shape (N,)
+        Standard deviation of the update's entries relative to their root mean square, where
+        ``errors`` does not say it.
+    batch : int
+        Images of each update.
+    """
+
+    value: Tensor
+    cotangent: Tensor
+    deviation: Tensor
+    gradients: Gradients
+    errors: Gradients
+    noise: Tensor
+    batch: int = 1
+
+
+@dataclass
+class Equations:
+    """How the system was solved that gave a layer's input.
+
+    Attributes
+    ----------
+    rank : Tensor, int64, shape (N,)
+        Of ``batch * unknowns`` where the input is determined.
+    exact : bool
+        Whether the rank is that of this very system, or a count of its constraints.
+    residual : Tensor, shape (N,)
+        ``||U x - v|| / ||v||``.
+    """
+
+    rank: Tensor
+    exact: bool
+    residual: Tensor
+
+
+@dataclass
+class Descent:
+    """What a layer's output tells of its input.
+
+    Attributes
+    ----------
+    value : Tensor, shape (N * batch, *in_shape)
+    deviation : Tensor, alike, or None
+        Standard deviation of ``value``, infinite where it is a guess. None: as large a part
+        of it as above.
+    equations : Equations or None
+        None where no system was solved.
+    """
+
+    value: Tensor
+    deviation: Tensor | None = None
+    equations: Equations | None = None
 
 
 class Layer(ABC):
@@ -28,7 +107,14 @@ class Layer(ABC):
         Dotted name of the module, as in ``named_modules()``.
     in_shape, out_shape : tuple of int
         Shapes of one input and one output, without the batch dimension.
+    kind : str
+        What tables call this kind of layer; empty for the name of its class.
+    ranked : bool
+        Whether the layer has gradient rows, and so a system ``[A; K(e)]`` that the metric ranks.
     """
+
+    kind: str = ""
+    ranked: bool = False
 
     def __init__(self, name: str, in_shape: Shape, out_shape: Shape):
         self.name, self.in_shape, self.out_shape = name, in_shape, out_shape
@@ -45,21 +131,54 @@ class Layer(ABC):
         """Return ``dL/dparameter`` of each update by name, shape (N, *parameter)."""
         return {}
 
-    def binds(self, x: Tensor, z: Tensor, known: Tensor) -> Tensor:
-        """Return which entries of ``x`` the ``known`` entries of ``z`` tie down.
+    @property
+    def unknowns(self) -> int:
+        """Number of entries of one input, ``n_i`` of the paper."""
+        return math.prod(self.in_shape)
+
+    def descend(self, above: Above, start: Tensor) -> Descent:
+        """Return what the output, and the gradients of the parameters, tell of the input.
 
         Parameters
         ----------
-        x : Tensor, shape (N, *in_shape)
-        z : Tensor, shape (N, *out_shape)
-        known : Tensor of bool, shape (N, *out_shape)
+        above : Above
+        start : Tensor, shape (N * batch, *in_shape)
+            What is nearest to is taken, where the input is not determined.
 
-        Returns
-        -------
-        Tensor of bool, shape (N, *in_shape)
-            One entry for each equation; all of them where the layer has a system of its own.
+        Raises
+        ------
+        UnsupportedModelError
+            If this kind of layer has no way back.
         """
-        return torch.ones_like(x, dtype=torch.bool)
+        raise UnsupportedModelError(
+            f"layer {self.name!r} ({type(self).__name__}) does not say how its input follows from "
+            "its output (Layer.descend). The hybrid attack matches such a model as a whole"
+        )
+
+    def pull_back(self, x: Tensor, z: Tensor, e: Tensor) -> Tensor:
+        """Return ``dL/dx`` at an input that :meth:`descend` found."""
+        return self.backward(x, z, e)
+
+    def jacobian(self, x: Tensor, z: Tensor) -> csr_matrix:
+        """Return ``dz / dx`` of one image, shape (outputs, inputs), zero where ``z`` is lost.
+
+        Parameters
+        ----------
+        x, z : Tensor, shapes (1, *in_shape) and (1, *out_shape)
+
+        Raises
+        ------
+        UnsupportedModelError
+            If it is large, and this kind of layer has none of its own.
+        """
+        if float(x.numel()) * z.numel() > _JACOBIAN:
+            raise UnsupportedModelError(
+                f"layer {self.name!r} ({type(self).__name__}) has {x.numel()} inputs and "
+                f"{z.numel()} outputs: too many for a Jacobian that is written out "
+                "(Layer.jacobian)"
+            )
+        whole = jacrev(self.forward)(x).reshape(z.numel(), x.numel())
+        return csr_matrix(whole.detach().cpu().numpy())
 
     def to(self, device: torch.device) -> Layer:
         """Move the layer's own tensors to ``device``, in place."""
@@ -91,9 +210,15 @@ class Pointwise(Layer):
         """Return where ``z`` does not tell ``x``, a mask like ``z``; None for nowhere."""
         return None
 
-    def binds(self, x: Tensor, z: Tensor, known: Tensor) -> Tensor:
+    def jacobian(self, x: Tensor, z: Tensor) -> csr_matrix:
         lost = self.lost(z)
-        return (known if lost is None else known & ~lost).reshape(x.shape)
+        slope = self.backward(x, z, torch.ones_like(z)).flatten()
+        if lost is not None:
+            slope = slope.masked_fill(lost.flatten(), 0)
+        return diags(slope.cpu().numpy()).tocsr()
+
+    def descend(self, above: Above, start: Tensor) -> Descent:
+        return Descent(*self.undo(above.value, above.deviation))
 
     def settle(self, z: Tensor, deviation: Tensor) -> Tensor:
         """Return ``z`` with what is at a bound of the range, within its error, put on it."""
@@ -116,117 +241,40 @@ class Pointwise(Layer):
         return x, deviation
 
 
-@dataclass
-class Rows:
-    """Rows of a layer's linear system, or a vector in the space of those rows.
+#: Makes a layer: (name, module, in_shape, out_shape) -> Layer.
+Reader = Callable[[str, Any, Shape, Shape], Layer]
 
-    Attributes
-    ----------
-    weight : Tensor, shape (N, *out_shape)
-        One row for each output: the layer's own equation ``A x = z - c``.
-    gradient : Tensor, shape (N, *weight_shape)
-        One row for each weight: ``K(e) x = dL/dW``. Shape (N, 0) without parameters.
+
+class LayerRegistry(Registry[Reader]):
+    """From the kind of a module to its layer; open to other packages through entry points.
+
+    Names are those of classes, ``torch.nn.GroupNorm`` or ``my_package.layers.Mine``.
     """
 
-    weight: Tensor
-    gradient: Tensor
+    def register(self, name: str | type[nn.Module], *more: type[nn.Module]) -> Callable[[T], T]:  # type: ignore[override]
+        """Return a decorator that enters a reader, or a class of layers that is one."""
+
+        def enter(reader: T) -> T:
+            for kind in (name, *more):
+                key = kind if isinstance(kind, str) else class_name(kind)
+                super(LayerRegistry, self).register(key)(reader)  # type: ignore[arg-type]
+            return reader
+
+        return enter
+
+    def reader_of(self, module: nn.Module) -> Reader | None:
+        """Return what reads this very kind of module; a subclass may compute something else."""
+        name = class_name(type(module))
+        if name not in self:
+            return None
+        return self[name]
 
 
-class System(Layer):
-    """A layer ``z = A x + c``, and so with a linear system ``U x = v`` for its input.
-
-    ``U = [A; K(e)]``; a layer without parameters has the weight rows ``A`` alone.
-    """
-
-    @property
-    def unknowns(self) -> int:
-        """Number of entries of one input, ``n_i`` of the paper."""
-        return math.prod(self.in_shape)
-
-    @abstractmethod
-    def apply(self, x: Tensor, e: Tensor) -> Rows:
-        """Return ``U x``: ``A x`` and ``K(e) x``."""
-
-    @abstractmethod
-    def adjoint(self, rows: Rows, e: Tensor) -> Tensor:
-        """Return ``U^T rows = A^T rows.weight + K(e)^T rows.gradient``."""
-
-    @abstractmethod
-    def target(self, z: Tensor, gradient: Tensor) -> Rows:
-        """Return the system's right side ``[z - c; vec(dL/dW)]``."""
+def class_name(kind: type[nn.Module]) -> str:
+    """Return the name that a class of modules is imported by."""
+    short = kind.__name__
+    own = getattr(nn, short, None) is kind
+    return f"torch.nn.{short}" if own else f"{kind.__module__}.{kind.__qualname__}"
 
 
-class Affine(System):
-    """A system with parameters, and so with gradient rows: convolutions, dense layers.
-
-    Everything rests on the patch matrix ``P(x)``, shape (fan_in, positions): the layer
-    computes ``A x = W P(x)`` and its weight gradient is ``K(e) x = e P(x)^T``. So one
-    gathering of patches and two small matrix products apply the whole system
-    ``U = [A; K(e)]``, and their adjoints apply ``U^T``. ``U`` itself is never built.
-
-    Attributes
-    ----------
-    weight : Tensor, float64, shape (groups, out / groups, fan_in)
-    bias : Tensor or None, float64, shape (out,)
-    weight_name, bias_name : str
-        Names in ``named_parameters()``.
-    weight_shape : tuple of int
-        Shape of the parameter in the model.
-    """
-
-    def __init__(
-        self, name: str, in_shape: Shape, out_shape: Shape, weight: Tensor, bias: Tensor | None
-    ):
-        super().__init__(name, in_shape, out_shape)
-        prefix = f"{name}." if name else ""
-        self.weight_name, self.bias_name = f"{prefix}weight", f"{prefix}bias"
-        self.weight_shape = tuple(weight.shape)
-        self.bias = None if bias is None else bias.detach().double()
-        self.weight = self.group(weight.detach().double())
-
-    def group(self, weight: Tensor) -> Tensor:
-        """Return ``weight`` as (groups, out / groups, fan_in)."""
-        return weight.flatten(1).unsqueeze(0)
-
-    @abstractmethod
-    def patches(self, x: Tensor) -> Tensor:
-        """Return ``P(x)``, shape (N, groups, fan_in, positions)."""
-
-    @abstractmethod
-    def scatter(self, p: Tensor) -> Tensor:
-        """Return the adjoint of :meth:`patches`, shape (N, *in_shape)."""
-
-    def _grouped(self, e: Tensor) -> Tensor:
-        return e.reshape(e.shape[0], *self.weight.shape[:2], -1)
-
-    def apply(self, x: Tensor, e: Tensor) -> Rows:
-        p = self.patches(x)
-        return Rows(
-            (self.weight @ p).reshape(-1, *self.out_shape),
-            (self._grouped(e) @ p.mT).reshape(-1, *self.weight_shape),
-        )
-
-    def adjoint(self, rows: Rows, e: Tensor) -> Tensor:
-        gradient = rows.gradient.reshape(-1, *self.weight.shape)
-        p = self.weight.mT @ self._grouped(rows.weight) + gradient.mT @ self._grouped(e)
-        return self.scatter(p)
-
-    def forward(self, x: Tensor) -> Tensor:
-        z = (self.weight @ self.patches(x)).reshape(-1, *self.out_shape)
-        return z if self.bias is None else z + self._spread(self.bias)
-
-    def _spread(self, bias: Tensor) -> Tensor:
-        return bias.reshape(-1, *[1] * (len(self.out_shape) - 1))
-
-    def backward(self, x: Tensor, z: Tensor, e: Tensor) -> Tensor:
-        return self.scatter(self.weight.mT @ self._grouped(e))
-
-    def gradients(self, x: Tensor, e: Tensor) -> Gradients:
-        gradient = self._grouped(e) @ self.patches(x).mT
-        out = {self.weight_name: gradient.reshape(-1, *self.weight_shape)}
-        if self.bias is not None:
-            out[self.bias_name] = e.flatten(2).sum(2) if e.dim() > 2 else e
-        return out
-
-    def target(self, z: Tensor, gradient: Tensor) -> Rows:
-        return Rows(z if self.bias is None else z - self._spread(self.bias), gradient)
+LAYERS = LayerRegistry("kind of layer", "fedleak.layers")

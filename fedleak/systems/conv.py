@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import numpy as np
+import torch
+from scipy.sparse import csr_matrix
 from torch import Tensor, nn
 
 from fedleak.errors import UnsupportedModelError
-from fedleak.systems.base import Affine, Shape
+from fedleak.systems.base import LAYERS, Shape
+from fedleak.systems.ranks.blocks import EXACT, Effort, Ranks
+from fedleak.systems.ranks.convolution import convolution_ranks
+from fedleak.systems.ranks.counted import counted_batch_rank, counted_rank
+from fedleak.systems.system import Affine
 from fedleak.systems.windows import Windows
 
 
 class Conv(Affine):
     """``nn.Conv2d`` with zero padding."""
+
+    kind = "conv2d"
 
     def __init__(self, name: str, module: nn.Conv2d, in_shape: Shape, out_shape: Shape):
         kernel, stride, dilation = (
@@ -38,6 +47,48 @@ class Conv(Affine):
 
     def scatter(self, p: Tensor) -> Tensor:
         return self.windows.scatter(p.reshape(p.shape[0], -1, p.shape[-1]))
+
+    def block_ranks(
+        self, e: Tensor, rows: csr_matrix | None = None, effort: Effort = EXACT
+    ) -> Ranks:
+        if rows is not None and _mixes(rows, e[0].numel()):
+            return super().block_ranks(e, rows, effort)  # no structure: dense, or refused
+        own = e.detach().double().cpu()
+        return convolution_ranks(self.windows, self.weight, own, rows, effort)
+
+    def counted_rank(self, e: Tensor | None = None, known: Tensor | None = None) -> int:
+        shape = (*self.weight.shape[:2], -1)
+        ones = torch.ones(self.out_shape, dtype=torch.bool, device=self.weight.device)
+        used, told = ones if e is None else e != 0, ones if known is None else known
+        return counted_rank(self.windows, used.reshape(shape), told.reshape(shape))
+
+    def batch_rank(self, e: Tensor, known: Tensor) -> int:
+        shape = (len(e), *self.weight.shape[:2], -1)
+        return counted_batch_rank(self.windows, (e != 0).reshape(shape), known.reshape(shape))
+
+    def ranks(self, e: Tensor, known: Tensor, batch: int = 1) -> tuple[Tensor, bool]:
+        ranks, exact = super().ranks(e, known, batch)
+        if batch == 1 and not exact:
+            # Outputs that are unknown, or without an error, are not generic: a full count is
+            # put to the test.
+            generic = (known & (e != 0)).flatten(1).all(1)
+            doubtful = ~generic.cpu() & (ranks == self.unknowns)
+            if bool(doubtful.any()):
+                ranks[doubtful] = self.probed_rank(e[doubtful], known[doubtful])
+        return ranks, exact
+
+
+LAYERS.register(nn.Conv2d)(Conv.read)
+
+
+def _mixes(rows: csr_matrix, positions: int) -> bool:
+    """Return whether an equation involves outputs of more than one filter."""
+    starts = rows.indptr[:-1][np.diff(rows.indptr) > 0]
+    if len(starts) == 0:
+        return False
+    filters = rows.indices // positions
+    least, most = (f.reduceat(filters, starts) for f in (np.minimum, np.maximum))
+    return bool((least != most).any())
 
 
 def _padding(module: nn.Conv2d) -> tuple[int, int, int, int]:

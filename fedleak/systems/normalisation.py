@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fedleak.errors import UnsupportedModelError
-from fedleak.systems.base import Gradients, Pointwise, Shape
+from fedleak.systems.base import LAYERS, Gradients, Pointwise, Shape
 
 
 class BatchNorm(Pointwise):
@@ -74,3 +74,6 @@ class BatchNorm(Pointwise):
     def lost(self, z: Tensor) -> Tensor | None:
         # A channel with weight 0 gives its bias, whatever goes in.
         return (self._scale == 0).expand_as(z)
+
+
+LAYERS.register(nn.BatchNorm1d, nn.BatchNorm2d)(BatchNorm.read)

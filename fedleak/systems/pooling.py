@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from scipy.sparse import csr_matrix, identity, kron
 from torch import Tensor, nn
 
 from fedleak.errors import UnsupportedModelError
-from fedleak.systems.base import Layer, Rows, Shape, System
+from fedleak.systems.base import LAYERS, Above, Descent, Equations, Layer, Shape
+from fedleak.systems.system import Rows, System
 from fedleak.systems.windows import Pair, Windows
 
 
@@ -95,12 +98,19 @@ class AvgPool(System):
     def target(self, z: Tensor, gradient: Tensor) -> Rows:
         return Rows(z, gradient)
 
-    def binds(self, x: Tensor, z: Tensor, known: Tensor) -> Tensor:
-        # One equation for each window: counted at its middle pixel.
-        size = self.windows.kernel[0] * self.windows.kernel[1]
-        p = x.new_zeros(x.shape[0], self.in_shape[0], size, len(self.divisor))
-        p[:, :, size // 2] = known.reshape(x.shape[0], self.in_shape[0], -1).to(x)
-        return self.windows.scatter(p.flatten(1, 2)) > 0
+    def jacobian(self, x: Tensor, z: Tensor) -> csr_matrix:
+        pixels = self.windows.area
+        index = self.windows.pixels(torch.device("cpu")).numpy()
+        offset, position = (index < pixels).nonzero()
+        share = 1 / self.divisor.cpu().numpy()[position]
+        shape = (index.shape[1], pixels)
+        one = csr_matrix((share, (position, index[offset, position])), shape)
+        return kron(identity(self.in_shape[0]), one).tocsr()
+
+    def ranks(self, e: Tensor, known: Tensor, batch: int = 1) -> tuple[Tensor, bool]:
+        told = known.flatten(1).sum(1).cpu()
+        whole = bool((told == known[0].numel()).all())
+        return told.clamp(max=self.rank).reshape(-1, batch).sum(1), whole
 
     @property
     def rank(self) -> int:
@@ -149,8 +159,24 @@ class MaxPool(Layer):
     def backward(self, x: Tensor, z: Tensor, e: Tensor) -> Tensor:
         return self.route(x, e)
 
-    def binds(self, x: Tensor, z: Tensor, known: Tensor) -> Tensor:
-        return self.route(x, known.to(x)) > 0
+    def descend(self, above: Above, start: Tensor) -> Descent:
+        x, _ = self.estimate(above.value, above.cotangent)
+        rank = torch.full((len(above.noise),), self.rank) * above.batch
+        return Descent(x, None, Equations(rank, False, torch.zeros_like(above.noise)))
+
+    def pull_back(self, x: Tensor, z: Tensor, e: Tensor) -> Tensor:
+        return self.estimate(z, e)[1]
+
+    def jacobian(self, x: Tensor, z: Tensor) -> csr_matrix:
+        """Pick the largest pixel of each window; of equal ones the first, as torch does."""
+        channels, pixels = self.in_shape[0], self.windows.area
+        index = self.windows.pixels(x.device)
+        padded = torch.cat([x.reshape(channels, -1), x.new_full((channels, 1), -torch.inf)], 1)
+        first = padded[:, index].argmax(1)
+        picked = index.gather(0, first) + pixels * torch.arange(channels, device=x.device)[:, None]
+        column = picked.flatten().cpu().numpy()
+        shape = (len(column), channels * pixels)
+        return csr_matrix((np.ones(len(column)), (np.arange(len(column)), column)), shape)
 
     def estimate(self, z: Tensor, e: Tensor) -> tuple[Tensor, Tensor]:
         """Return an input that gives ``z``, and ``dL/dx``, where the places are not known.
@@ -182,11 +208,6 @@ class MaxPool(Layer):
         return x[..., :-1].reshape(-1, *self.in_shape), d[..., :-1].reshape(-1, *self.in_shape)
 
     @property
-    def unknowns(self) -> int:
-        """Number of entries of one input."""
-        return self.in_shape[0] * self.in_shape[1] * self.in_shape[2]
-
-    @property
     def rank(self) -> int:
         """Equations for the input: one for each window, short of all unknowns.
 
@@ -194,6 +215,12 @@ class MaxPool(Layer):
         """
         outputs = self.in_shape[0] * self.windows.positions[0] * self.windows.positions[1]
         return min(outputs, self.unknowns - (self.windows.kernel != (1, 1)))
+
+
+LAYERS.register(nn.AvgPool2d)(AvgPool.read)
+LAYERS.register(nn.AdaptiveAvgPool2d)(lambda n, m, i, o: AvgPool.read_adaptive(n, i, o))
+LAYERS.register(Mean)(AvgPool.read_mean)
+LAYERS.register(nn.MaxPool2d)(MaxPool.read)
 
 
 def _demand_image(name: str, in_shape: Shape) -> None:

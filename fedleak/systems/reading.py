@@ -12,47 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from fedleak.errors import InvalidInputError, UnsupportedModelError
-from fedleak.systems.activations import Clamp, LeakyReLU, Reshape, Sigmoid, Tanh
-from fedleak.systems.base import Layer, Shape
-from fedleak.systems.conv import Conv
-from fedleak.systems.linear import Dense
-from fedleak.systems.normalisation import BatchNorm
-from fedleak.systems.pooling import AvgPool, MaxPool, Mean
-
-Reader = Callable[[str, Any, Shape, Shape], Layer]
-
-
-def _clamp(name: str, module: Any, i: Shape, o: Shape) -> Layer:
-    bounds = (0.0, torch.inf) if isinstance(module, nn.ReLU) else (module.min_val, module.max_val)
-    return Clamp(name, i, o, *map(float, bounds))
-
-
-def _reshape(name: str, module: Any, i: Shape, o: Shape) -> Layer:
-    return Reshape(name, i, o)
-
-
-#: How each kind of module becomes a layer: (name, module, in_shape, out_shape) -> Layer.
-MODULES: dict[type[nn.Module], Reader] = {
-    nn.Conv2d: Conv.read,
-    nn.Linear: lambda n, m, i, o: Dense.read(n, m, i),
-    nn.Tanh: lambda n, m, i, o: Tanh(n, i, o),
-    nn.Sigmoid: lambda n, m, i, o: Sigmoid(n, i, o),
-    nn.LeakyReLU: lambda n, m, i, o: LeakyReLU(n, i, o, m.negative_slope),
-    nn.ReLU: _clamp,
-    nn.ReLU6: _clamp,
-    nn.Hardtanh: _clamp,
-    nn.BatchNorm1d: BatchNorm.read,
-    nn.BatchNorm2d: BatchNorm.read,
-    nn.AvgPool2d: AvgPool.read,
-    nn.AdaptiveAvgPool2d: lambda n, m, i, o: AvgPool.read_adaptive(n, i, o),
-    Mean: AvgPool.read_mean,
-    nn.MaxPool2d: MaxPool.read,
-    nn.Identity: _reshape,
-    nn.Flatten: _reshape,
-    nn.Unflatten: _reshape,
-    nn.Dropout: _reshape,
-    nn.Dropout2d: _reshape,
-}
+from fedleak.systems import activations, conv, linear, normalisation  # noqa: F401 (they register)
+from fedleak.systems.base import LAYERS, Layer, Shape
+from fedleak.systems.pooling import Mean
 
 
 def _no_layer(*args: Any, **kwargs: Any) -> nn.Module:
@@ -170,9 +132,10 @@ def _read_node(
     else:
         name, module = node.name, _as_module(node, runner)
         what = f"{name!r} ({node.op})"
-    reader = None if module is None else MODULES.get(type(module))
+    reader = None if module is None else LAYERS.reader_of(module)
     if reader is None or node.name not in runner.shapes:
-        supported = ", ".join(sorted(k.__name__ for k in MODULES if hasattr(nn, k.__name__)))
+        own = (k.removeprefix("torch.nn.") for k in LAYERS if "fedleak." not in k)
+        supported = ", ".join(sorted(own))
         raise UnsupportedModelError(
             f"layer {what} has no linear system in fedleak; layers that have one: {supported}. "
             "The hybrid attack matches such a model as a whole"

@@ -8,8 +8,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fedleak.systems.base import Shape
-
 Pair = tuple[int, int]
 
 
@@ -27,11 +25,16 @@ class Windows:
         (left, right, top, bottom), as ``F.pad`` takes it.
     """
 
-    in_shape: Shape
+    in_shape: tuple[int, ...]
     kernel: Pair
     stride: Pair = (1, 1)
     padding: tuple[int, int, int, int] = (0, 0, 0, 0)
     dilation: Pair = (1, 1)
+
+    @property
+    def area(self) -> int:
+        """Pixels of one channel."""
+        return self.in_shape[1] * self.in_shape[2]
 
     @property
     def padded(self) -> Pair:

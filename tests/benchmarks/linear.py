@@ -35,8 +35,9 @@ from torch import Tensor
 from fedleak import make_attack
 from fedleak.attacks.evidence import Evidence
 from fedleak.attacks.linear import LinearSolution, solve_recursively
-from fedleak.metric.rank import TOLERANCE, dense_system
 from fedleak.systems import Affine
+from fedleak.systems.dense import dense_system
+from fedleak.systems.ranks.linalg import TOLERANCE
 
 NOTES = (
     "ours: the whole attack (reading the model, label, ranks, solving, fit), median; "

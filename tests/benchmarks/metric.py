@@ -22,9 +22,10 @@ import torch  # isort: skip
 from torch import Tensor
 
 from fedleak.metric import security_metric
-from fedleak.metric.rank import TOLERANCE, dense_system
 from fedleak.systems import Chain
 from fedleak.systems.conv import Conv
+from fedleak.systems.dense import dense_system
+from fedleak.systems.ranks.linalg import TOLERANCE
 
 NOTES = (
     "exact, fast: security_metric(model, shape, 'exact' and 'structural'), median; dense: an "

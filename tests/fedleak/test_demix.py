@@ -26,12 +26,12 @@ from fedleak.client.training import LocalTraining
 from fedleak.data import load_data
 from fedleak.defences import DefenceSpec, defend
 from fedleak.errors import UnsupportedModelError
-from fedleak.metric.rank import batch_rank, dense_system
 from fedleak.models import build_model
 from fedleak.observation import Observation
 from fedleak.priors import make_prior
 from fedleak.quality import match
 from fedleak.systems import Affine, Chain
+from fedleak.systems.dense import dense_system
 
 
 def _head(seed: int, images: int, classes: int, features: int) -> tuple[Tensor, ...]:
@@ -330,7 +330,7 @@ def _system(module: nn.Module, shape: tuple[int, ...], batch: int) -> tuple[Affi
 def test_the_rank_of_a_batch(module: nn.Module, shape: tuple[int, ...], batch: int) -> None:
     torch.manual_seed(0)
     layer, e, u = _system(module, shape, batch)
-    assert batch_rank(layer, e, torch.ones_like(e, dtype=torch.bool)) == torch.linalg.matrix_rank(u)
+    assert layer.batch_rank(e, torch.ones_like(e, dtype=torch.bool)) == torch.linalg.matrix_rank(u)
 
 
 def test_a_batchs_layer_is_solved_as_its_dense_system() -> None:

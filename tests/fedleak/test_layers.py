@@ -17,13 +17,12 @@ from fedleak.attacks.linear import LinearSolution, solve_recursively
 from fedleak.defences import DefenceSpec, defend
 from fedleak.errors import InvalidInputError, UnsupportedModelError
 from fedleak.metric import exact_rank, security_metric, structural_rank
-from fedleak.metric.rank import dense_system, layer_ranks, probed_rank
 from fedleak.observation import Observation
 from fedleak.quality import score
-from fedleak.systems import Chain, Layer, Rows
+from fedleak.systems import LAYERS, Chain, Layer, Rows
 from fedleak.systems.conv import Conv
+from fedleak.systems.dense import dense_system
 from fedleak.systems.pooling import AvgPool, MaxPool
-from fedleak.systems.reading import MODULES
 from fedleak.threat import ThreatModel
 from tests.conftest import client_gradient, photo_patches
 from tests.fedleak.test_systems import convolutions
@@ -33,7 +32,9 @@ Observe = Callable[[nn.Module, Tensor, int], Observation]
 
 def _read(module: nn.Module, shape: tuple[int, ...]) -> Layer:
     out = module.double().eval()(torch.zeros(1, *shape, dtype=torch.float64))
-    return MODULES[type(module)]("layer", module, shape, tuple(out.shape[1:]))
+    reader = LAYERS.reader_of(module)
+    assert reader is not None
+    return reader("layer", module, shape, tuple(out.shape[1:]))
 
 
 def _small() -> Tensor:
@@ -207,8 +208,8 @@ def test_ranks_with_unknown_outputs(layer: Conv, seed: int, share: float) -> Non
         structural_rank(layer, e[0], known[0]) >= found
         or layer.windows.padded != (layer.in_shape[1:])
     )
-    assert [int(r) for r in layer_ranks(layer, e, known)[0]] == [found]
-    probed = int(probed_rank(layer, e, known)[0])
+    assert [int(r) for r in layer.ranks(e, known)[0]] == [found]
+    probed = int(layer.probed_rank(e, known)[0])
     assert (probed == layer.unknowns) == (found == layer.unknowns)
 
 

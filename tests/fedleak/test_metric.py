@@ -13,9 +13,13 @@ from torch import Tensor, nn
 
 from fedleak.errors import InvalidInputError, UnsupportedModelError
 from fedleak.metric import SecurityMetric, exact_rank, security_metric, structural_rank
-from fedleak.metric.rank import dense_system
-from fedleak.metric.rank_exact import Effort, numerical_ranks, selection
-from fedleak.metric.rank_linalg import (
+from fedleak.models import build_model, conv_chain
+from fedleak.systems import Affine, Chain
+from fedleak.systems.conv import Conv
+from fedleak.systems.dense import dense_system
+from fedleak.systems.linear import Dense
+from fedleak.systems.ranks.blocks import Effort, selection
+from fedleak.systems.ranks.linalg import (
     count_above,
     counted,
     gram_matrix,
@@ -23,11 +27,7 @@ from fedleak.metric.rank_linalg import (
     largest_eigenvalue,
     row_space,
 )
-from fedleak.metric.rank_structure import weight_rows
-from fedleak.models import build_model, conv_chain
-from fedleak.systems import Affine, Chain
-from fedleak.systems.conv import Conv
-from fedleak.systems.linear import Dense
+from fedleak.systems.ranks.structure import weight_rows
 from tests.fedleak.test_systems import convolutions
 
 # Chen & Campbell 2022: c(M), and each layer's deficiency.
@@ -101,7 +101,7 @@ def test_exact_ranks_are_those_of_dense_svds(system: tuple[Conv, Tensor, Tensor]
         weight, gradient, joint = (
             n + (r or 0) for n, r in zip((weight, gradient, joint), ranks, strict=True)
         )
-    found = numerical_ranks(layer, e, selection(known))
+    found = layer.block_ranks(e, selection(known))
     assert (found.weight, found.gradient, found.joint) == (weight, gradient, joint)
     assert found.exact
     assert exact_rank(layer, e, known) == joint
@@ -114,8 +114,8 @@ def test_counts_bound_the_rank_and_claim_only_what_is_proven(
 ) -> None:
     layer, e, known = system
     rows = None if bool(known.all()) else selection(known)
-    exact = numerical_ranks(layer, e, rows)
-    fast = numerical_ranks(layer, e, rows, COUNTED)
+    exact = layer.block_ranks(e, rows)
+    fast = layer.block_ranks(e, rows, COUNTED)
     assert fast.joint >= exact.joint
     assert fast.joint == exact.joint or not fast.exact
     assert structural_rank(layer, e, known) >= fast.joint or bool((e == 0).any())
@@ -147,14 +147,14 @@ def _conv(
 )
 def test_bounds_are_the_rank_where_a_plain_count_fails(layer: Conv) -> None:
     e = torch.randn(layer.out_shape, dtype=torch.float64)
-    assert numerical_ranks(layer, e, None, COUNTED).joint == exact_rank(layer, e)
+    assert layer.block_ranks(e, None, COUNTED).joint == exact_rank(layer, e)
 
 
 def test_separate_patches_are_proven_without_factoring_both_blocks() -> None:
     """[W x I; I x E^T]: rank(W) P + n rank(E) - rank(W) rank(E)."""
     layer = _conv(3, (8, 8), 4, 2, 2, 0)
     e = torch.randn(layer.out_shape, dtype=torch.float64)
-    found = numerical_ranks(layer, e, None, COUNTED)
+    found = layer.block_ranks(e, None, COUNTED)
     assert (found.joint, found.exact) == (4 * 16 + 12 * 4 - 16, True)
     assert exact_rank(layer, e) == found.joint
 
@@ -165,7 +165,7 @@ def test_ranks_do_not_depend_on_scale_or_order(
     system: tuple[Conv, Tensor, Tensor], scale: float
 ) -> None:
     layer, e, known = system
-    before = numerical_ranks(layer, e, selection(known))
+    before = layer.block_ranks(e, selection(known))
     for (a, k), mask in zip(dense_system(layer, e), known.reshape(layer.groups, -1), strict=True):
         assume(None not in (_dense_rank([a[mask]]), _dense_rank([k]), _dense_rank([a[mask], k])))
     order = torch.randperm(layer.weight.shape[1])
@@ -174,7 +174,7 @@ def test_ranks_do_not_depend_on_scale_or_order(
         return x.reshape(layer.groups, len(order), *x.shape[1:])[:, order].reshape(x.shape)
 
     layer.weight = scale * layer.weight[:, order]
-    after = numerical_ranks(layer, shuffled(e) / scale, selection(shuffled(known)))
+    after = layer.block_ranks(shuffled(e) / scale, selection(shuffled(known)))
     assert after == before
 
 
@@ -333,7 +333,10 @@ def test_singular_values_are_counted_without_squares() -> None:
 
 
 def test_banded_cholesky_tells_full_rank() -> None:
-    full, deficient = (weight_rows(_conv(3, (9, 9), f, 3, 1, 1), 0) for f in (4, 2))
+    full, deficient = (
+        weight_rows(layer.windows, layer.weight[0])
+        for layer in (_conv(3, (9, 9), f, 3, 1, 1) for f in (4, 2))
+    )
     for a, expected in ((full, True), (deficient, False)):
         gram = gram_matrix(a)
         largest = largest_eigenvalue(gram)

@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from fedleak.errors import InvalidInputError, UnsupportedModelError
-from fedleak.metric.rank import dense_system
 from fedleak.models import MODELS, PAPER_NETWORKS, build_model
 from fedleak.systems import Chain, Rows
 from fedleak.systems.conv import Conv
+from fedleak.systems.dense import dense_system
 from tests.conftest import client_gradient
 
 

@@ -1,4 +1,4 @@
-"""The numerical rank of a layer's system ``U = [A; K(e)]``, through its structure.
+"""The numerical rank of a convolution's system ``U = [A; K(e)]``, through its structure.
 
 ``A`` is sparse, and its Gram matrix banded. ``K`` is block diagonal over a group's input
 channels with identical blocks, so that one block is factored for all of them. Often the
@@ -8,14 +8,13 @@ of ``K``, one dense symmetric matrix as large as the shorter side of ``A``.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 import torch
 from scipy.sparse import csr_matrix
 from torch import Tensor
 
-from fedleak.metric.rank_linalg import (
+from fedleak.systems.ranks.blocks import Effort, Ranks
+from fedleak.systems.ranks.linalg import (
     TOLERANCE,
     count_above,
     counted,
@@ -25,7 +24,7 @@ from fedleak.metric.rank_linalg import (
     largest_eigenvalue,
     row_space,
 )
-from fedleak.metric.rank_structure import (
+from fedleak.systems.ranks.structure import (
     generic_block,
     gradient_block,
     is_decoupled,
@@ -34,119 +33,32 @@ from fedleak.metric.rank_structure import (
     stride_classes,
     weight_rows,
 )
-from fedleak.systems import Affine
-from fedleak.systems.conv import Conv
+from fedleak.systems.windows import Windows
 
 
-@dataclass(frozen=True)
-class Effort:
-    """What the rank of one group of a layer may cost, in multiplications.
-
-    Attributes
-    ----------
-    sparse : float
-        Of the Gram matrix of ``A``; a sparse product takes about 10 ns for each.
-    dense : float
-        Of one factorisation.
-    joint : float
-        Of the factorisation of both blocks together. The blocks' own ranks bound the joint
-        one, and often decide it.
-    both : bool
-        Whether to rank either block where the other one decides.
-    """
-
-    sparse: float = np.inf
-    dense: float = np.inf
-    joint: float = np.inf
-    both: bool = True
-
-
-#: Proofs in a fraction of a second, and the closed form where there are none.
-FAST = Effort(2e8, 2e9, 2e8, both=False)
-#: Seconds for a layer.
-AFFORDABLE = Effort(3e8, 6e10, 6e10)
-#: Whatever it takes.
-EXACT = Effort()
-
-
-@dataclass(frozen=True)
-class Ranks:
-    """Ranks of the weight rows ``A`` alone, of the gradient rows ``K(e)`` alone, and of both.
-
-    Attributes
-    ----------
-    weight, gradient, joint : int
-    exact : bool
-        Whether ``joint`` is the numerical rank. If not, it is the least upper bound found.
-    """
-
-    weight: int
-    gradient: int
-    joint: int
-    exact: bool = True
-
-    def __add__(self, other: Ranks) -> Ranks:
-        return Ranks(
-            self.weight + other.weight,
-            self.gradient + other.gradient,
-            self.joint + other.joint,
-            self.exact and other.exact,
-        )
-
-
-def numerical_ranks(
-    layer: Affine, e: Tensor, rows: csr_matrix | None = None, effort: Effort = EXACT
+def convolution_ranks(
+    windows: Windows, weight: Tensor, e: Tensor, rows: csr_matrix | None, effort: Effort
 ) -> Ranks:
-    """Return the numerical ranks of a layer's system for one ``e``.
+    """Return the numerical ranks of a convolution's system for one ``e``.
 
     Parameters
     ----------
-    layer : Affine
-    e : Tensor, shape (*out_shape)
-        ``dL/dz`` of one example.
-    rows : csr_matrix, shape (equations, outputs), optional
-        What is known of the layer's outputs, in equations of one filter's outputs each;
-        default: every output.
-    effort : Effort
-        Beyond it, counts take the place of factorisations, and the result says so.
-
-    Returns
-    -------
-    Ranks
-        Numbers of singular values above ``1e-7`` times the largest of their block.
+    windows : Windows
+    weight : Tensor, shape (groups, filters, fan_in)
+    e : Tensor, shape (groups * filters, rows, columns)
+    rows, effort
+        As of :meth:`fedleak.systems.System.block_ranks`.
     """
-    e = e.detach().double().cpu()
-    if not isinstance(layer, Conv):
-        return _fully_connected(layer, e, rows)
     total = Ranks(0, 0, 0)
-    filters = layer.out_shape[0] // layer.groups
+    filters = weight.shape[1]
     size = filters * e[0].numel()
-    for g in range(layer.groups):
+    for g, own in enumerate(weight):
         known = None
         if rows is not None:
             known = rows[:, g * size : (g + 1) * size]
             known = known[np.diff(known.indptr) > 0]
-        own = e[g * filters : (g + 1) * filters]
-        total += _Group(layer, own, known, effort).ranks(g)
+        total += _Group(windows, own, e[g * filters : (g + 1) * filters], known, effort).ranks()
     return total
-
-
-def selection(known: Tensor) -> csr_matrix:
-    """Return the rows of the identity that pick the ``known`` outputs."""
-    mask = known.detach().flatten().cpu().numpy()
-    picked = np.flatnonzero(mask)
-    ones = np.ones(len(picked))
-    return csr_matrix((ones, (np.arange(len(picked)), picked)), (len(picked), len(mask)))
-
-
-def _fully_connected(layer: Affine, e: Tensor, rows: csr_matrix | None) -> Ranks:
-    """``K(e) x = e x^T`` alone gives ``x``."""
-    weight = layer.weight[0].cpu()
-    if rows is not None:
-        weight = torch.from_numpy(rows @ weight.numpy())
-    gradient = layer.unknowns if bool((e != 0).any()) else 0
-    rank = dense_rank(weight)
-    return Ranks(rank, gradient, max(rank, gradient))
 
 
 class _Group:
@@ -165,11 +77,19 @@ class _Group:
         Unknowns that any row reads.
     """
 
-    def __init__(self, layer: Conv, e: Tensor, known: csr_matrix | None, effort: Effort):
-        self.layer, self.effort, self.known = layer, effort, known
+    def __init__(
+        self,
+        windows: Windows,
+        weight: Tensor,
+        e: Tensor,
+        known: csr_matrix | None,
+        effort: Effort,
+    ):
+        self.windows, self.weight = windows, weight
+        self.effort, self.known = effort, known
         self.filters, self.e = len(e), e.flatten(1)[(e != 0).flatten(1).any(1)]
-        self.classes = stride_classes(layer)
-        self.channels = layer.in_shape[0] // layer.groups
+        self.classes = stride_classes(windows)
+        self.channels = weight.shape[1] // (windows.kernel[0] * windows.kernel[1])
         positions = self.e.shape[1]
         if known is None:
             self.equations = [positions] * self.filters
@@ -180,24 +100,24 @@ class _Group:
         self.a: csr_matrix | None = None
         self.generic = self.channels * generic_block(self.classes, len(self.e))
 
-    def _build(self, group: int) -> None:
+    def _build(self) -> None:
         """Set ``A`` and its Gram matrix, unless they take too much."""
-        if sum(self.equations) * self.layer.weight.shape[2] ** 2 > self.effort.sparse:
+        if sum(self.equations) * self.weight.shape[1] ** 2 > self.effort.sparse:
             return
-        self.all_rows = weight_rows(self.layer, group)
+        self.all_rows = weight_rows(self.windows, self.weight)
         a = self.all_rows if self.known is None else self.known @ self.all_rows
         self.a = a[np.diff(a.indptr) > 0]
         self.gram = gram_matrix(self.a)
         self.largest = largest_eigenvalue(self.gram)
 
-    def ranks(self, group: int) -> Ranks:
+    def ranks(self) -> Ranks:
         """Return the ranks: proven, factored or counted, as the effort allows."""
         basis = self._basis() if self.effort.both or self.generic == self.full else None
         gradient = self.generic if basis is None else self.channels * len(basis)
         told = basis is not None and gradient == self.full
         if told and not self.effort.both:
             return Ranks(min(sum(self.equations), self.full), gradient, gradient)
-        self._build(group)
+        self._build()
         weight, sure = self._weight_rank()
         if told or (sure and weight == self.full):
             return Ranks(weight, gradient, self.full)
@@ -215,7 +135,7 @@ class _Group:
 
     def _is_decoupled(self, weight: int) -> bool:
         """Return whether the patches share nothing: then their relations are all there are."""
-        return self.known is None and weight == sum(self.equations) and is_decoupled(self.layer)
+        return self.known is None and weight == sum(self.equations) and is_decoupled(self.windows)
 
     def _weight_rank(self) -> tuple[int, bool]:
         """Return the rank of ``A``, and whether it is certain."""
@@ -242,18 +162,18 @@ class _Group:
 
     def _basis(self) -> Tensor | None:
         """Return a basis of the row space of ``K``'s block; None if that is too large."""
-        rows = len(self.e) * self.layer.windows.kernel[0] * self.layer.windows.kernel[1]
-        pixels = self.layer.in_shape[1] * self.layer.in_shape[2]
+        rows = len(self.e) * self.windows.kernel[0] * self.windows.kernel[1]
+        pixels = self.windows.area
         if min(rows, pixels) * rows * pixels > self.effort.dense:
             return None
-        return row_space(gradient_block(self.layer, self.e))
+        return row_space(gradient_block(self.windows, self.e))
 
     def _most(self, weight: int, gradient: int) -> int:
         """Return an upper bound of the joint rank, which generic systems reach."""
         tied = relations(self.e, self.known, self.filters)
         limit = self.e.shape[1]
         if gradient == self.generic:
-            limit = min(limit, reach(self.layer, len(self.e)))
+            limit = min(limit, reach(self.windows, len(self.e)))
         left = sum(min(m - len(r), limit) for m, r in zip(self.equations, tied, strict=True))
         return min(self.full, gradient + left, gradient + weight - self._shared(tied, weight))
 

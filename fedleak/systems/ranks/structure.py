@@ -8,59 +8,64 @@ from scipy.sparse import csr_matrix, identity
 from scipy.sparse.linalg import splu
 from torch import Tensor
 
-from fedleak.metric.rank_linalg import row_space
-from fedleak.systems.conv import Conv
+from fedleak.systems.ranks.linalg import row_space
+from fedleak.systems.windows import Windows
 
 # Part of a vector that may be left when it is said to lie in a space.
 _OUTSIDE = 1e-6
 
 
-def weight_rows(layer: Conv, group: int) -> csr_matrix:
-    """Return ``A`` of one group as a sparse matrix, shape (filters * positions, inputs)."""
-    weight = layer.weight[group].cpu().numpy()
-    filters = len(weight)
-    channels = layer.in_shape[0] // layer.groups
-    pixels = layer.in_shape[1] * layer.in_shape[2]
-    index = layer.windows.pixels(torch.device("cpu")).numpy()
+def weight_rows(windows: Windows, weight: Tensor) -> csr_matrix:
+    """Return ``A`` of one group as a sparse matrix, shape (filters * positions, inputs).
+
+    Parameters
+    ----------
+    windows : Windows
+    weight : Tensor, shape (filters, fan_in)
+    """
+    values = weight.cpu().numpy()
+    filters = len(values)
+    index = windows.pixels(torch.device("cpu")).numpy()
+    channels, pixels = values.shape[1] // len(index), windows.area
     offset, position = (index < pixels).nonzero()
     f, c = np.arange(filters)[:, None, None], np.arange(channels)[None, :, None]
-    values = weight.reshape(filters, channels, -1)[:, :, offset]
+    values = values.reshape(filters, channels, -1)[:, :, offset]
     row = np.broadcast_to(f * index.shape[1] + position, values.shape)
     column = np.broadcast_to(c * pixels + index[offset, position], values.shape)
     shape = (filters * index.shape[1], channels * pixels)
     return csr_matrix((values.ravel(), (row.ravel(), column.ravel())), shape)
 
 
-def gradient_block(layer: Conv, e: Tensor) -> Tensor:
+def gradient_block(windows: Windows, e: Tensor) -> Tensor:
     """Return one input channel's block of ``K(e)``, shape (filters * offsets, pixels).
 
     Parameters
     ----------
-    layer : Conv
+    windows : Windows
     e : Tensor, shape (filters, positions)
         Of filters that have a gradient.
     """
-    pixels = layer.in_shape[1] * layer.in_shape[2]
-    index = layer.windows.pixels(e.device)
+    pixels = windows.area
+    index = windows.pixels(e.device)
     block = e.new_zeros(len(e), len(index), pixels + 1)
     block.scatter_(2, index.expand(len(e), -1, -1), e.unsqueeze(1).expand(-1, len(index), -1))
     return block[..., :pixels].flatten(0, 1)
 
 
-def is_decoupled(layer: Conv) -> bool:
+def is_decoupled(windows: Windows) -> bool:
     """Return whether no two patches share a pixel, and none is cut off by padding."""
-    index = layer.windows.pixels(torch.device("cpu"))
-    pixels = layer.in_shape[1] * layer.in_shape[2]
+    index = windows.pixels(torch.device("cpu"))
+    pixels = windows.area
     return bool((index < pixels).all()) and len(index.unique()) == index.numel()
 
 
-def stride_classes(layer: Conv) -> list[tuple[int, int]]:
+def stride_classes(windows: Windows) -> list[tuple[int, int]]:
     """Return, per stride class, the kernel's offsets and the pixels that they reach.
 
     An offset reads the pixels whose place, modulo the stride, is its own: the blocks of
     ``K`` fall apart by class.
     """
-    return [(oi * oj, pi * pj) for (oi, pi), (oj, pj) in map(_sizes, _classes(layer))]
+    return [(oi * oj, pi * pj) for (oi, pi), (oj, pj) in map(_sizes, _classes(windows))]
 
 
 def generic_block(classes: list[tuple[int, int]], filters: int) -> int:
@@ -68,13 +73,13 @@ def generic_block(classes: list[tuple[int, int]], filters: int) -> int:
     return sum(min(filters * o, n) for o, n in classes)
 
 
-def reach(layer: Conv, filters: int) -> int:
+def reach(windows: Windows, filters: int) -> int:
     """Return how many outputs of a filter the null space of a generic ``K`` can move.
 
     They lie in the span of that null space's shifts by the kernel's offsets. Stride classes
     of one shape have the same block of ``K``, and so the same shifts.
     """
-    sizes = map(_sizes, set(_classes(layer)))
+    sizes = map(_sizes, set(_classes(windows)))
     shapes = [(oi * oj, pi * pj) for (oi, pi), (oj, pj) in sizes]
     return sum(o * (n - min(filters * o, n)) for o, n in shapes)
 
@@ -87,19 +92,18 @@ def _sizes(pair: tuple[_Line, _Line]) -> tuple[tuple[int, int], ...]:
     return tuple((len(shifts), len(pixels)) for shifts, pixels in pair)
 
 
-def _classes(layer: Conv) -> list[tuple[_Line, _Line]]:
-    rows, columns = (_lines(layer, axis) for axis in (0, 1))
+def _classes(windows: Windows) -> list[tuple[_Line, _Line]]:
+    rows, columns = (_lines(windows, axis) for axis in (0, 1))
     return [(row, column) for row in rows for column in columns]
 
 
-def _lines(layer: Conv, axis: int) -> list[_Line]:
+def _lines(windows: Windows, axis: int) -> list[_Line]:
     """Return the stride classes along one axis."""
-    w = layer.windows
-    size, out = layer.in_shape[1 + axis], layer.out_shape[1 + axis]
-    stride, before = w.stride[axis], w.padding[2 - 2 * axis]
+    size, out = windows.in_shape[1 + axis], windows.positions[axis]
+    stride, before = windows.stride[axis], windows.padding[2 - 2 * axis]
     found: dict[int, tuple[list[int], set[int]]] = {}
-    for k in range(w.kernel[axis]):
-        begin = k * w.dilation[axis] - before
+    for k in range(windows.kernel[axis]):
+        begin = k * windows.dilation[axis] - before
         reached = {p for o in range(out) if 0 <= (p := o * stride + begin) < size}
         if reached:
             begins, pixels = found.setdefault(begin % stride, ([], set()))
