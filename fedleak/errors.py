@@ -44,6 +44,10 @@ class UnsupportedModelError(FedleakError):
     """The layerwise linear systems do not cover a layer of this model."""
 
 
+class LayerCheckError(FedleakError, AssertionError):
+    """A kind of layer does not compute what its module does, or claims to know more than it can."""
+
+
 class InvalidUpdateError(FedleakError, ValueError):
     """What a client sent cannot be used: missing, misshapen or not finite."""
 

@@ -234,16 +234,16 @@ class HybridAttack(Attack):
             found = shared_rows.match_batch(evidence, solution, prior, self.precision)
         else:
             found = match(target, prior, start, batch, self.steps, self.precision)
-        first = layers[0]
-        if clean and depth == 1 and isinstance(first, Affine):
+        first = evidence.chain.layers[evidence.chain.lead]
+        if clean and depth == evidence.chain.lead + 1 and isinstance(first, Affine):
             # One linear system: fit what it determines to the last digit.
-            z, e = solution.values[1], solution.cotangents[1]
+            z, e = solution.values[depth], solution.cotangents[depth]
             gradient = evidence.gradient[first.weight_name]
-            noise, errors = solution.noise_below(1), evidence.errors.get(first.weight_name)
-            deviations = row_deviations(z, solution.deviations[1], gradient, noise, errors)
-            images = found.images.flatten(0, 1)
-            images, _ = solve_layer(first, z, e, gradient, deviations, images)
-            found.images = images.unflatten(0, (-1, batch))
+            noise, errors = solution.noise_below(depth), evidence.errors.get(first.weight_name)
+            deviations = row_deviations(z, solution.deviations[depth], gradient, noise, errors)
+            x = found.images.reshape(-1, *first.in_shape)
+            x, _ = solve_layer(first, z, e, gradient, deviations, x)
+            found.images = x.reshape(found.images.shape)
         return found
 
     def _match_module(self, evidence: Evidence, why: str) -> list[Reconstruction]:

@@ -26,7 +26,8 @@ class OwnRows(Target):
         self._known([outputs.unsqueeze(1)], [deviations.unsqueeze(1)])
 
     def made(self, images: Tensor, hidden: Tensor | None = None) -> Tensor:
-        return self._joined([self.layer.forward(images[:, 0]).unsqueeze(1)])
+        x = images[:, 0].reshape(-1, *self.layer.in_shape)
+        return self._joined([self.layer.forward(x).unsqueeze(1)])
 
     def subset(self, index: Tensor) -> OwnRows:
         return OwnRows(self.layer, self.outputs[index], self.deviations[index])
@@ -34,9 +35,9 @@ class OwnRows(Target):
 
 def covers(evidence: Evidence, prior: Prior, depth: int) -> bool:
     """Return whether :func:`match_batch` is for this."""
-    first = evidence.chain.layers[0]
+    lead = evidence.chain.lead
     small = math.prod(prior.shape) <= DENSE_UNKNOWNS
-    one_layer = depth == 1 and isinstance(first, Affine)
+    one_layer = depth == lead + 1 and evidence.chain.layers[lead].ranked
     return evidence.images > 1 and one_layer and prior.gaussian and small
 
 
@@ -53,22 +54,23 @@ def match_batch(
     Match
         Images of shape (N, B, C, H, W).
     """
-    layer = evidence.chain.layers[0]
+    depth = evidence.chain.lead + 1
+    layer = evidence.chain.layers[depth - 1]
     assert isinstance(layer, Affine)
-    outputs, e = solution.values[1], solution.cotangents[1]
+    outputs, e = solution.values[depth], solution.cotangents[depth]
     gradient = evidence.gradient[layer.weight_name]
-    noise = solution.noise_below(1)
-    _, of_gradient = row_deviations(outputs, solution.deviations[1], gradient, noise)
+    noise, deviations = solution.noise_below(depth), solution.deviations[depth]
+    _, of_gradient = row_deviations(outputs, deviations, gradient, noise)
     images, names = [], []
     for n in range(len(evidence)):
         rows = slice(n * evidence.images, (n + 1) * evidence.images)
-        target = OwnRows(layer, outputs[rows], solution.deviations[1][rows])
+        target = OwnRows(layer, outputs[rows], deviations[rows])
         size = gradient[n].square().mean().sqrt()
         deviation = (
             of_gradient[n].expand_as(gradient[n]).flatten().clamp_min(precision * float(size))
         )
         x, chosen = _condition(target, e[rows], gradient[n].flatten(), deviation, prior, precision)
-        images.append(x.reshape(-1, *layer.in_shape))
+        images.append(x.reshape(-1, *prior.shape))
         names.append(", ".join(sorted(set(chosen))))
     return Match(torch.stack(images), "closed form", names)
 

@@ -101,7 +101,7 @@ class ChainTarget(Target):
         self.evidence, self.solution = evidence, solution
         self.depth, self.exact = depth, exact
         self.calibrated = evidence.defended and not exact
-        self.linear = exact and depth <= 1
+        self.linear = exact and depth <= evidence.chain.lead + 1
         names = {layer.name for layer in evidence.chain.layers[:depth]}
         self.names = [n for n in evidence.gradient if n.rpartition(".")[0] in names]
         gradients = [evidence.gradient[n] for n in self.names]

@@ -2,6 +2,7 @@
 
 from fedleak.systems.base import LAYERS, Above, Descent, Equations, Gradients, Layer, Pointwise
 from fedleak.systems.chain import Chain, Trace
+from fedleak.systems.check import check_layer
 from fedleak.systems.system import Affine, Rows, System
 
 __all__ = [
@@ -17,4 +18,5 @@ __all__ = [
     "Rows",
     "System",
     "Trace",
+    "check_layer",
 ]

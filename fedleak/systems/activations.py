@@ -103,7 +103,7 @@ class LeakyReLU(Pointwise):
         self.slope = slope
 
     def _slope(self, x: Tensor) -> Tensor:
-        return torch.where(x > 0, 1.0, self.slope).to(x.dtype)
+        return torch.where(x > 0, x.new_ones(()), x.new_tensor(self.slope))
 
     def forward(self, x: Tensor) -> Tensor:
         return x * self._slope(x)
@@ -117,6 +117,8 @@ class LeakyReLU(Pointwise):
 
 class Reshape(Pointwise):
     """Flatten, view, identity and dropout in evaluation mode."""
+
+    reshapes = True
 
     def forward(self, x: Tensor) -> Tensor:
         return x.reshape(-1, *self.out_shape)

@@ -109,11 +109,14 @@ class Layer(ABC):
         Shapes of one input and one output, without the batch dimension.
     kind : str
         What tables call this kind of layer; empty for the name of its class.
+    reshapes : bool
+        Whether the output is the input, in another shape.
     ranked : bool
         Whether the layer has gradient rows, and so a system ``[A; K(e)]`` that the metric ranks.
     """
 
     kind: str = ""
+    reshapes: bool = False
     ranked: bool = False
 
     def __init__(self, name: str, in_shape: Shape, out_shape: Shape):

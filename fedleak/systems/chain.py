@@ -98,6 +98,11 @@ class Chain:
     def input_shape(self) -> Shape:
         return self.layers[0].in_shape if self.layers else self.head.in_shape
 
+    @property
+    def lead(self) -> int:
+        """Number of layers that do no more than reshape the image, before any other."""
+        return next((i for i, layer in enumerate(self.layers) if not layer.reshapes), 0)
+
     def features(self, x: Tensor, depth: int | None = None) -> list[Tensor]:
         """Return the image and the outputs of the first ``depth`` layers (default: all)."""
         inputs = [x]

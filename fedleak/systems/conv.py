@@ -69,9 +69,11 @@ class Conv(Affine):
     def ranks(self, e: Tensor, known: Tensor, batch: int = 1) -> tuple[Tensor, bool]:
         ranks, exact = super().ranks(e, known, batch)
         if batch == 1 and not exact:
-            # Outputs that are unknown, or without an error, are not generic: a full count is
-            # put to the test.
+            # Outputs that are unknown, or without an error of their own, are not generic: a
+            # full count is put to the test.
             generic = (known & (e != 0)).flatten(1).all(1)
+            own = e.flatten(2)
+            generic &= torch.linalg.matrix_rank(own) == min(own.shape[1:])
             doubtful = ~generic.cpu() & (ranks == self.unknowns)
             if bool(doubtful.any()):
                 ranks[doubtful] = self.probed_rank(e[doubtful], known[doubtful])

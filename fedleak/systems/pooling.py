@@ -24,6 +24,9 @@ class Mean(nn.Module):
         super().__init__()
         self.dim, self.keepdim = dim, keepdim
 
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mean(self.dim, self.keepdim)
+
 
 class AvgPool(System):
     """The mean of each window: a linear system of weight rows alone.

@@ -12,7 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from fedleak.errors import InvalidInputError, UnsupportedModelError
-from fedleak.systems import activations, conv, linear, normalisation  # noqa: F401 (they register)
+from fedleak.systems import (  # noqa: F401 (they register)
+    activations,
+    conv,
+    group_norm,
+    linear,
+    normalisation,
+)
 from fedleak.systems.base import LAYERS, Layer, Shape
 from fedleak.systems.pooling import Mean
 
@@ -70,7 +76,8 @@ def read_layers(model: nn.Module, input_shape: Shape) -> list[Layer]:
     _demand_known(model)
     model = copy.deepcopy(model).eval()
     try:
-        graph = fx.symbolic_trace(model)
+        tracer = _Tracer()
+        graph = fx.GraphModule(model, tracer.trace(model))
     except Exception as error:  # fx raises many kinds; each means "not a fixed chain"
         raise UnsupportedModelError(
             f"the forward pass of {type(model).__name__} cannot be traced ({error}); "
@@ -177,6 +184,14 @@ def _demand_known(model: nn.Module) -> None:
     for name, value in model.state_dict().items():
         if value.is_floating_point() and not bool(value.isfinite().all()):
             raise InvalidInputError(f"the model's {name!r} holds NaN or infinite values")
+
+
+class _Tracer(fx.Tracer):
+    """Does not look into modules that are layers, whoever's they are."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        known = LAYERS.reader_of(m) is not None
+        return known or super().is_leaf_module(m, module_qualified_name)
 
 
 class _ShapeRunner(fx.Interpreter):
