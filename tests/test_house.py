@@ -53,6 +53,21 @@ def test_nothing_of_the_library_imports_commands() -> None:
             assert "fedleak.commands" not in file.read_text(), file
 
 
+@pytest.mark.parametrize(
+    ("room", "above"),
+    [
+        ("attacks", ["metric", "capture", "report", "paper"]),
+        ("systems", ["attacks", "metric", "capture", "defences", "priors"]),
+        ("metric", ["attacks", "capture", "report", "paper"]),
+        ("solvers", ["systems", "priors", "attacks", "metric"]),
+    ],
+)
+def test_no_room_imports_what_stands_on_it(room: str, above: list[str]) -> None:
+    for file in (ROOT / "fedleak" / room).rglob("*.py"):
+        for name in above:
+            assert not re.search(rf"\b(from|import) fedleak\.{name}\b", file.read_text()), file
+
+
 @pytest.mark.parametrize("package", ALLOWED)
 def test_imports_go_one_way(package: str) -> None:
     wrong = {}

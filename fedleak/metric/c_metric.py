@@ -144,7 +144,21 @@ def security_metric(
 
 
 def exact_rank(layer: Affine, e: Tensor, known: Tensor | None = None) -> int:
-    """Return the numerical rank of ``U = [A; K(e)]``; see :meth:`System.exact_rank`."""
+    """Return the numerical rank of ``U = [A; K(e)]`` for one ``e``.
+
+    Parameters
+    ----------
+    layer : Affine
+    e : Tensor, shape (*out_shape)
+        ``dL/dz`` of one example.
+    known : Tensor of bool, shape (*out_shape), optional
+        Outputs that have a weight row.
+
+    Returns
+    -------
+    int
+        See :meth:`fedleak.systems.System.block_ranks`.
+    """
     return layer.exact_rank(e, known)
 
 

@@ -199,6 +199,8 @@ class Pointwise(Layer):
 
     Attributes
     ----------
+    name, in_shape, out_shape
+        As of :class:`Layer`.
     rounding : float
         Standard deviation of the client's float32 rounding, relative to the output.
     """
@@ -254,7 +256,7 @@ class LayerRegistry(Registry[Reader]):
     Names are those of classes, ``torch.nn.GroupNorm`` or ``my_package.layers.Mine``.
     """
 
-    def register(self, name: str | type[nn.Module], *more: type[nn.Module]) -> Callable[[T], T]:  # type: ignore[override]
+    def register(self, name: str | type[nn.Module], *more: type[nn.Module]) -> Callable[[T], T]:
         """Return a decorator that enters a reader, or a class of layers that is one."""
 
         def enter(reader: T) -> T:

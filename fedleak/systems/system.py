@@ -47,9 +47,15 @@ class System(Layer):
     """A layer ``z = A x + c``, and so with a linear system ``U x = v`` for its input.
 
     ``U = [A; K(e)]``; a layer without parameters has the weight rows ``A`` alone.
+
+    Attributes
+    ----------
+    name, in_shape, out_shape
+        As of :class:`Layer`.
+    weight_name : str or None
+        The parameter whose gradient makes the gradient rows; None where there are none.
     """
 
-    #: The parameter whose gradient makes the gradient rows; None where there are none.
     weight_name: str | None = None
 
     @abstractmethod
@@ -267,6 +273,8 @@ class Affine(System):
 
     Attributes
     ----------
+    name, in_shape, out_shape
+        As of :class:`Layer`.
     weight : Tensor, float64, shape (groups, out / groups, fan_in)
     bias : Tensor or None, float64, shape (out,)
     weight_name, bias_name : str

@@ -31,6 +31,7 @@ from fedleak.data import DATASETS
 from fedleak.defences import DEFENCES
 from fedleak.models import MODELS
 from fedleak.priors import PRIORS
+from fedleak.systems import LAYERS
 from tests.documents import folder, table
 from tests.documents.reading import ROOT, Step, cut, split, steps
 
@@ -111,7 +112,7 @@ class Walk:
         file.write_text(step.text)
         described = tomllib.loads(step.text)
         if "project" in described:
-            groups = {r.group for r in (ATTACKS, DEFENCES, MODELS, PRIORS, DATASETS)}
+            groups = {r.group for r in (ATTACKS, DEFENCES, MODELS, PRIORS, DATASETS, LAYERS)}
             assert set(described["project"]["entry-points"]) <= groups
         elif {"strengths", "defences", "seeds"} & set(described):
             assert load_sweep(file).cells()

@@ -20,7 +20,8 @@ import pytest
 
 MODULES = (
     "fedleak", "fedleak.metric", "fedleak.attacks", "fedleak.client", "fedleak.defences",
-    "fedleak.priors", "fedleak.capture", "fedleak.laboratory", "strategies", "simulations",
+    "fedleak.priors", "fedleak.systems", "fedleak.capture", "fedleak.laboratory", "strategies",
+    "simulations",
 )  # fmt: skip
 SNAPSHOT = Path(__file__).with_name("public_api.txt")
 
