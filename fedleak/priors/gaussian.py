@@ -90,6 +90,7 @@ class GaussianPrior(Prior):
         correlation.fill_diagonal_(1.0)
         values, vectors = torch.linalg.eigh(correlation)
         self.mix = (sigma * (vectors * values.sqrt()) @ vectors.T).to(device)
+        self._colours = vectors.to(device), (sigma**2 * values).to(device)
         self.latent_shape = (channels, *self.torus)
 
     def root(self, u: Tensor) -> Tensor:
@@ -98,6 +99,14 @@ class GaussianPrior(Prior):
     def root_adjoint(self, x: Tensor) -> Tensor:
         pad = (0, self.torus[1] - self.shape[2], 0, self.torus[0] - self.shape[1])
         return self._smooth(torch.nn.functional.pad(self._colour(x), pad))
+
+    def damped(self, u: Tensor, weight: float, power: float = -0.5) -> Tensor:
+        # Exact on the torus; that the image is a part of it is left out.
+        vectors, values = self._colours
+        variance = values[:, None, None] * self.modes.square()
+        modes = torch.fft.rfft2(torch.einsum("dc,ndhw->nchw", vectors, u))
+        made = torch.fft.irfft2(modes * (1 + weight * variance) ** power, s=self.torus)
+        return torch.einsum("dc,nchw->ndhw", vectors, made)
 
     def _smooth(self, u: Tensor) -> Tensor:
         return torch.fft.irfft2(torch.fft.rfft2(u) * self.modes, s=self.torus)

@@ -1,0 +1,15 @@
+"""The rules by which what is known spreads over a graph: one file each."""
+
+from __future__ import annotations
+
+from fedleak.graph.knowledge import Rule
+from fedleak.graph.rules import backward, forward, gradient_rows, head, inverse
+
+#: In the order in which they are tried: what costs least first.
+RULES: dict[str, Rule] = {
+    "head": head.apply,
+    "forward": forward.apply,
+    "inverse": inverse.apply,
+    "backward": backward.apply,
+    "gradient rows": gradient_rows.apply,
+}

@@ -1,0 +1,30 @@
+"""Where a fully connected layer sees one position, its bias' gradient is its cotangent."""
+
+from __future__ import annotations
+
+from fedleak.graph.kinds import Kind
+from fedleak.graph.knowledge import ROUNDING, Knowledge, Known
+
+
+def apply(knowledge: Knowledge) -> bool:
+    """Read ``dL/d`` of the outputs from the gradients of biases and embeddings.
+
+    A parameter that is one of the graph's edges itself, as a position embedding, is told by its
+    own gradient in the same way.
+    """
+    new = False
+    for node in knowledge.graph.nodes.values():
+        if node.name in knowledge.cotangents:
+            continue
+        if node.kind is Kind.DENSE and node.shape[:-1].count(1) == len(node.shape) - 1:
+            found = knowledge.gradient_of(node, "bias")
+        elif node.kind is Kind.PARAMETER and node.path not in knowledge.graph.shared:
+            found = knowledge.gradient.get(node.path)
+        else:
+            continue
+        if found is None:
+            continue
+        value = found.reshape(node.shape)
+        error = ROUNDING * float(value.square().mean().sqrt())
+        new |= knowledge.learn_cotangent(node.name, Known(value, error, "head"))
+    return new
