@@ -70,6 +70,8 @@ class Knowledge:
         Nodes whose gradient was reproduced, to rounding, by value and cotangent.
     short : dict of str to str
         Nodes whose gradient cannot tell their input, and why.
+    mended : set of str
+        Edges above whose layers slopes were mended already.
     """
 
     graph: Graph
@@ -80,6 +82,7 @@ class Knowledge:
     slopes: dict[str, Tensor] = field(default_factory=dict)
     checked: set[str] = field(default_factory=set)
     short: dict[str, str] = field(default_factory=dict)
+    mended: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         for node in self.graph.nodes.values():

@@ -15,7 +15,7 @@ from torch import Tensor
 from fedleak.graph.capture import Node
 from fedleak.graph.kinds import Kind
 from fedleak.graph.knowledge import ROUNDING, Knowledge, Known
-from fedleak.graph.rules.masks import mend
+from fedleak.graph.rules.masks import TOGETHER, mend
 
 #: Relative error up to which a solution counts as known.
 _KNOWN = 1e-3
@@ -45,6 +45,14 @@ class Solution:
     residuals: list[Tensor]
     error: float
     redundant: bool
+
+    @property
+    def worst(self) -> float:
+        return max((float(r.max()) for r in self.residuals), default=0.0)
+
+
+#: A layer's matrix and its right sides.
+System = tuple[Tensor, Tensor]
 
 
 def apply(knowledge: Knowledge) -> bool:
@@ -84,27 +92,47 @@ def _solve_edge(knowledge: Knowledge, edge: str, layers: list[Node]) -> bool:
         knowledge.short.update({n.name: why for n in layers})
         return True
     relative = max(knowledge.cotangents[n.name].relative for n in layers)
-    found = solve(systems, [len(knowledge.cotangents[n.name].value.movedim(1, 0)) for n in layers])
-    return _accept(knowledge, edge, layers, systems, found, relative)
-
-
-def _accept(knowledge, edge, layers, systems, found, relative):
-    shape = knowledge.graph.nodes[edge].shape
     expected = _FACTOR * (ROUNDING + relative)
-    worst = max(float(r.max()) for r in found.residuals)
-    if worst > expected:
-        return mend(knowledge, edge, layers, systems, expected)
+    return _accept(knowledge, edge, layers, systems, expected)
+
+
+def _accept(
+    knowledge: Knowledge, edge: str, layers: list[Node], systems: list[System], expected: float
+) -> bool:
+    """Believe a solution that explains its rows to rounding; else look for wrong masks."""
+    kept = [torch.ones(n.shape[1], dtype=torch.bool) for n in layers]
+    found = solve(systems, kept)
+    while found.redundant and found.worst > expected:
+        # Wrong channels show; the worst are left out until the others agree.
+        bound = max(expected, TOGETHER * found.worst)
+        kept = [k & (r <= bound) for k, r in zip(kept, found.residuals, strict=True)]
+        found = solve(systems, kept)
+    shape = knowledge.graph.nodes[edge].shape
     size = float(found.value.square().mean().sqrt())
     error = max(found.error, ROUNDING * size)
-    if error > _KNOWN * size:
-        why = f"the gradient rows of {layers[0].path} leave positions open"
-        knowledge.short.update({n.name: why for n in layers})
-        return True
     value = arranged(found.value, layers[0], shape)
-    knowledge.checked |= {n.name for n in layers} if found.redundant else set()
-    if not found.redundant:
-        knowledge.short.update({n.name: "as many rows as positions" for n in layers})
-    return knowledge.learn_value(edge, Known(value, error, "gradient rows"))
+    left_out = [bool((~k).any()) for k in kept]
+    if any(left_out):
+        if found.redundant and error < _KNOWN * size and edge not in knowledge.mended:
+            changed = [
+                mend(knowledge, node, value, ~k)
+                for node, k in zip(layers, kept, strict=True)
+                if bool((~k).any())
+            ]
+            knowledge.mended.add(edge)
+            if any(changed):
+                return True
+        why = f"gradient rows of {layers[0].path} contradict each other"
+    elif error > _KNOWN * size:
+        why = f"the gradient rows of {layers[0].path} leave positions open"
+    else:
+        if found.redundant:
+            knowledge.checked |= {n.name for n in layers}
+        else:
+            knowledge.short.update({n.name: "as many rows as positions" for n in layers})
+        return knowledge.learn_value(edge, Known(value, error, "gradient rows"))
+    knowledge.short.update({n.name: why for n in layers})
+    return True
 
 
 def _check_known(knowledge: Knowledge) -> bool:
@@ -128,43 +156,45 @@ def _check_known(knowledge: Knowledge) -> bool:
     return new
 
 
-def solve(systems: list[tuple[Tensor, Tensor]], channels: list[int]) -> Solution:
+def solve(systems: list[System], kept: list[Tensor]) -> Solution:
     """Solve stacked systems by least squares, every row in units of its output channel.
 
     Parameters
     ----------
     systems : list of (matrix, right side)
         Shapes (C_out * offsets, positions) and (C_out * offsets, C_in), channel by channel.
-    channels : list of int
-        Number of output channels of each.
+    kept : list of Tensor of bool, shape (C_out,)
+        The channels that are used; residuals are those of all.
     """
-    scaled = []
-    for (matrix, right), count in zip(systems, channels, strict=True):
-        size = matrix.reshape(count, -1).norm(dim=1)
-        size = torch.where(size > 1e-12 * size.max(), size, torch.inf)
-        weight = (1 / size).repeat_interleave(len(matrix) // count)[:, None]
-        scaled.append((matrix * weight, right * weight))
-    matrix, right = (torch.cat(parts) for parts in zip(*scaled, strict=True))
-    q, r = torch.linalg.qr(matrix)
+    matrices, rights, used = [], [], []
+    for (matrix, right), keep in zip(systems, kept, strict=True):
+        size = matrix.reshape(len(keep), -1).norm(dim=1)
+        live = size > 1e-9 * size.max()
+        each = len(matrix) // len(keep)
+        weight = torch.where(live, 1 / size, 0.0).repeat_interleave(each)[:, None]
+        matrices.append(matrix * weight)
+        rights.append(right * weight)
+        used.append((live & keep.to(live.device)).repeat_interleave(each))
+    matrix, right, use = torch.cat(matrices), torch.cat(rights), torch.cat(used)
+    rows, unknowns = int(use.sum()), matrix.shape[1]
+    if rows < unknowns:
+        return Solution(right.new_zeros(unknowns, right.shape[1]), [], torch.inf, False)
+    q, r = torch.linalg.qr(matrix[use])
     u, s, vh = torch.linalg.svd(r)
-    kept = s > 1e-9 * s[0]
-    inverse = torch.where(kept, 1 / s.clamp_min(1e-300), 0.0)
-    value = vh.mT @ (inverse[:, None] * (u.mT @ (q.mT @ right)))
-    rest = right - matrix @ value
+    inverse = torch.where(s > 1e-9 * s[0], 1 / s.clamp_min(1e-300), 0.0)
+    value = vh.mT @ (inverse[:, None] * (u.mT @ (q.mT @ right[use])))
+    rest = (right - matrix @ value).square().sum(1)
+    size = right.square().sum(1)
     residuals, begin = [], 0
-    for (part, count) in zip(systems, channels, strict=True):
-        end = begin + len(part[0])
-        size = right[begin:end].reshape(count, -1).norm(dim=1)
-        off = rest[begin:end].reshape(count, -1).norm(dim=1)
-        typical = right.norm() / len(right) ** 0.5 * (len(part[0]) / count) ** 0.5
-        residuals.append(off / size.clamp_min(0.1 * typical))
+    for keep in kept:
+        end = begin + len(keep) * ((len(systems[len(residuals)][0])) // len(keep))
+        off, whole = (t[begin:end].reshape(len(keep), -1).sum(1) for t in (rest, size))
+        residuals.append((off / whole.clamp_min(1e-2 * whole.mean())).sqrt())
         begin = end
-    live = int((matrix.abs().sum(1) > 0).sum())
-    freedom = max(1, live - int(kept.sum())) * right.shape[1]
-    sigma = max(float((rest.square().sum() / freedom).sqrt()),
-                ROUNDING * float(right.norm() / right.numel() ** 0.5))
-    amplified = float(inverse.square().mean().sqrt()) if bool(kept.all()) else torch.inf
-    return Solution(value, residuals, sigma * amplified, live >= 1.1 * matrix.shape[1] + 1)
+    freedom = max(1, rows - unknowns) * right.shape[1]
+    sigma = (rest[use].sum() / freedom).sqrt().maximum(ROUNDING * size[use].mean().sqrt() / right.shape[1] ** 0.5)
+    amplified = inverse.square().mean().sqrt() if bool((inverse > 0).all()) else torch.inf
+    return Solution(value, residuals, float(sigma * amplified), rows >= 1.1 * unknowns + 1)
 
 
 def system(knowledge: Knowledge, node: Node, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
