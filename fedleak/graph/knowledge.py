@@ -72,6 +72,8 @@ class Knowledge:
         Nodes whose gradient cannot tell their input, and why.
     mended : set of str
         Edges above whose layers slopes were mended already.
+    blind : set of str
+        Convolutions that the blind kernel was tried on.
     """
 
     graph: Graph
@@ -83,6 +85,7 @@ class Knowledge:
     checked: set[str] = field(default_factory=set)
     short: dict[str, str] = field(default_factory=dict)
     mended: set[str] = field(default_factory=set)
+    blind: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         for node in self.graph.nodes.values():

@@ -7,61 +7,88 @@ Layers that take the same edge (a block's first convolution and its shortcut) ad
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from fedleak.graph.capture import Node
+from fedleak.graph.kernels.geometry import Geometry
+from fedleak.graph.kernels.rows import cotangent_matrix
 from fedleak.graph.kinds import Kind
 from fedleak.graph.knowledge import ROUNDING, Knowledge, Known
-from fedleak.graph.rules.masks import TOGETHER, mend
+from fedleak.graph.rules.masks import mend
 
 #: Relative error up to which a solution counts as known.
 _KNOWN = 1e-3
 #: Residual, in units of the rounding that is expected, above which nothing is believed.
 _FACTOR = 20.0
+#: Part of the worst residual from which channels are left out together with the worst.
+_TOGETHER = 0.3
 #: Positions beyond which no matrix is built.
 _MOST = 5000
+#: Rows for each unknown from which a residual says something.
+_REDUNDANT = 1.1
 
 
-@dataclass
-class Solution:
-    """Least squares for the positions of one edge.
+@dataclass(frozen=True, eq=False)
+class System:
+    """The gradient rows of one layer, each in units of the error that is expected.
 
     Attributes
     ----------
-    value : Tensor, shape (positions, C_in)
-    residuals : list of Tensor, shape (C_out,)
-        Of every layer: the root mean square residual of each output channel's rows, relative to
-        their size.
-    error : float
-        Standard deviation of an entry of ``value``.
-    redundant : bool
-        Whether there are rows enough for the residuals to say something.
+    node : Node
+    matrix : Tensor, shape (C_out * offsets, positions)
+        Channel by channel.
+    right : Tensor, shape (C_out * offsets, C_in)
+    live : Tensor of bool, shape (C_out,)
+        Channels that say anything.
     """
 
-    value: Tensor
-    residuals: list[Tensor]
-    error: float
-    redundant: bool
+    node: Node
+    matrix: Tensor
+    right: Tensor
+    live: Tensor
 
-    @property
-    def worst(self) -> float:
-        return max((float(r.max()) for r in self.residuals), default=0.0)
+    @classmethod
+    def of(cls, knowledge: Knowledge, node: Node) -> System:
+        """Return the rows of a layer whose cotangent is known.
 
+        An entry of ``G`` is a sum over positions: it is wrong by the rounding of the whole, and by
+        the error of each derivative that is not zero.
+        """
+        gradient, known = knowledge.gradient_of(node, "weight"), knowledge.cotangents[node.name]
+        assert gradient is not None
+        if node.kind is Kind.DENSE:
+            matrix, right = known.value.flatten(0, -2).mT, gradient
+        else:
+            shape = knowledge.graph.nodes[node.inputs[0]].shape
+            geometry = Geometry.of(node.module, (shape[2], shape[3]))
+            matrix = cotangent_matrix(known.value, geometry).flatten(0, 1)
+            right = gradient.movedim(1, 3).flatten(0, 2)
+        channels = len(gradient)
+        each = matrix.reshape(channels, -1)
+        size, active = each.norm(dim=1), (each != 0).sum(1)
+        offsets = len(matrix) // channels
+        noise = ((ROUNDING * size).square() + known.error**2 * active).div(offsets).sqrt()
+        live = size > 1e-9 * size.max()
+        weight = torch.where(live, 1 / noise, 0.0).repeat_interleave(offsets)[:, None]
+        return cls(node, matrix * weight, right * weight, live)
 
-#: A layer's matrix and its right sides.
-System = tuple[Tensor, Tensor]
+    def residuals(self, value: Tensor) -> Tensor:
+        """Return how far off the rows of every channel are, in expected errors, (C_out,)."""
+        rest = (self.right - self.matrix @ value).reshape(len(self.live), -1)
+        size = value.square().mean().sqrt().clamp_min(1e-300)
+        return rest.square().mean(1).sqrt() / size
 
 
 def apply(knowledge: Knowledge) -> bool:
-    """Solve for every unknown edge whose layers have known cotangents."""
+    """Solve for an unknown edge whose layers have known cotangents, or check known ones."""
     for edge in reversed(knowledge.graph.nodes):
-        if knowledge.value(edge) is None:
-            layers = [n for n in _layers(knowledge, edge) if n.name not in knowledge.short]
-            if layers and _solve_edge(knowledge, edge, layers):
-                return True
+        layers = [n for n in _layers(knowledge, edge) if n.name not in knowledge.short]
+        if layers and knowledge.value(edge) is None:
+            return _solve(knowledge, edge, layers)
     return _check_known(knowledge)
 
 
@@ -70,178 +97,121 @@ def _layers(knowledge: Knowledge, edge: str) -> list[Node]:
     found = []
     for name, _ in knowledge.graph.consumers[edge]:
         node = knowledge.graph.nodes[name]
-        kinds = (Kind.CONVOLUTION, Kind.DENSE)
-        if node.kind not in kinds or name not in knowledge.cotangents:
+        if node.kind not in (Kind.CONVOLUTION, Kind.DENSE) or name not in knowledge.cotangents:
             continue
-        if knowledge.gradient_of(node, "weight") is not None and groups_of(node) == 1:
+        whole = getattr(node.module, "groups", 1) == 1
+        if whole and knowledge.gradient_of(node, "weight") is not None:
             found.append(node)
     return found
 
 
-def groups_of(node: Node) -> int:
-    return int(getattr(node.module, "groups", 1))
-
-
-def _solve_edge(knowledge: Knowledge, edge: str, layers: list[Node]) -> bool:
+def _solve(knowledge: Knowledge, edge: str, layers: list[Node]) -> bool:
+    """Find an edge's value; where rows contradict each other look for wrong masks."""
     shape = knowledge.graph.nodes[edge].shape
-    systems = [system(knowledge, node, shape) for node in layers]
-    rows, unknowns = sum(len(m) for m, _ in systems), systems[0][0].shape[1]
+    unknowns = math.prod(shape) // shape[1 if layers[0].kind is Kind.CONVOLUTION else -1]
     names = ", ".join(n.path for n in layers)
-    if rows < unknowns or unknowns > _MOST:
-        why = f"{rows} gradient rows of {names} for {unknowns} positions"
-        knowledge.short.update({n.name: why for n in layers})
-        return True
-    relative = max(knowledge.cotangents[n.name].relative for n in layers)
-    expected = _FACTOR * (ROUNDING + relative)
-    return _accept(knowledge, edge, layers, systems, expected)
-
-
-def _accept(
-    knowledge: Knowledge, edge: str, layers: list[Node], systems: list[System], expected: float
-) -> bool:
-    """Believe a solution that explains its rows to rounding; else look for wrong masks."""
-    kept = [torch.ones(n.shape[1], dtype=torch.bool) for n in layers]
-    found = solve(systems, kept)
-    while found.redundant and found.worst > expected:
+    if unknowns > _MOST:
+        return _give_up(knowledge, layers, f"{names}: {unknowns} positions, at most {_MOST}")
+    systems = [System.of(knowledge, node) for node in layers]
+    used = [s.live for s in systems]
+    rows = _rows(systems, used)
+    if rows < unknowns:
+        return _give_up(knowledge, layers, f"{names}: {rows} rows for {unknowns} positions")
+    value, error = least_squares(systems, used)
+    while (worst := _worst(systems, used, value)) > _FACTOR:
         # Wrong channels show; the worst are left out until the others agree.
-        bound = max(expected, TOGETHER * found.worst)
-        kept = [k & (r <= bound) for k, r in zip(kept, found.residuals, strict=True)]
-        found = solve(systems, kept)
-    shape = knowledge.graph.nodes[edge].shape
-    size = float(found.value.square().mean().sqrt())
-    error = max(found.error, ROUNDING * size)
-    value = arranged(found.value, layers[0], shape)
-    left_out = [bool((~k).any()) for k in kept]
-    if any(left_out):
-        if found.redundant and error < _KNOWN * size and edge not in knowledge.mended:
-            changed = [
-                mend(knowledge, node, value, ~k)
-                for node, k in zip(layers, kept, strict=True)
-                if bool((~k).any())
-            ]
-            knowledge.mended.add(edge)
-            if any(changed):
-                return True
-        why = f"gradient rows of {layers[0].path} contradict each other"
-    elif error > _KNOWN * size:
-        why = f"the gradient rows of {layers[0].path} leave positions open"
+        bound = max(_FACTOR, _TOGETHER * worst)
+        used = [u & (s.residuals(value) <= bound) for s, u in zip(systems, used, strict=True)]
+        if _rows(systems, used) < _REDUNDANT * unknowns:
+            return _give_up(knowledge, layers, f"{names}: gradient rows contradict each other")
+        value, error = least_squares(systems, used)
+    size = float(value.square().mean().sqrt())
+    error = max(error, ROUNDING * size)
+    if error > _KNOWN * size:
+        return _give_up(knowledge, layers, f"{names}: gradient rows leave positions open")
+    found = _arranged(value, layers[0], shape)
+    wrong = [s.live & (s.residuals(value) > _FACTOR) for s in systems]
+    if any(bool(w.any()) for w in wrong):
+        new = edge not in knowledge.mended
+        knowledge.mended.add(edge)
+        # All of them: no short cut past a layer whose mask is wrong.
+        mended = [mend(knowledge, s.node, found, w) for s, w in zip(systems, wrong, strict=True)]
+        if new and any(mended):
+            return True
+        return _give_up(knowledge, layers, f"{names}: gradient rows contradict each other")
+    if rows >= _REDUNDANT * unknowns:
+        knowledge.checked |= {n.name for n in layers}
     else:
-        if found.redundant:
-            knowledge.checked |= {n.name for n in layers}
-        else:
-            knowledge.short.update({n.name: "as many rows as positions" for n in layers})
-        return knowledge.learn_value(edge, Known(value, error, "gradient rows"))
+        _give_up(knowledge, layers, f"{names}: as many rows as positions")
+    return knowledge.learn_value(edge, Known(found, error, "gradient rows"))
+
+
+def _give_up(knowledge: Knowledge, layers: list[Node], why: str) -> bool:
     knowledge.short.update({n.name: why for n in layers})
     return True
+
+
+def _rows(systems: list[System], used: list[Tensor]) -> int:
+    offsets = [len(s.matrix) // len(s.live) for s in systems]
+    return sum(n * int(u.sum()) for n, u in zip(offsets, used, strict=True))
+
+
+def _worst(systems: list[System], used: list[Tensor], value: Tensor) -> float:
+    residuals = [s.residuals(value)[u] for s, u in zip(systems, used, strict=True)]
+    return max((float(r.max()) for r in residuals if r.numel()), default=0.0)
 
 
 def _check_known(knowledge: Knowledge) -> bool:
     """Compare the gradients of layers whose input and cotangent came from elsewhere."""
     new = False
-    for edge in knowledge.graph.nodes:
-        known = knowledge.values.get(edge)
-        if known is None or not known.whole:
-            continue
-        for node in _layers(knowledge, edge):
+    for edge, known in knowledge.values.items():
+        for node in _layers(knowledge, edge) if known.whole else ():
             if node.name in knowledge.checked or node.name in knowledge.short:
                 continue
-            matrix, right = system(knowledge, node, known.value.shape)
-            rest = right - matrix @ positions(known.value, node)
-            off = float(rest.norm() / right.norm())
-            if off <= _FACTOR * (ROUNDING + knowledge.cotangents[node.name].relative + known.relative):
+            system, value = System.of(knowledge, node), _positions(known.value, node)
+            off = float(system.residuals(value)[system.live].square().mean().sqrt())
+            # Here the value is wrong by more than rounding, too.
+            if off <= _FACTOR * (1 + known.relative / ROUNDING):
                 knowledge.checked.add(node.name)
             else:
-                knowledge.short[node.name] = f"its gradient is missed by {off:.1e}"
+                _give_up(knowledge, [node], f"{node.path}: its gradient is missed, {off:.0f}")
             new = True
     return new
 
 
-def solve(systems: list[System], kept: list[Tensor]) -> Solution:
-    """Solve stacked systems by least squares, every row in units of its output channel.
+def least_squares(systems: list[System], used: list[Tensor]) -> tuple[Tensor, float]:
+    """Solve stacked systems on the channels that are used.
 
-    Parameters
-    ----------
-    systems : list of (matrix, right side)
-        Shapes (C_out * offsets, positions) and (C_out * offsets, C_in), channel by channel.
-    kept : list of Tensor of bool, shape (C_out,)
-        The channels that are used; residuals are those of all.
+    Returns
+    -------
+    value : Tensor, shape (positions, C_in)
+    error : float
+        Standard deviation of an entry, from the residual and the singular values.
     """
-    matrices, rights, used = [], [], []
-    for (matrix, right), keep in zip(systems, kept, strict=True):
-        size = matrix.reshape(len(keep), -1).norm(dim=1)
-        live = size > 1e-9 * size.max()
-        each = len(matrix) // len(keep)
-        weight = torch.where(live, 1 / size, 0.0).repeat_interleave(each)[:, None]
-        matrices.append(matrix * weight)
-        rights.append(right * weight)
-        used.append((live & keep.to(live.device)).repeat_interleave(each))
-    matrix, right, use = torch.cat(matrices), torch.cat(rights), torch.cat(used)
-    rows, unknowns = int(use.sum()), matrix.shape[1]
-    if rows < unknowns:
-        return Solution(right.new_zeros(unknowns, right.shape[1]), [], torch.inf, False)
-    q, r = torch.linalg.qr(matrix[use])
+    kept = [
+        u.repeat_interleave(len(s.matrix) // len(u)) for s, u in zip(systems, used, strict=True)
+    ]
+    matrix = torch.cat([s.matrix[k] for s, k in zip(systems, kept, strict=True)])
+    right = torch.cat([s.right[k] for s, k in zip(systems, kept, strict=True)])
+    q, r = torch.linalg.qr(matrix)
     u, s, vh = torch.linalg.svd(r)
     inverse = torch.where(s > 1e-9 * s[0], 1 / s.clamp_min(1e-300), 0.0)
-    value = vh.mT @ (inverse[:, None] * (u.mT @ (q.mT @ right[use])))
-    rest = (right - matrix @ value).square().sum(1)
-    size = right.square().sum(1)
-    residuals, begin = [], 0
-    for keep in kept:
-        end = begin + len(keep) * ((len(systems[len(residuals)][0])) // len(keep))
-        off, whole = (t[begin:end].reshape(len(keep), -1).sum(1) for t in (rest, size))
-        residuals.append((off / whole.clamp_min(1e-2 * whole.mean())).sqrt())
-        begin = end
-    freedom = max(1, rows - unknowns) * right.shape[1]
-    sigma = (rest[use].sum() / freedom).sqrt().maximum(ROUNDING * size[use].mean().sqrt() / right.shape[1] ** 0.5)
-    amplified = inverse.square().mean().sqrt() if bool((inverse > 0).all()) else torch.inf
-    return Solution(value, residuals, float(sigma * amplified), rows >= 1.1 * unknowns + 1)
+    value = vh.mT @ (inverse[:, None] * (u.mT @ (q.mT @ right)))
+    rest = right - matrix @ value
+    freedom = max(1, len(matrix) - matrix.shape[1]) * right.shape[1]
+    if not bool((inverse > 0).all()):
+        return value, float("inf")
+    sigma = max(float((rest.square().sum() / freedom).sqrt()), 0.1 * float(value.square().mean().sqrt()))
+    return value, sigma * float(inverse.square().mean().sqrt())
 
 
-def system(knowledge: Knowledge, node: Node, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    """Return the matrix and the right sides of a layer's gradient rows."""
-    gradient = knowledge.gradient_of(node, "weight")
-    assert gradient is not None
-    e = knowledge.cotangents[node.name].value
-    if node.kind is Kind.DENSE:
-        return e.flatten(0, -2).mT, gradient
-    module = node.module
-    return gradient_matrix(e, shape, module), gradient.movedim(1, 3).flatten(0, 2)
-
-
-def gradient_matrix(e: Tensor, shape: tuple[int, ...], module: torch.nn.Conv2d) -> Tensor:
-    """Return ``K(e)`` of one input channel, shape (C_out * kernel, B * H * W).
-
-    Parameters
-    ----------
-    e : Tensor, shape (B, C_out, H_out, W_out)
-        The derivative by the convolution's output.
-    shape : tuple of int
-        Shape (B, C_in, H, W) of its input.
-    module : nn.Conv2d
-    """
-    batch, _, height, width = shape
-    (kh, kw), (sy, sx) = module.kernel_size, module.stride
-    (py, px), (dy, dx) = module.padding, module.dilation
-    ho, wo = e.shape[2:]
-    out = e.new_zeros(e.shape[1], kh, kw, batch, height + 2 * py, width + 2 * px)
-    for i in range(kh):
-        for j in range(kw):
-            rows = slice(i * dy, i * dy + sy * (ho - 1) + 1, sy)
-            columns = slice(j * dx, j * dx + sx * (wo - 1) + 1, sx)
-            out[:, i, j, :, rows, columns] = e.movedim(1, 0)
-    inside = out[..., py : py + height, px : px + width]
-    return inside.reshape(e.shape[1] * kh * kw, -1)
-
-
-def positions(value: Tensor, node: Node) -> Tensor:
+def _positions(value: Tensor, node: Node) -> Tensor:
     """Return an edge's value by position, shape (positions, C_in)."""
-    if node.kind is Kind.DENSE:
-        return value.flatten(0, -2)
-    return value.movedim(1, 3).flatten(0, 2)
+    return value.flatten(0, -2) if node.kind is Kind.DENSE else value.movedim(1, 3).flatten(0, 2)
 
 
-def arranged(value: Tensor, node: Node, shape: tuple[int, ...]) -> Tensor:
-    """Undo :func:`positions`."""
+def _arranged(value: Tensor, node: Node, shape: tuple[int, ...]) -> Tensor:
+    """Undo :func:`_positions`."""
     if node.kind is Kind.DENSE:
         return value.reshape(shape)
     batch, channels, height, width = shape

@@ -8,17 +8,16 @@ layer's input, the input tells the channel's cotangent, and that the slopes.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fedleak.graph.capture import Node
+from fedleak.graph.kernels.geometry import Geometry
 from fedleak.graph.kinds import Kind
 from fedleak.graph.knowledge import Knowledge
+from fedleak.graph.rules.derivatives import pulled_back
 
 #: How far a slope may be off a whole number, to be rounded to it.
 _NEAR = 0.1
-#: Part of the worst residual from which channels are left out together with the worst.
-TOGETHER = 0.3
 
 
 def potential(knowledge: Knowledge, node: Node) -> tuple[Node, Tensor] | None:
@@ -45,8 +44,6 @@ def potential(knowledge: Knowledge, node: Node) -> tuple[Node, Tensor] | None:
     known = knowledge.cotangents.get(upper.name)
     if known is None:
         return None
-    from fedleak.graph.rules.derivatives import pulled_back
-
     made = known.value
     for between, place in reversed(chain):
         made = pulled_back(graph, between, place, made)
@@ -73,9 +70,8 @@ def cotangent_rows(node: Node, value: Tensor, gradient: Tensor, channels: Tensor
     if node.kind is Kind.DENSE:
         patches = value.flatten(0, -2)
     else:
-        m = node.module
-        columns = F.unfold(value, m.kernel_size, m.dilation, m.padding, m.stride)
-        patches = columns.movedim(1, 2).flatten(0, 1)
+        taken = Geometry.of(node.module, value.shape[2:]).patches(value)
+        patches = taken.permute(0, 3, 1, 2).flatten(2).flatten(0, 1)
     right = gradient[channels].flatten(1)
     return torch.linalg.lstsq(patches.mT, right.mT).solution.mT
 
@@ -85,7 +81,7 @@ def mend(knowledge: Knowledge, node: Node, value: Tensor, wrong: Tensor) -> bool
 
     Returns whether any changed: all cotangents below the activation are then forgotten.
     """
-    above = potential(knowledge, node)
+    above = potential(knowledge, node) if bool(wrong.any()) else None
     gradient = knowledge.gradient_of(node, "weight")
     if above is None or gradient is None or node.kind is not Kind.CONVOLUTION:
         return False

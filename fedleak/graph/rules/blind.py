@@ -1,0 +1,66 @@
+"""A convolution's input and cotangent from its weight's gradient alone.
+
+The blind kernel finds both up to one factor. It is told by the cotangent that the layer would have
+with every unit of the activation above active: entry by entry the true one is that, or zero.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from fedleak.graph.capture import Node
+from fedleak.graph.kernels.blind import blind_convolution, blind_criterion
+from fedleak.graph.kernels.geometry import Geometry
+from fedleak.graph.kernels.refusal import Refused
+from fedleak.graph.kinds import Kind
+from fedleak.graph.knowledge import ROUNDING, Knowledge, Known
+from fedleak.graph.rules.masks import potential
+
+
+def apply(knowledge: Knowledge) -> bool:
+    """Solve one convolution whose cotangent is not known; those nearest to the head first."""
+    for node in reversed(knowledge.graph.nodes.values()):
+        if node.kind is Kind.CONVOLUTION and _open(knowledge, node) and _solve(knowledge, node):
+            return True
+    return False
+
+
+def _open(knowledge: Knowledge, node: Node) -> bool:
+    known = node.name in knowledge.cotangents or knowledge.value(node.inputs[0]) is not None
+    return not known and node.name not in knowledge.blind and knowledge.graph.batch == 1
+
+
+def _solve(knowledge: Knowledge, node: Node) -> bool:
+    gradient = knowledge.gradient_of(node, "weight")
+    above = potential(knowledge, node)
+    if gradient is None or above is None:
+        return False
+    (edge,) = node.inputs
+    geometry = Geometry.of(node.module, knowledge.graph.nodes[edge].shape[2:])
+    out, channels = gradient.shape[:2]
+    if not blind_criterion(geometry, out, channels).holds:
+        return False
+    knowledge.blind.add(node.name)
+    try:
+        found = blind_convolution(gradient, geometry)
+    except Refused as error:
+        knowledge.short[node.name] = str(error)
+        return False
+    _, full = above
+    ratio = found.cotangents / torch.where(full != 0, full, torch.inf)
+    weight = full.square()
+    # Entries are zero or one number: the mean over those that are clearly not zero.
+    largest = ratio.flatten()[ratio.abs().argmax()]
+    clear = ratio / largest > 0.5
+    factor = (weight * ratio)[clear].sum() / weight[clear].sum()
+    slopes = ratio / factor
+    off = float(((slopes - slopes.round()).square() * weight).sum().sqrt() / weight.sum().sqrt())
+    if off > 1e-2:
+        knowledge.short[node.name] = f"slopes found blindly are off whole numbers by {off:.1e}"
+        return False
+    e = full * slopes.round()
+    value = found.inputs * factor
+    error = max(found.error, ROUNDING) * float(value.square().mean().sqrt())
+    size = float(e.square().mean().sqrt())
+    knowledge.learn_cotangent(node.name, Known(e, ROUNDING * size, "blind convolution"))
+    return knowledge.learn_value(edge, Known(value, error, "blind convolution"))
