@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fedleak import deadline
-from fedleak.attacks import shared_rows
+from fedleak.attacks import graphs, shared_rows
 from fedleak.attacks.base import ATTACKS, Attack, Reconstruction
 from fedleak.attacks.demix import Demixed
 from fedleak.attacks.evidence import Evidence
@@ -44,6 +44,8 @@ _ROUNDED = 1e-6
 _SLACK = 1.1
 #: Fit of a batch solved layer by layer from which it is matched as a whole, too.
 _POOR = 0.05
+#: Fit of an update solved on its model's graph up to which nothing else is tried.
+_SOLVED = 1e-3
 #: Part of another's fit that a fit must come to, to be taken for the better reconstruction.
 _CLEARLY = 0.9
 #: How near to the 8-bit grid, in steps of it, an image must come to be rounded, root mean
@@ -139,9 +141,13 @@ class HybridAttack(Attack):
         if evidence.rescales and evidence.images > 1:
             return self._match_module(evidence, "the update is known up to a factor only")
         if not evidence.is_chain:
-            return self._match_module(evidence, evidence.why_not_chain)
+            match_module = partial(self._match_module, why=evidence.why_not_chain)
+            return self._solve_graphs(evidence, match_module)
         if evidence.images == 1:
-            return self._solve_chain(evidence, None)
+            solve_chain = partial(self._solve_chain, heads=None)
+            if graphs.flat(evidence):
+                return self._solve_graphs(evidence, solve_chain)
+            return solve_chain(evidence)
         results = []
         demixed = demix_heads(evidence)
         for n in range(len(evidence)):
@@ -154,6 +160,36 @@ class HybridAttack(Attack):
             result.details["cut_short"] = allowed.hit or search.hit
             results.append(result)
         return results
+
+    def _solve_graphs(
+        self, evidence: Evidence, otherwise: Callable[[Evidence], list[Reconstruction]]
+    ) -> list[Reconstruction]:
+        """Solve what the rules on the model's graph do; ``otherwise`` does the rest.
+
+        Of the two the one that fits the gradient better is returned.
+        """
+        if graphs.why_not(evidence):
+            return otherwise(evidence)
+        found: dict[int, Reconstruction] = {}
+        open_, why = [], ""
+        for n in range(len(evidence)):
+            with deadline.part(1 / (len(evidence) - n)):
+                part = evidence.subset(torch.tensor([n], device=evidence.replay.device))
+                made = graphs.solve(part, self._prior(evidence))
+            if isinstance(made, Reconstruction):
+                images = _snap(part, made.images[None].to(part.labels.device))
+                found[n] = replace(made, images=images[0].cpu(), fit=float(part.fit(images)[0]))
+            else:
+                why = made
+            if n not in found or found[n].fit > _SOLVED:
+                open_.append(n)
+        if open_:
+            rest = evidence.subset(torch.tensor(open_, device=evidence.replay.device))
+            for n, other in zip(open_, otherwise(rest), strict=True):
+                if n not in found or other.fit < _CLEARLY * found[n].fit:
+                    reason = {"why_not_graph": why} if n not in found else {}
+                    found[n] = replace(other, details={**other.details, **reason})
+        return [found[n] for n in range(len(evidence))]
 
     def _solve_batch(self, evidence: Evidence, batch: Demixed) -> Reconstruction:
         """Solve one batch layer by layer, and match it as a whole where that leaves much open."""

@@ -1,0 +1,79 @@
+"""One update, solved on the graph of its model."""
+
+from __future__ import annotations
+
+import torch
+
+from fedleak import deadline
+from fedleak.attacks.base import Reconstruction
+from fedleak.attacks.evidence import Evidence
+from fedleak.errors import TimeLimitError, UnsupportedModelError
+from fedleak.graph.capture import Graph
+from fedleak.graph.certificate import certify
+from fedleak.graph.knowledge import Knowledge, spread
+from fedleak.graph.match import Targets, match_images
+from fedleak.graph.rules import RULES
+from fedleak.priors import Prior
+from fedleak.systems.activations import Clamp
+from fedleak.systems.pooling import MaxPool
+
+#: Share of the time that is left which the graph may take, before other ways are tried.
+_SHARE = 0.7
+
+
+def why_not(evidence: Evidence) -> str:
+    """Return why the graph's rules do not cover an update; empty where they do."""
+    if evidence.images > 1:
+        return "the rules on the model's graph cover one image"
+    if evidence.simulated is not None:
+        return "the rules on the model's graph cover one step"
+    if evidence.defended or evidence.rescales:
+        return "the rules on the model's graph cover updates without a known defence"
+    return ""
+
+
+def flat(evidence: Evidence) -> bool:
+    """Return whether layers of a chain lose values: ReLU and its kin, max pooling.
+
+    The chain's own solver goes from layer to layer, and stops there; the graph's does not.
+    """
+    return any(isinstance(layer, (Clamp, MaxPool)) for layer in evidence.chain.layers)
+
+
+def solve(evidence: Evidence, prior: Prior) -> Reconstruction | str:
+    """Solve one update on the graph of its model.
+
+    Returns
+    -------
+    Reconstruction or str
+        Or why there is none.
+    """
+    if reason := why_not(evidence):
+        return reason
+    try:
+        graph = Graph.capture(evidence.replay.model, evidence.terms.input_shape, evidence.images)
+    except UnsupportedModelError as error:
+        return str(error)
+    gradient = {name: g[0] for name, g in evidence.gradient.items()}
+    knowledge = Knowledge(graph, gradient)
+    try:
+        with deadline.part(_SHARE):
+            spread(knowledge, RULES)
+            if not Targets.read(knowledge).edges:
+                return "nothing is known above the image"
+            images = match_images(knowledge, prior)
+    except TimeLimitError as error:
+        return str(error)
+    made = evidence.replay(images[None], evidence.labels).gradients
+    rounding = {name: evidence.rounding(name) for name in gradient}
+    proof = certify(knowledge, {n: g[0].detach() for n, g in made.items()}, rounding)
+    details = {
+        "by": "graph",
+        "solver": "gauss-newton",
+        "prior": str(prior),
+        "layers": [],
+        **proof.details(),
+    }
+    with torch.no_grad():
+        fit = float(evidence.fit(images[None])[0])
+    return Reconstruction(images.cpu(), evidence.labels[0].cpu(), fit, details)
