@@ -155,7 +155,7 @@ class Graph:
         model = copy.deepcopy(model).to(dtype)
         for module in model.modules():
             if hasattr(module, "inplace"):
-                module.inplace = False
+                module.inplace = False  # type: ignore[assignment]
         try:
             traced = fx.symbolic_trace(model)
         except Exception as error:  # fx raises many kinds; each means "no fixed graph"
@@ -255,7 +255,7 @@ class _Reader(fx.Interpreter):
         args = fx.node.map_arg(n.args, lowered)
         kwargs = fx.node.map_arg(dict(n.kwargs), lowered)
         target: Any = n.target
-        path, own = "", ()
+        path, own = "", tuple[str, ...]()
         if n.op == "call_module":
             path = str(n.target)
             target = self.modules[path]

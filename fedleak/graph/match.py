@@ -8,12 +8,15 @@ clamped: brightness and contrast may still be open.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.func import jvp, vjp
 
+from fedleak import deadline
 from fedleak.graph.capture import Graph, Node
 from fedleak.graph.kinds import Kind
 from fedleak.graph.knowledge import ROUNDING, Knowledge
@@ -22,6 +25,13 @@ from fedleak.solvers import cgls, lbfgs
 
 #: Relative errors at which known values count, one after the other.
 LEVELS = (1e-1, 1e-2, 1e-3)
+#: Gauss-Newton steps, at most; each must lower the misfit to this part of it.
+MOST_NEWTON, _PAYS = 8, 0.9
+#: Misfit, in units of the errors, at which all is said.
+_MATCHED = 2.0
+
+#: Is told the misfit and the images of each stage.
+Watch = Callable[[float, Tensor], None]
 
 
 @dataclass
@@ -98,12 +108,12 @@ def frontier(knowledge: Knowledge) -> tuple[list[str], list[Node]]:
 def parameter_gradients(graph: Graph, node: Node, value: Tensor, e: Tensor) -> dict[str, Tensor]:
     """Return the gradient of a layer's parameters at its input, for the cotangent ``e``."""
     own = {name: graph.parameters[name] for name in node.parameters}
-    _, pull = vjp(lambda p: node([value], {**graph.parameters, **p}), own)
+    pull = vjp(lambda p: node([value], {**graph.parameters, **p}), own)[1]
     return pull(e)[0]
 
 
 def match_images(
-    knowledge: Knowledge, prior: Prior, steps: int = 150, newton: int = 6, verbose=None
+    knowledge: Knowledge, prior: Prior, steps: int = 150, watch: Watch | None = None
 ) -> Tensor:
     """Find the images that make what is known.
 
@@ -113,26 +123,33 @@ def match_images(
     prior : Prior
     steps : int
         Quasi-Newton evaluations at each level, at most.
-    newton : int
-        Gauss-Newton steps, at most.
+    watch : callable, optional
+        Is given the misfit and the images after each stage.
 
     Returns
     -------
     Tensor, shape (B, C, H, W)
     """
     search = _Search(Targets.read(knowledge), prior)
-    u = search.start()
+    u, misfit = search.start(), math.inf
+
+    def report() -> None:
+        if watch is not None:
+            watch(misfit, search.images(u).detach())
+
     for level in LEVELS:
         u = search.quasi_newton(u, level, steps)
-        if verbose:
-            verbose(level, search.misfit(u), search.images(u))
-    level = search.misfit(u)
-    for _ in range(newton):
+        misfit = search.misfit(u)
+        report()
+        if misfit < _MATCHED:
+            break
+    for _ in range(MOST_NEWTON):
+        if misfit < _MATCHED or deadline.passed():
+            break
         u = search.gauss_newton(u)
-        before, level = level, search.misfit(u)
-        if verbose:
-            verbose("gn", level, search.images(u))
-        if level > 0.7 * before:
+        before, misfit = misfit, search.misfit(u)
+        report()
+        if misfit > _PAYS * before:
             break
     return search.images(u).detach()
 
@@ -156,8 +173,10 @@ class _Search:
         return self.targets.made(self.images(u))
 
     def misfit(self, u: Tensor) -> float:
+        """Return how far off the known values are, in units of their errors."""
         with torch.no_grad():
-            return float((self.made(u) - self.targets.values).square().mean().sqrt())
+            rest = (self.made(u) - self.targets.values) / self.targets.errors
+        return float(rest.square().mean().sqrt())
 
     def weight(self, u: Tensor, errors: Tensor) -> float:
         """Return how much the data tell of a pixel, its inverse variance, on average."""
@@ -186,11 +205,11 @@ class _Search:
     def gauss_newton(self, u: Tensor, iterations: int = 100) -> Tensor:
         """Take one Gauss-Newton step, by conjugate gradients on products with the Jacobian."""
         u = u.detach()
-        rest = self.targets.values - self.made(u)
+        rest, misfit = self.targets.values - self.made(u), self.misfit(u)
         level = float(rest.square().mean().sqrt())
         errors = self.targets.errors.clamp_min(min(1e-3, 0.1 * level))
         weight = self.weight(u, errors)
-        _, pull = vjp(self.made, u)
+        pull = vjp(self.made, u)[1]
 
         def apply(w: Tensor) -> tuple[Tensor, ...]:
             d = self.prior.damped(w[0], weight)
@@ -205,6 +224,6 @@ class _Search:
             w, _ = cgls(apply, adjoint, rhs, torch.zeros_like(u)[None], 1e-5, iterations)
             step = self.prior.damped(w[0], weight)
             for scale in (1.0, 0.5, 0.25, 0.1):
-                if self.misfit(u + scale * step) < level:
+                if self.misfit(u + scale * step) < misfit:
                     return u + scale * step
         return u

@@ -80,9 +80,9 @@ def _up(knowledge: Knowledge, node: Node) -> bool:
     for place, edge in enumerate(node.inputs):
         known = knowledge.cotangents.get(edge)
         alone = knowledge.graph.consumers[edge] == [(node.name, place)]
-        if known is None or not alone or knowledge.graph.nodes[edge].shape != node.shape:
-            if known is None or not alone or node.kind is not Kind.RESHAPE:
-                continue
+        same = node.kind is Kind.RESHAPE or knowledge.graph.nodes[edge].shape == node.shape
+        if known is None or not alone or not same:
+            continue
         if node.kind is Kind.ADD:
             value, error = known.value, known.error
         else:

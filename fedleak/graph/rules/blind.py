@@ -36,15 +36,16 @@ def _solve(knowledge: Knowledge, node: Node) -> bool:
     if gradient is None or above is None:
         return False
     (edge,) = node.inputs
-    geometry = Geometry.of(node.module, knowledge.graph.nodes[edge].shape[2:])
+    shape = knowledge.graph.nodes[edge].shape
+    geometry = Geometry.of(node.module, (shape[2], shape[3]))
     out, channels = gradient.shape[:2]
     if not blind_criterion(geometry, out, channels).holds:
         return False
     knowledge.blind.add(node.name)
     try:
         found = blind_convolution(gradient, geometry)
-    except Refused as error:
-        knowledge.short[node.name] = str(error)
+    except Refused as refusal:
+        knowledge.short[node.name] = str(refusal)
         return False
     _, full = above
     ratio = found.cotangents / torch.where(full != 0, full, torch.inf)
@@ -63,4 +64,6 @@ def _solve(knowledge: Knowledge, node: Node) -> bool:
     error = max(found.error, ROUNDING) * float(value.square().mean().sqrt())
     size = float(e.square().mean().sqrt())
     knowledge.learn_cotangent(node.name, Known(e, ROUNDING * size, "blind convolution"))
-    return knowledge.learn_value(edge, Known(value, error, "blind convolution"))
+    seen = geometry.seen.reshape(geometry.size).to(value.device).expand_as(value)
+    mask = None if bool(seen.all()) else seen
+    return knowledge.learn_value(edge, Known(value, error, "blind convolution", mask))

@@ -32,5 +32,5 @@ def pulled_back(
         return node([*values[:place], x, *values[place + 1 :]], graph.parameters)
 
     with torch.no_grad():
-        _, pull = vjp(made, values[place])
+        pull = vjp(made, values[place])[1]
         return pull(cotangent)[0]

@@ -201,7 +201,9 @@ def least_squares(systems: list[System], used: list[Tensor]) -> tuple[Tensor, fl
     freedom = max(1, len(matrix) - matrix.shape[1]) * right.shape[1]
     if not bool((inverse > 0).all()):
         return value, float("inf")
-    sigma = max(float((rest.square().sum() / freedom).sqrt()), 0.1 * float(value.square().mean().sqrt()))
+    sigma = max(
+        float((rest.square().sum() / freedom).sqrt()), 0.1 * float(value.square().mean().sqrt())
+    )
     return value, sigma * float(inverse.square().mean().sqrt())
 
 

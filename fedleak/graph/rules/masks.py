@@ -70,7 +70,7 @@ def cotangent_rows(node: Node, value: Tensor, gradient: Tensor, channels: Tensor
     if node.kind is Kind.DENSE:
         patches = value.flatten(0, -2)
     else:
-        taken = Geometry.of(node.module, value.shape[2:]).patches(value)
+        taken = Geometry.of(node.module, (value.shape[2], value.shape[3])).patches(value)
         patches = taken.permute(0, 3, 1, 2).flatten(2).flatten(0, 1)
     right = gradient[channels].flatten(1)
     return torch.linalg.lstsq(patches.mT, right.mT).solution.mT
@@ -90,7 +90,7 @@ def mend(knowledge: Knowledge, node: Node, value: Tensor, wrong: Tensor) -> bool
     if slopes is None:
         return False
     rows = cotangent_rows(node, value, gradient, wrong)
-    batch, channels, *grid = node.shape
+    batch, _, *grid = node.shape
     e = rows.reshape(len(rows), batch, *grid).movedim(0, 1)
     part = full[:, wrong]
     told = part.abs() > 1e-3 * part.abs().mean()

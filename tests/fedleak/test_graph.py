@@ -1,0 +1,207 @@
+"""Networks as graphs: what is known is true, on any of them, and the image follows from it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from fedleak import laboratory
+from fedleak.errors import UnsupportedModelError
+from fedleak.graph.capture import Graph
+from fedleak.graph.knowledge import Knowledge, Known, spread
+from fedleak.graph.match import Targets, parameter_gradients
+from fedleak.graph.rules import RULES, gradient_rows
+from tests.conftest import photo_patches
+
+
+class Block(nn.Module):
+    """A residual block with batch normalisation."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int = 1):
+        super().__init__()
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(outputs)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(outputs)
+        self.relu = nn.ReLU(inplace=True)
+        self.shortcut = nn.Sequential()
+        if stride > 1:
+            self.shortcut = nn.Sequential(
+                nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs)
+            )
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x)))))
+        return self.relu(out + self.shortcut(x))
+
+
+def residual(width: int = 16) -> nn.Module:
+    """Two stages, average pooling and a head: ResNet-18's way, in small."""
+    model = nn.Sequential(
+        nn.Conv2d(3, width, 4, 2, 1, bias=False),
+        nn.BatchNorm2d(width),
+        nn.ReLU(),
+        Block(width, width),
+        Block(width, 4 * width, 2),
+        Block(4 * width, 4 * width),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(4 * width, 10),
+    )
+    return model.eval()
+
+
+def told(model: nn.Module, images: Tensor, labels: list[int]) -> tuple[Knowledge, dict]:
+    """Return what an update tells before any rule, and the truth of every edge."""
+    names, parameters = zip(*model.named_parameters(), strict=True)
+    loss = F.cross_entropy(model(images), torch.tensor(labels))
+    gradient = torch.autograd.grad(loss, parameters)
+    sent = {n: g.double() for n, g in zip(names, gradient, strict=True)}
+    graph = Graph.capture(model, tuple(images.shape[1:]), len(images))
+    return Knowledge(graph, sent), graph.run({graph.image: images.double()}, list(graph.nodes))
+
+
+def true_cotangent(knowledge: Knowledge, values: dict, edge: str, labels: list[int]) -> Tensor:
+    graph = knowledge.graph
+    at = values[edge].clone().requires_grad_()
+    known = {graph.image: values[graph.image], edge: at}
+    logits = graph.run(known, [graph.logits])[graph.logits]
+    return torch.autograd.grad(F.cross_entropy(logits, torch.tensor(labels)), at)[0]
+
+
+NETWORKS = {
+    "residual": residual,
+    "pooled": lambda: nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
+        nn.Conv2d(8, 16, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(1024, 10),
+    ),
+    "leaky": lambda: nn.Sequential(
+        nn.Conv2d(3, 12, 3, 2, 1), nn.LeakyReLU(0.1), nn.Conv2d(12, 24, 3, 2, 1), nn.LeakyReLU(0.1),
+        nn.AvgPool2d(2), nn.Flatten(), nn.Linear(96, 20), nn.Tanh(), nn.Linear(20, 10),
+    ),
+    "grouped": lambda: nn.Sequential(
+        nn.Conv2d(3, 12, 4, 4), nn.ReLU(), nn.Conv2d(12, 12, 3, padding=1, groups=12), nn.ReLU6(),
+        nn.Conv2d(12, 24, 1), nn.ReLU(), nn.Flatten(), nn.Linear(384, 10),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_what_is_known_is_true(name: str) -> None:
+    torch.manual_seed(3)
+    model = NETWORKS[name]()
+    knowledge, values = told(model, photo_patches(1, 16), [4])
+    spread(knowledge, RULES)
+    found = {e: k for e, k in knowledge.values.items() if k.by != "the model"}
+    assert len(found) > 2
+    for edge, known in found.items():
+        off = known.value - values[edge]
+        off = off if known.mask is None else off[known.mask]
+        assert off.square().mean().sqrt() <= 30 * known.error, (edge, known.by)
+    for edge, known in knowledge.cotangents.items():
+        if edge not in knowledge.graph.parameters and edge in values:
+            truth = true_cotangent(knowledge, values, edge, [4])
+            assert (known.value - truth).square().mean().sqrt() <= 30 * known.error, edge
+
+
+def test_a_graph_is_the_module() -> None:
+    torch.manual_seed(0)
+    model = residual().double()
+    images = torch.rand(2, 3, 16, 16, dtype=torch.float64)
+    graph = Graph.capture(model, (3, 16, 16), 2)
+    assert torch.allclose(
+        graph.run({graph.image: images}, [graph.logits])[graph.logits], model(images)
+    )
+    assert {n.kind.value for n in graph.nodes.values()} == {
+        "image", "convolution", "scale", "pointwise", "add", "reshape", "linear", "dense",
+    }  # fmt: skip
+
+
+def test_a_module_without_a_fixed_graph_is_refused_by_name() -> None:
+    class Twofold(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(12, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc(x.flatten(1)) if x.sum() > 0 else self.fc(-x.flatten(1))
+
+    with pytest.raises(UnsupportedModelError, match="Twofold cannot be captured"):
+        Graph.capture(Twofold(), (3, 2, 2))
+
+
+def test_a_residual_network_is_solved_from_one_update() -> None:
+    torch.manual_seed(1)
+    image = photo_patches(2, 16)[1:]
+    (trial,) = laboratory.reconstruct(residual(), image, [2]).trials
+    assert trial.quality.psnr_db > 100
+    details = trial.reconstruction.details
+    assert (details["by"], details["certified"], details["missed"]) == ("graph", True, {})
+    assert {"blind convolution", "gradient rows"} <= set(details["rules"])
+
+
+def test_a_wrong_mask_is_mended_before_anything_below() -> None:
+    torch.manual_seed(1)
+    knowledge, values = told(residual(), photo_patches(1, 16), [2])
+    block = "_4_relu_1"  # the output of the block before the last
+    spread(knowledge, {k: r for k, r in RULES.items() if k != "backward"})
+    slopes = (values[block] > 0).double()
+    wrong = slopes.clone()
+    place = (0, 7, 2, 1)
+    wrong[place] = 1 - wrong[place]
+    knowledge.slopes[block] = wrong
+    spread(knowledge, RULES)
+    assert torch.equal(knowledge.slopes[block], slopes)
+    assert knowledge.value("_3_relu_1") is not None
+
+
+@st.composite
+def layers(draw: st.DrawFn) -> tuple[nn.Conv2d, int]:
+    kernel, stride = draw(st.integers(1, 3)), draw(st.integers(1, 2))
+    padding, dilation = draw(st.integers(0, 1)), draw(st.integers(1, 2))
+    conv = nn.Conv2d(
+        draw(st.integers(1, 3)), draw(st.integers(20, 40)), kernel, stride, padding, dilation
+    )
+    return conv, draw(st.integers(5, 7))
+
+
+@given(layers(), st.integers(0, 1000))
+@settings(max_examples=30, deadline=None)
+def test_gradient_rows_against_a_dense_oracle(drawn: tuple[nn.Conv2d, int], seed: int) -> None:
+    """They find the input where, and only where, the dense system of all rows has full rank."""
+    conv, size = drawn
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Identity(), conv, nn.Flatten()).double()
+    x = torch.randn(1, conv.in_channels, size, size, dtype=torch.float64)
+    graph = Graph.capture(model, tuple(x.shape[1:]))
+    node = graph.nodes["_1"]
+    e = torch.randn(node.shape, dtype=torch.float64)
+    sent = parameter_gradients(graph, node, x, e)
+    knowledge = Knowledge(graph, sent)
+    knowledge.learn_cotangent("_1", Known(e, 1e-12, "told"))
+    gradient_rows.apply(knowledge)
+    found = knowledge.value("_0")
+    rows = torch.func.jacrev(lambda v: parameter_gradients(graph, node, v, e)["1.weight"])(x)
+    dense = rows.reshape(-1, x.numel())
+    values = torch.linalg.svdvals(dense)
+    full = len(dense) >= x.numel() and values[-1] > 1e-9 * values[0]
+    if not full:
+        assert found is None
+        assert "1" in knowledge.short["_1"]
+    elif values[-1] > 1e-3 * values[0]:
+        assert found is not None
+        assert torch.allclose(found, x, atol=1e-6)
+
+
+def test_targets_are_what_is_nearest_to_the_image() -> None:
+    torch.manual_seed(3)
+    knowledge, values = told(NETWORKS["pooled"](), photo_patches(1, 16), [4])
+    spread(knowledge, RULES)
+    targets = Targets.read(knowledge)
+    made = targets.made(values[knowledge.graph.image])
+    assert (made - targets.values).abs().max() < 1e-3
+    assert all(edge not in knowledge.graph.below(edge) for edge in targets.edges)
