@@ -68,14 +68,16 @@ def limit(seconds: float) -> Iterator[Deadline]:
         raise InvalidInputError(
             f"a time limit must be a number of seconds from 0 (none), not {seconds!r}"
         )
-    outer, end = _CURRENT.get(), _now() + (seconds or math.inf)
-    own = Deadline(seconds or math.inf, end if outer is None else min(end, outer.end))
+    outer, now = _CURRENT.get(), _now()
+    end = now + (seconds or math.inf)
+    end = end if outer is None else min(end, outer.end)
+    own = Deadline(max(end - now, 0.0), end)
     token = _CURRENT.set(own)
     try:
         yield own
     finally:
         _CURRENT.reset(token)
-        if outer is not None and own.hit and _now() >= outer.end:
+        if outer is not None and own.hit and own.end >= outer.end:
             outer.hit = True
 
 
@@ -98,9 +100,16 @@ def left() -> float:
     return max(rest, 0.0)
 
 
-def passed() -> bool:
-    """Return whether nothing is left: a loop that has something to show leaves then."""
-    return left() == 0
+def passed(margin: float = 0.0) -> bool:
+    """Return whether no more than ``margin`` seconds are left.
+
+    A loop that has something to show leaves then; the margin is for what comes after it.
+    """
+    current = _CURRENT.get()
+    if current is None or left() > margin:
+        return False
+    current.hit = True
+    return True
 
 
 def check() -> None:

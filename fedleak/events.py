@@ -11,7 +11,9 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from datetime import UTC, datetime
 from typing import Any
 
@@ -21,7 +23,12 @@ from fedleak.wording import clean_lines, json_ready
 #: Everything is logged here or below; set its level to INFO to be told of progress.
 LOGGER = logging.getLogger("fedleak")
 #: Seconds between two events of one loop.
-_PAUSE = 1.0
+PAUSE = 1.0
+#: Steps that what follows a loop takes as long as: judging and packing what it found.
+_CLOSING = 2.0
+
+Listener = Callable[[str, Mapping[str, Any]], None]
+_LISTENER: ContextVar[Listener | None] = ContextVar("listener", default=None)
 
 
 def emit(event: str, level: int = logging.INFO, **fields: Any) -> None:
@@ -36,7 +43,25 @@ def emit(event: str, level: int = logging.INFO, **fields: Any) -> None:
     **fields
         Plain values. ``reason`` is what a person is shown of a warning.
     """
+    tell(event, **fields)
     LOGGER.log(level, event, extra={"fields": fields})
+
+
+def tell(event: str, **fields: Any) -> None:
+    """Tell an event to who listens in this very place (:func:`heard_by`), and log nothing."""
+    listener = _LISTENER.get()
+    if listener is not None:
+        listener(event, fields)
+
+
+@contextmanager
+def heard_by(listener: Listener) -> Iterator[None]:
+    """Tell a function of every event in this block, as ``(event, fields)``, beside the log."""
+    token = _LISTENER.set(listener)
+    try:
+        yield
+    finally:
+        _LISTENER.reset(token)
 
 
 def warn(reason: str, **fields: Any) -> None:
@@ -57,7 +82,8 @@ def stage(what: str) -> None:
 def steps(count: int, doing: str) -> Iterator[int]:
     """Yield 0 ... count - 1, and tell how far that is, at most once a second.
 
-    It ends early where the time that is allowed (:mod:`fedleak.deadline`) has passed.
+    It ends early, in time for what comes after, where the time that is allowed
+    (:mod:`fedleak.deadline`) is used up.
 
     Parameters
     ----------
@@ -65,21 +91,19 @@ def steps(count: int, doing: str) -> Iterator[int]:
     doing : str
         What the loop does, as ``cosine``.
     """
-    if not LOGGER.isEnabledFor(logging.INFO):
-        for n in range(count):
-            if deadline.passed():
-                return
-            yield n
-        return
-    last, told = time.monotonic(), False
+    heard = LOGGER.isEnabledFor(logging.INFO) or _LISTENER.get() is not None
+    before = last = time.monotonic()
+    longest, told = 0.0, False
     try:
         for n in range(count):
-            if deadline.passed():
+            if deadline.passed(_CLOSING * longest):
                 return
-            if time.monotonic() - last >= _PAUSE:
-                last, told = time.monotonic(), True
+            if heard and before - last >= PAUSE:
+                last, told = before, True
                 emit("step", doing=doing, done=n, total=count)
             yield n
+            now = time.monotonic()
+            longest, before = max(longest, now - before), now
     finally:  # also of a loop that is left early
         if told:
             emit("step", doing=doing, done=count, total=count)

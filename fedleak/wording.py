@@ -12,6 +12,8 @@ INDISTINGUISHABLE, RECOGNISABLE, BLURRED = 40.0, 20.0, 14.0
 ENOUGH_DB = 60.0
 #: Exact reconstructions have an infinite PSNR; means are taken, and points drawn, here.
 CEILING_DB = 160.0
+#: ``fit`` below which images explain the update, and below which they explain a part of it.
+EXPLAINED, PARTLY = 0.1, 0.5
 
 #: Characters of a reason in a table, and of a message.
 LONGEST_REASON, LONGEST_MESSAGE = 500, 4000
@@ -29,6 +31,18 @@ def grade(psnr_db: float) -> str:
     if psnr_db >= BLURRED:
         return "blurred images: large shapes and colours"
     return "little more than the average image"
+
+
+def fit_words(fit: float) -> str:
+    """Return what a ``fit`` allows to say of images, with ``{}`` for their labels.
+
+    A gradient that is half explained is that of many images; a grey one may be as near.
+    """
+    if fit < EXPLAINED:
+        return "reconstructed images of {}"
+    if fit < PARTLY:
+        return "a rough guess at images of {}, which may show little of them"
+    return "no images, what was found explains too little of the update; inferred {}"
 
 
 def defence_words(name: str, strength: object, none: str = "no defence") -> str:

@@ -64,7 +64,7 @@ def run_processes(
     jobs : int
     """
     waiting = deque(items)
-    workers = [_Worker(function) for _ in range(min(jobs, len(items)))]
+    workers = [Worker(function) for _ in range(min(jobs, len(items)))]
     try:
         for worker in workers:
             worker.give(waiting.popleft())
@@ -81,8 +81,8 @@ def run_processes(
             worker.end()
 
 
-class _Worker(Generic[Item, Result]):
-    """A process that works on one item at a time.
+class Worker(Generic[Item, Result]):
+    """A process that works on one item at a time, and ends with the one that started it.
 
     A pool of the standard library would not say which item a process had when it ended.
     """

@@ -162,6 +162,9 @@ class Attack(_Section):
     every: int = Field(1, ge=1, description="attack in every n-th round (and the first)")
     clients: int = Field(0, ge=0, description="clients attacked each round; 0, or in a sum: all")
     device: str = Field("auto", description="auto, cpu or cuda")
+    seconds: float = Field(600.0, ge=0, description="allowed for each update; 0: no limit")
+    round_seconds: float = Field(0.0, ge=0, description="allowed for a round; 0: no limit")
+    memory_gib: float = Field(0.0, ge=0, description="allowed at once; 0: most of what is free")
     options: dict[str, Any] = Field(default_factory=dict, description="the attack's own settings")
 
     @model_validator(mode="after")

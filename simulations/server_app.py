@@ -188,6 +188,9 @@ def _attacker(
         max_clients=named.clients,
         on_leak=recorder.leak,
         capture=TruthfulCapture(recorder, model) if capture else None,
+        seconds=scenario.attack.seconds,
+        round_seconds=scenario.attack.round_seconds,
+        memory_gib=scenario.attack.memory_gib,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import copy
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -9,26 +10,29 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from logging import ERROR, INFO
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.common.logger import log
 from flwr.serverapp import Grid
-from flwr.serverapp.strategy import Strategy
+from flwr.serverapp.strategy import Result, Strategy
 from torch import Tensor, nn
 
-from fedleak.attacks import Attack, Reconstruction, make_attack, run_attack
+from fedleak.attacks import Attack, Outcome, Reconstruction, make_attack
 from fedleak.capture import CaptureWriter, Update
 from fedleak.capture.update import load_sent
 from fedleak.client.training import LocalTraining
 from fedleak.defences import DefenceSpec, parse_defence
-from fedleak.errors import FedleakError, InvalidInputError, InvalidUpdateError
+from fedleak.errors import FedleakError, InvalidInputError, InvalidUpdateError, UnknownNameError
 from fedleak.observation import Observation
 from fedleak.status import Status
 from fedleak.terms import Shared, Terms
 from fedleak.threat import HONEST, ThreatModel
+from fedleak.wording import fit_words
 from strategies.delegate import DelegatingStrategy
+from strategies.work import PLACES, InBackground, InRound, Limits, Place
 
 __all__ = ["Leak", "MaliciousServer", "Shared"]
 
@@ -106,11 +110,21 @@ class MaliciousServer(DelegatingStrategy):
         Write every update that would be attacked into this new folder, for
         ``fedleak attack``. A model that has no importable name needs a
         :class:`CaptureWriter` of your own that says its ``spec``.
+    attack_in : {"round", "background"}
+        Whether a round waits for its attacks, or goes on while a process beside it attacks,
+        which shares the processor. Leaks are then reported as they come, the last of them by
+        :meth:`wait`. A script needs the usual ``if __name__ == "__main__":`` for it.
+    seconds, round_seconds : float
+        Allowed for each update, and for all of a round; 0: no limit. An attack ends there with
+        the best it has by then, and its leak says so in its ``reason``; where that is nothing,
+        it has failed. Hitting a limit makes results hang on the speed of the machine.
+    memory_gib : float
+        Memory that an attack may take beyond what is in use; 0: most of what is free.
 
     Attributes
     ----------
     last_leaks : list of Leak
-        Those of the last round attacked.
+        Those of the last round attacked; in the background, those reported since it began.
 
     Raises
     ------
@@ -133,6 +147,10 @@ class MaliciousServer(DelegatingStrategy):
         defence: DefenceSpec | str | None = None,
         on_leak: Callable[[Leak], None] | None = None,
         capture: CaptureWriter | Path | str | None = None,
+        attack_in: Place = "round",
+        seconds: float = Limits.seconds,
+        round_seconds: float = Limits.round_seconds,
+        memory_gib: float = Limits.memory_gib,
     ):
         super().__init__(strategy)
         if threat.labels and labels_of is None:
@@ -159,6 +177,15 @@ class MaliciousServer(DelegatingStrategy):
             with _preserved_random_state():
                 capture = CaptureWriter(capture, model, input_shape)
         self.capture = capture
+        if attack_in not in PLACES:
+            raise UnknownNameError("attack_in", attack_in, PLACES)
+        self.limits = Limits(seconds, round_seconds, memory_gib)
+        self._work: InRound | InBackground | None = None
+        if self.attack is not None:
+            self._work = InRound(self.limits)
+            if attack_in == "background":
+                self._work = InBackground(self.limits, self.attack)
+                atexit.register(self.wait)  # also where another strategy runs the rounds
         self.last_leaks: list[Leak] = []
         self._sent: dict[int, dict[str, Tensor]] = {}
 
@@ -180,6 +207,7 @@ class MaliciousServer(DelegatingStrategy):
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         replies = list(replies)
+        self._collect()
         if server_round % self.every == 0 or server_round == 1:
             try:
                 with _preserved_random_state():
@@ -250,17 +278,36 @@ class MaliciousServer(DelegatingStrategy):
         self, server_round: int, observations: dict[tuple[int, ...], Observation]
     ) -> None:
         """Attack together what is of one model."""
-        if self.attack is None:
+        if self._work is None:
             return
-        groups: dict[int, list[tuple[int, ...]]] = {}
+        groups: dict[int, dict[tuple[int, ...], Observation]] = {}
         for nodes, observation in observations.items():
-            groups.setdefault(id(observation.model), []).append(nodes)
-        for group in groups.values():
-            attack = self._attack_for(group[0])
-            outcomes = run_attack(attack, [observations[n] for n in group])
-            for nodes, outcome in zip(group, outcomes, strict=True):
-                found = outcome.reconstruction
-                self._report(Leak(server_round, nodes, found, outcome.reason, outcome.seconds))
+            groups.setdefault(id(observation.model), {})[nodes] = observation
+        chosen = [(self._attack_for(next(iter(group))), group) for group in groups.values()]
+        for done in self._work.add(server_round, chosen):
+            self._report_done(*done)
+
+    def _report_done(self, server_round: int, nodes: tuple[int, ...], outcome: Outcome) -> None:
+        found = outcome.reconstruction
+        self._report(Leak(server_round, nodes, found, outcome.reason, outcome.seconds))
+
+    def _collect(self, wait: bool = False) -> None:
+        """Report what came from the background."""
+        if self._work is not None:
+            try:
+                for done in self._work.take(wait):
+                    self._report_done(*done)
+            except Exception as error:  # the training goes on, whatever happens there
+                log(ERROR, "attacks in the background broke off: %r", error)
+
+    def wait(self) -> None:
+        """Wait for attacks in the background and report them; :meth:`start` ends with it."""
+        self._collect(wait=True)
+
+    def start(self, *args: Any, **kwargs: Any) -> Result:
+        result = super().start(*args, **kwargs)
+        self.wait()
+        return result
 
     def _attack_for(self, nodes: tuple[int, ...]) -> Attack:
         """Return the attack on the update of these clients."""
@@ -318,17 +365,15 @@ def _to_tensors(record: ArrayRecord) -> dict[str, Tensor]:
 
 
 def _log_leak(leak: Leak) -> None:
-    if leak.reconstruction is None:
-        log(INFO, "round %s, nodes %s: %s", leak.server_round, leak.nodes, leak.reason)
-    else:
-        log(
-            INFO,
-            "round %s, nodes %s: reconstructed images of classes %s (gradient matched to %.1e)",
-            leak.server_round,
-            leak.nodes,
-            leak.reconstruction.labels.tolist(),
-            leak.reconstruction.fit,
-        )
+    """Log a leak in words that its fit bears out."""
+    who = f"round {leak.server_round}, nodes {leak.nodes}"
+    found = leak.reconstruction
+    if found is None:
+        log(INFO, "%s: %s", who, leak.reason)
+        return
+    labels = f"classes {found.labels.tolist()}"
+    reason = f"; {leak.reason}" if leak.reason else ""
+    log(INFO, "%s: %s (fit %.1e)%s", who, fit_words(found.fit).format(labels), found.fit, reason)
 
 
 @contextmanager

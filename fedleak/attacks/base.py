@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fedleak import deadline
+from fedleak import deadline, memory
 from fedleak.deadline import Deadline
 from fedleak.errors import FedleakError, InvalidInputError
 from fedleak.observation import Observation
@@ -169,7 +169,7 @@ class Outcome:
     ----------
     reconstruction : Reconstruction or None
     reason : str
-        Why there is none; of one that is doubtful or that the time limit cut short, that. Else
+        Why there is none, or why it is doubtful: also that the time limit cut it short. Else
         empty.
     seconds : float
     """
@@ -183,6 +183,7 @@ def run_attack(
     attack: Attack,
     observations: Sequence[Observation],
     seconds: float = deadline.DEFAULT_SECONDS,
+    memory_gib: float = 0.0,
 ) -> list[Outcome]:
     """Attack all observations together; never raise.
 
@@ -195,7 +196,11 @@ def run_attack(
     observations : sequence of Observation
     seconds : float
         Allowed for each observation; 0: no limit. What is attacked together has the sum. An
-        attack ends at the limit with the best it has by then (:mod:`fedleak.deadline`).
+        attack ends at the limit with the best it has by then (:mod:`fedleak.deadline`); it has
+        failed where that explains nothing of the update.
+    memory_gib : float
+        Memory that may be taken beyond what is in use; 0: most of what is free
+        (:mod:`fedleak.memory`).
 
     Returns
     -------
@@ -210,7 +215,7 @@ def run_attack(
     if not observations:
         return []
     observations = placed(observations)  # whoever is tried alone keeps its place
-    with deadline.limit(seconds * len(observations)) as allowed:
+    with deadline.limit(seconds * len(observations)) as allowed, memory.limit(memory_gib):
         return _attempt(attack, observations, allowed)
 
 
@@ -220,6 +225,7 @@ def _attempt(
     """Attack all observations together, else each alone."""
     begin = time.perf_counter()
     try:
+        deadline.check()
         done = list(attack(observations))
         if len(done) != len(observations):
             raise RuntimeError(f"{len(done)} results for {len(observations)} observations")
@@ -230,23 +236,29 @@ def _attempt(
             return list(_each_alone(attack, observations))
         expected = isinstance(error, FedleakError)
         reason = str(error) if expected else f"{type(error).__name__}: {error}"
+        if memory.exhausted(error):
+            reason = f"memory: the attack takes more than is allowed or free ({error})"
         return [Outcome(None, reason, time.perf_counter() - begin)]
     share = (time.perf_counter() - begin) / len(observations)
-    return [Outcome(r, _remarks(r, allowed), share) for r in done]
+    return [_outcome(r, allowed, share) for r in done]
+
+
+def _outcome(result: Reconstruction, allowed: Deadline, seconds: float) -> Outcome:
+    """Return what came of an attack, which its time limit may have stopped."""
+    if allowed.hit or result.details.get("cut_short"):
+        limit = f"{allowed.seconds:.3g} s"
+        if not result.fit < 1:
+            labels = ", ".join(map(str, result.labels.tolist()))
+            return Outcome(None, f"time: no image in {limit}; labels {labels}", seconds)
+        cut = f"time: stopped at the limit of {limit}, the best so far"
+        result = replace(result, doubts=(*result.doubts, cut))
+    return Outcome(result, "; ".join(result.doubts), seconds)
 
 
 def _each_alone(attack: Attack, observations: Sequence[Observation]) -> Iterator[Outcome]:
     for n, observation in enumerate(observations):
         with deadline.part(1 / (len(observations) - n)) as allowed:
             yield from _attempt(attack, [observation], allowed)
-
-
-def _remarks(result: Reconstruction, allowed: Deadline) -> str:
-    """Say what is doubtful, and whether the attack was stopped by its time limit."""
-    remarks = list(result.doubts)
-    if allowed.hit or result.details.get("cut_short"):
-        remarks.append(f"time: stopped at the limit of {allowed.seconds:.3g} s, the best so far")
-    return "; ".join(remarks)
 
 
 def _check_result(result: Reconstruction, observation: Observation) -> None:

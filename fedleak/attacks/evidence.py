@@ -9,6 +9,7 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
+from fedleak import events
 from fedleak.attacks import informed
 from fedleak.attacks.fit import compare, compare_signs, silent_tensors
 from fedleak.attacks.inference import head_of, observed_labels
@@ -108,6 +109,7 @@ class Evidence:
         replay = Replay(first.model, first.input_shape, device=where)
         if infer:
             labels = observed_labels(observations, gradient, errors, replay)
+            events.tell("labels", labels=labels.tolist())  # long before there are images
         else:
             labels = torch.zeros(len(observations), first.images, dtype=torch.int64, device=where)
         granted = torch.tensor([o.labels is not None for o in observations], device=where)

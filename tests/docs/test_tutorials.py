@@ -70,7 +70,7 @@ def same_weights(apps: list[Path]) -> bool:
 
 
 def fits(log: str) -> list[float]:
-    return [float(f) for f in re.findall(r"gradient matched to ([\d.e+-]+)\)", log)]
+    return [float(f) for f in re.findall(r"\(fit ([\d.e+-]+)\)", log)]
 
 
 def commands(page: str, folder: Path) -> list[str]:
