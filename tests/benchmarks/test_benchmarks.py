@@ -12,7 +12,7 @@ from fedleak.client.local_replay import LocalReplay
 from fedleak.client.replay import Replay
 from fedleak.client.training import LocalTraining
 from fedleak.models import conv_chain
-from tests.benchmarks import batches, common, fedavg, hybrid, linear
+from tests.benchmarks import batches, common, fedavg, hybrid, linear, tampers
 
 import torch  # isort: skip
 
@@ -85,3 +85,13 @@ def test_fedavg_trains_as_its_simulation(tiny: common.Network) -> None:
     made = local(images[order].double()[None], labels[order][None]).gradients
     for name, value in seen.gradient.items():
         torch.testing.assert_close(made[name][0], value, atol=1e-5, rtol=1e-3)
+
+
+def test_tampers() -> None:
+    images, labels = batches.images_of(None)
+    row = tampers.measure(images, labels, "peel", batch=16, units=200, seed=0)
+    assert row["at 60 dB"] == row["back"] == 16
+    assert (row["certified wrong"], row["labels wrong"]) == (0, 0)
+    assert row["signs"] > 0
+    honest = tampers.measure(images, labels, "none", batch=16, units=200, seed=0)
+    assert honest["signs"] == 0
