@@ -25,7 +25,8 @@ __all__ = ["TAMPERED", "TamperGuard"]
 Action = Literal["warn", "refuse", "noise"]
 #: The code of the error that a client replies with when it refuses.
 TAMPERED = 7301
-_KEPT = "fedleak.guard"
+#: Where the last model without signs is kept, and the last one of all.
+_KEPT, _LAST = "fedleak.guard.kept", "fedleak.guard.last"
 
 #: ``(arrays, context) -> norms``: the norm of each image's gradient on the model received.
 Norms = Callable[[dict[str, Tensor], Context], Tensor]
@@ -59,7 +60,7 @@ class TamperGuard:
 
     Notes
     -----
-    The model of the last unsuspicious round is kept in the context's state, to see a jump. The
+    The last models received are kept in the context's state, to see a jump. The
     guard sees what a careless server leaves behind; one that knows what is looked for can send
     weights without these signs. That it is silent is no proof of honesty.
     """
@@ -83,8 +84,10 @@ class TamperGuard:
             return call_next(message, context)
         state = {k: torch.from_numpy(np.array(v.numpy())) for k, v in record.items()}
         signs = self._signs(state, context)
+        copied = ArrayRecord({k: v.clone() for k, v in state.items()})
+        context.state[_LAST] = copied
         if not signs:
-            context.state[_KEPT] = ArrayRecord({k: v.clone() for k, v in state.items()})
+            context.state[_KEPT] = copied
             return call_next(message, context)
         configs = list(message.content.config_records.values())
         server_round = int(str(configs[0].get("server-round", 0))) if configs else 0
@@ -103,8 +106,11 @@ class TamperGuard:
         return reply
 
     def _signs(self, state: dict[str, Tensor], context: Context) -> list[Sign]:
-        kept = context.state.array_records.get(_KEPT)
-        signs = signs_of_tampering(state, None if kept is None else kept.to_torch_state_dict())
+        # After a tampered round the honest model is near the one before; after an honest jump
+        # it is near the last one. A jump is what is near neither.
+        kept = [context.state.array_records.get(k) for k in (_KEPT, _LAST)]
+        looks = [signs_of_tampering(state, k.to_torch_state_dict()) for k in kept if k is not None]
+        signs = min(looks or [signs_of_tampering(state)], key=len)
         if self.norms is not None:
             value = disparity(self.norms(state, context))
             if value >= self.limit:

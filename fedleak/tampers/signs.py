@@ -18,9 +18,9 @@ LARGE_BIAS = 30.0
 #: Training moves them, too: by up to 10 on digits, where traps for batches of 64 come to 24 to
 #: 40; traps for batches of 8 come to 3 to 16, and most are not seen.
 LEANING = 20.0
-#: Change of a tensor since the last round, relative to its size then, and the least size at
-#: which that says something: a bias that starts at 0 changes by much.
-JUMP, _SMALL = 1.0, 1e-3
+#: Change of a layer's weight since the last round, relative to its size then. Biases start near
+#: 0 and change by more.
+JUMP = 0.9
 #: Largest gradient of an image, relative to the root sum of squares of all others'.
 DISPARITY = 5.0
 
@@ -85,8 +85,8 @@ def signs_of_tampering(
             ]
             if value.dim() == 2:
                 found.append(Sign("leaning rows", name, _leaning(rows), LEANING))
-        if before is not None and name in before and before[name].shape == value.shape:
-            found.append(Sign("jump", name, _jump(value, before[name].detach().double()), JUMP))
+            if before is not None and name in before and before[name].shape == value.shape:
+                found.append(Sign("jump", name, _jump(value, before[name].detach().double()), JUMP))
     return [s for s in found if not s.value < s.limit]
 
 
@@ -130,7 +130,4 @@ def _leaning(rows: Tensor) -> float:
 
 
 def _jump(now: Tensor, before: Tensor) -> float:
-    size = before.square().mean().sqrt()
-    if size < _SMALL:
-        return 0.0
-    return float((now - before).square().mean().sqrt() / size)
+    return float((now - before).norm() / before.norm().clamp_min(1e-300))
