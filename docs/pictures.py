@@ -196,9 +196,9 @@ def stranger() -> None:
     from flwr.app import ArrayRecord, ConfigRecord
     from flwr.serverapp.strategy import FedAvg
 
+    from fedleak.strategies import Leak, LocalTraining, MaliciousServer
     from simulations.engines import quiet_flower
     from simulations.grid import InlineGrid
-    from strategies import Leak, LocalTraining, MaliciousServer
 
     quiet_flower()
     torch.manual_seed(0)

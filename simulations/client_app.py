@@ -10,10 +10,10 @@ from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, 
 from flwr.clientapp import ClientApp
 
 from fedleak.defences import DefenceSpec
+from fedleak.strategies import choosing_defence_mod
+from fedleak.terms import Shared
 from simulations.scenario import Scenario, from_run_config
 from simulations.task import cpu_threads, local_gradient, local_training, make_model
-from strategies import choosing_defence_mod
-from strategies.malicious_server import Shared
 
 ScenarioOf = Callable[[Context], Scenario]
 

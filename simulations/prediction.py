@@ -9,6 +9,7 @@ from logging import DEBUG, WARNING
 from typing import Any
 
 import torch
+from fedleak.strategies.mods import noise_seed  # type: ignore[import-not-found]
 from flwr.common.logger import log
 from torch import Tensor
 
@@ -30,7 +31,6 @@ from fedleak.priors import GaussianPrior
 from simulations.partition import training_data
 from simulations.scenario import Scenario
 from simulations.task import make_model
-from strategies.defence_mod import noise_seed
 
 #: Pixels behind an update up to which every client is predicted by ``metric.predict = "auto"``.
 EVERY_CLIENT = 1024

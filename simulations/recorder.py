@@ -30,10 +30,10 @@ from fedleak.metric import SecurityMetric
 from fedleak.provenance import commit, now, package_versions
 from fedleak.quality import score_batch
 from fedleak.stopping import Terminated
+from fedleak.strategies import Leak
 from simulations.partition import client_images, training_data
 from simulations.prediction import UpdatePrediction
 from simulations.scenario import Scenario
-from strategies import Leak
 
 LEAKAGE = (
     "round", "client", "image", "attack", "defence", "strength", "psnr_db", "predicted_psnr_db",

@@ -21,6 +21,7 @@ from fedleak.errors import FedleakError, InvalidInputError
 from fedleak.lock import only_writer
 from fedleak.metric import SecurityMetric, security_metric
 from fedleak.stopping import terminable
+from fedleak.strategies import DelegatingStrategy, FedSGD, MaliciousServer, RejectInvalid
 from simulations.grid import OrderedGrid
 from simulations.partition import partitions, training_data
 from simulations.prediction import UpdatePrediction
@@ -28,7 +29,6 @@ from simulations.recorder import Recorder, RoundScores, TruthfulCapture, prepare
 from simulations.scenario import Scenario, from_run_config
 from simulations.task import evaluate, make_model, test_data
 from simulations.traffic import Traffic
-from strategies import DelegatingStrategy, FedSGD, MaliciousServer, RejectInvalid
 
 
 @dataclass(frozen=True)

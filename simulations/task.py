@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from fedleak.strategies.mods import noise_seed  # type: ignore[import-not-found]
 from torch import Tensor, nn
 
 from fedleak.client.compute import example_gradients, gradient, train
@@ -15,7 +16,6 @@ from fedleak.defences import defend_examples
 from fedleak.models import build_model
 from simulations.partition import client_batches, training_data
 from simulations.scenario import Scenario
-from strategies.defence_mod import noise_seed
 
 
 def make_model(scenario: Scenario) -> nn.Module:

@@ -31,8 +31,9 @@ from fedleak.status import Status
 from fedleak.terms import Shared, Terms
 from fedleak.threat import HONEST, ThreatModel
 from fedleak.wording import fit_words
-from strategies.delegate import DelegatingStrategy
-from strategies.work import PLACES, InBackground, InRound, Limits, Place
+
+from .delegate import DelegatingStrategy
+from .work import PLACES, InBackground, InRound, Limits, Place
 
 __all__ = ["Leak", "MaliciousServer", "Shared"]
 

@@ -16,7 +16,8 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
 from fedleak.errors import InvalidInputError, InvalidUpdateError
-from strategies.delegate import DelegatingStrategy
+
+from .delegate import DelegatingStrategy
 
 #: Examples that a client may say it has: beyond, it would be the average alone.
 _MOST_EXAMPLES = 10**9

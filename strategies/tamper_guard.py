@@ -16,8 +16,9 @@ from torch import Tensor
 
 from fedleak.errors import InvalidInputError
 from fedleak.tampers.signs import DISPARITY, Sign, disparity, signs_of_tampering
-from strategies.defence_mod import noise_seed
-from strategies.malicious_server import Shared
+
+from .malicious_server import Shared
+from .mods import noise_seed
 
 __all__ = ["TAMPERED", "TamperGuard"]
 

@@ -19,8 +19,9 @@ from fedleak.capture.update import load_sent
 from fedleak.errors import FedleakError, ForbiddenError, InvalidInputError
 from fedleak.tampers import Tamper, make_tamper
 from fedleak.threat import ThreatModel
-from strategies.delegate import DelegatingStrategy
-from strategies.malicious_server import MaliciousServer
+
+from .delegate import DelegatingStrategy
+from .malicious_server import MaliciousServer
 
 __all__ = ["Tampering", "TamperingServer"]
 

@@ -12,7 +12,8 @@ from flwr.app import Array, ArrayRecord, Context, Message, MessageType
 from flwr.clientapp.typing import ClientAppCallable, Mod
 
 from fedleak.defences import DefenceSpec, defend
-from strategies.malicious_server import Shared
+
+from .malicious_server import Shared
 
 #: The defence of one client in one call: fixed, or chosen from the context.
 Choose = Callable[[Context], tuple[DefenceSpec, Shared, int]]
