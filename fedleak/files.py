@@ -20,8 +20,9 @@ from fedleak.errors import InvalidInputError
 
 #: Raises the limit on tensors, in GiB.
 ENVIRONMENT = "FEDLEAK_MAX_GIB"
-#: Bytes of a file of settings (JSON, TOML), of a table, and of an image.
+#: Bytes of a file of settings (JSON, TOML), of a table, and of an image; how deep JSON is nested.
 TEXT, TABLE, IMAGE = 16 << 20, 256 << 20, 256 << 20
+_DEEP = 64
 
 
 def tensors() -> int:
@@ -93,9 +94,17 @@ def read_json(path: Path, most: int = TEXT) -> Any:
         As :func:`read_bytes`; and if it is no JSON, or nested too deep.
     """
     try:
-        return json.loads(read_text(path, most))
+        found = json.loads(read_text(path, most))
     except RecursionError as error:
         raise ValueError("it is nested too deep") from error
+    level = [found]
+    for _ in range(_DEEP):
+        tables = [x for x in level if isinstance(x, dict)]
+        lists = [x for x in level if isinstance(x, list)]
+        level = [v for x in tables for v in x.values()] + [v for x in lists for v in x]
+        if not level:
+            return found
+    raise ValueError("it is nested too deep")
 
 
 def write_atomically(path: Path, content: bytes, durable: bool = False) -> None:

@@ -11,7 +11,9 @@ from typing import Any
 import pandas as pd
 
 from fedleak.errors import InvalidInputError, nearest
+from fedleak.files import read_json
 from fedleak.status import STATUSES
+from fedleak.untrusted import dig, read_table
 from fedleak.wording import clean
 
 #: Of an evaluation: the folder of its cells, what says that one is finished, and in each cell the
@@ -24,6 +26,8 @@ _NEEDED = {
 }
 #: Columns of later versions, and what is missing where they are.
 _LATER = ("predicted_psnr_db",)
+#: Letters of a defence's name in a file that somebody else may have written.
+_LETTERS = 200
 #: Of a scenario, but not what a run was made of: names, and what is an arm of its own.
 _NOT_SETTINGS = ("name", "compare", "data.download", "defence", "defence.name", "defence.strength")
 
@@ -102,7 +106,9 @@ def _read(folder: Path, name: str) -> Iterator[Run]:
         yield from _evaluation(folder, name)
         return
     about = _about(folder)
-    arms = [str(a) for a in about.get("arms", ())]
+    listed = about.get("arms")
+    arms = [str(a) for a in listed] if isinstance(listed, list) else []
+    arms = [a for a in arms if a == Path(a).name and a != ".."]
     if not arms:
         yield _arm(folder, name, about)
         return
@@ -130,7 +136,7 @@ def _about(folder: Path) -> dict[str, Any]:
             f"wrote{inside}"
         )
     try:
-        about = json.loads(path.read_text(encoding="utf-8"))
+        about = read_json(path)
         if not isinstance(about["scenario"], dict):
             raise TypeError("'scenario' is no table")
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -145,7 +151,7 @@ def _table(folder: Path, name: str) -> tuple[pd.DataFrame, list[str]]:
     """Read a table, and say what it lacks."""
     path = folder / name
     try:
-        table = pd.read_csv(path)
+        table = read_table(path)
     except FileNotFoundError as error:
         raise InvalidInputError(
             f"{str(path)!r} is missing; run the scenario again with --overwrite"
@@ -161,8 +167,6 @@ def _table(folder: Path, name: str) -> tuple[pd.DataFrame, list[str]]:
             f"{str(path)!r} has no column {lacking[0]!r}; it is not of a run, or of a version "
             "too old: run the scenario again"
         )
-    for column in ("round", *_NEEDED[name][1:2]):
-        table[column] = pd.to_numeric(table[column], errors="coerce")
     # A run that was killed may have left half a line.
     table = table.dropna(subset=["round"]).astype({"round": int})
     return table, [c for c in _LATER if c not in table]
@@ -180,7 +184,7 @@ def _arm(folder: Path, name: str, about: Mapping[str, Any]) -> Run:
                        for t in (leakage, rounds))  # fmt: skip
     rounds = rounds.dropna(subset=["accuracy"])
     unfinished = ~leakage["round"].isin(rounds["round"])
-    wanted = about["scenario"].get("federation", {}).get("rounds", "?")
+    wanted = dig(about, "scenario", "federation", "rounds", default="?")
     if rounds.empty:
         gaps.append(f"{who}: no round is finished")
     elif about.get("status") != "finished" or unfinished.any():
@@ -257,10 +261,12 @@ def _defence(value: Any) -> str:
 
     if not isinstance(value, Mapping):
         return "none"
-    name, strength = str(value.get("name", "none")), value.get("strength", 0.0)
+    name, strength = str(value.get("name", "none"))[:_LETTERS], value.get("strength", 0.0)
+    if not isinstance(strength, int | float):
+        strength = str(strength)[:_LETTERS]
     try:
         return DefenceSpec(name, strength).label
-    except InvalidInputError:  # of a package that is not installed here
+    except Exception:  # of a package that is not installed here, or no defence at all
         return name if name == "none" else f"{name}-{strength}"
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 
 from fedleak.metric.verdict import LIMITS
-from fedleak.report.files import dig, finite, rows
+from fedleak.untrusted import dig, finite, rows
 from fedleak.wording import grade
 
 

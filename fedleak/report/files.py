@@ -3,20 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
+from fedleak import files, untrusted
 from fedleak.errors import InvalidInputError
-
-#: Columns that are text; all others are numbers.
-_TEXT = {
-    "attack", "data", "defence", "kind", "model", "name", "reason", "scenario", "status",
-    "strength", "exact", "client",
-}  # fmt: skip
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -28,8 +22,8 @@ def read_json(path: Path) -> dict[str, Any]:
         If there is none, or it is damaged.
     """
     try:
-        found = json.loads(path.read_text(encoding="utf-8", errors="replace"))
-    except (OSError, ValueError, RecursionError) as error:
+        found = files.read_json(path)
+    except (OSError, ValueError) as error:
         raise InvalidInputError(
             f"{str(path)!r} cannot be read as JSON ({error}); repeat the run that wrote it, or "
             "take the file from a copy"
@@ -73,56 +67,21 @@ def read_table(path: Path, columns: Sequence[str], notes: list[str]) -> pd.DataF
         With all of ``columns``; empty where there is no such file.
     """
     where = f"{path.parent.name}/{path.name}"
-    empty = pd.DataFrame({c: pd.Series(dtype=object if c in _TEXT else float) for c in columns})
-    if not path.is_file():
+    kinds = {c: object if c in untrusted.TEXT else float for c in columns}
+    empty = pd.DataFrame({c: pd.Series(dtype=kind) for c, kind in kinds.items()})
+    if not path.exists():
         notes.append(f"{where} is missing.")
         return empty
     try:
-        # Row by row as text: a killed run may have left half a row.
-        found = pd.read_csv(
-            path, dtype=str, keep_default_na=False, na_values=[""], encoding_errors="replace",
-            on_bad_lines="skip",
-        )  # fmt: skip
-    except (OSError, ValueError, pd.errors.ParserError) as error:
+        found = untrusted.read_table(path)
+    except (OSError, ValueError) as error:
         notes.append(f"{where} cannot be read and was left out: {_bare(error, path)}")
         return empty
     missing = [c for c in columns if c not in found]
     if missing and len(found):
         notes.append(f"{where} has no {', '.join(missing)}: an earlier version wrote it.")
     found = found.reindex(columns=list(columns))
-    for column in columns:
-        if column in _TEXT:
-            found[column] = found[column].fillna("").astype(str)
-        else:
-            numbers = pd.to_numeric(found[column], errors="coerce").astype(float)
-            found[column] = numbers.mask(np.isneginf(numbers))
-    return found
-
-
-def dig(table: Any, *keys: str, default: Any = None) -> Any:
-    """Return a nested value of untrusted JSON; ``default`` where there is none."""
-    for key in keys:
-        if not isinstance(table, dict) or key not in table:
-            return default
-        table = table[key]
-    return default if table is None else table
-
-
-def finite(value: Any) -> float | None:
-    """Return a finite number of untrusted JSON, or None."""
-    good = isinstance(value, int | float) and not isinstance(value, bool)
-    return float(value) if good and np.isfinite(value) else None
-
-
-def rows(value: Any) -> list[dict[str, Any]]:
-    """Return the objects of a list of untrusted JSON."""
-    return [v for v in value if isinstance(v, dict)] if isinstance(value, list) else []
-
-
-def within(folder: Path, names: Iterable[Any]) -> list[Path]:
-    """Return the subfolders with these names that exist; names that lead elsewhere are left out."""
-    found = [folder / name for name in map(str, names) if name == Path(name).name and name]
-    return [path for path in found if path.name != ".." and path.is_dir()]
+    return found.assign(**{c: untrusted.as_column(found[c], c) for c in missing})
 
 
 def to_toml(table: dict[str, Any]) -> str:

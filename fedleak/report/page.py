@@ -26,10 +26,11 @@ from fedleak.report.charts import (
     predicted_chart,
 )
 from fedleak.report.figures import GRADES, Figures, figures
-from fedleak.report.files import dig, to_toml
+from fedleak.report.files import to_toml
 from fedleak.report.marks import looks
 from fedleak.report.pictures import BUDGET, Gallery, Tile, attack_pictures, gallery
 from fedleak.report.sources import Arm, Source, Study, read_source
+from fedleak.untrusted import dig
 from fedleak.wording import in_order
 
 #: Name of the file in the folder that is reported.

@@ -10,9 +10,10 @@ from typing import Any, Literal
 import pandas as pd
 
 from fedleak.errors import InvalidInputError
-from fedleak.report.files import dig, finite, read_json, read_table, try_json, within
+from fedleak.report.files import read_json, read_table, try_json
 from fedleak.runs import INFORMED, UNAWARE, finished_cells, judged_side, predicted
 from fedleak.status import STATUSES
+from fedleak.untrusted import dig, finite, within
 from fedleak.wording import RECOGNISABLE, clean, defence_words, strength_words
 
 Kind = Literal["run", "evaluation", "attack", "audit"]

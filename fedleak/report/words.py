@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from fedleak.report.figures import Exposure, Figures
-from fedleak.report.files import dig, finite
 from fedleak.report.sources import Arm, Source, Study
+from fedleak.untrusted import dig, finite
 from fedleak.wording import ENOUGH_DB, grade
 
 Judged = tuple[Arm, Figures]

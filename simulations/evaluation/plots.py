@@ -15,7 +15,9 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
 from fedleak.plots import compress, front, plt, save
+from fedleak.report.pictures import read_round
 from fedleak.runs import CELLS, INFORMED, UNAWARE
+from fedleak.untrusted import read_table
 from fedleak.wording import CEILING_DB, ENOUGH_DB, strength_words
 from simulations.evaluation.sweep import Cell
 
@@ -43,8 +45,8 @@ def plot_evaluation(folder: Path, cells: Sequence[Cell]) -> list[Path]:
     list of Path
         The pictures drawn.
     """
-    table = pd.read_csv(folder / "evaluation.csv", keep_default_na=False, na_values=[""])
-    rounds = pd.read_csv(folder / "rounds.csv", keep_default_na=False, na_values=[""])
+    table = read_table(folder / "evaluation.csv")
+    rounds = read_table(folder / "rounds.csv")
     table = table[table["status"] == "ok"]
     groups = list(table.groupby(_GROUP, sort=False))
     made: list[Path] = []
@@ -282,23 +284,16 @@ def _tiles(folder: Path, cells: Sequence[Cell]) -> Iterator[tuple[str, list[Show
 
 
 def _last_of_first_client(run: Path) -> tuple[np.ndarray, np.ndarray, float] | None:
-    leakage = pd.read_csv(run / "leakage.csv", usecols=["round"])
-    if leakage.empty:
+    leakage = read_table(run / "leakage.csv")
+    if leakage["round"].isna().all():
         return None
-    stored = run / "reconstructions" / f"round-{leakage['round'].max():04d}.npz"
-    if not stored.is_file():
+    stored = run / "reconstructions" / f"round-{int(leakage['round'].max()):04d}.npz"
+    # The first image of client 0, whichever were reconstructed.
+    found = {k: v for k, v in read_round(stored, []).items() if k[0] == 0}
+    if not found:
         return None
-    with np.load(stored) as arrays:
-        # The first image of client 0, whichever were reconstructed.
-        order = np.lexsort((arrays["image"], arrays["client"]))
-        if arrays["client"][order[0]] != 0:
-            return None
-        place = order[0]
-        return (
-            arrays["truth"][place],
-            arrays["reconstruction"][place],
-            float(arrays["psnr_db"][place]),
-        )
+    picture = found[min(found)]
+    return picture.truth, picture.made, picture.psnr_db
 
 
 def _mean_of_seeds(table: pd.DataFrame, columns: Sequence[str]) -> pd.DataFrame:

@@ -11,7 +11,8 @@ import pandas as pd
 
 from fedleak.defences.accountant import epsilon
 from fedleak.runs import CELLS, INFORMED, UNAWARE
-from fedleak.status import most_frequent, reconstructed
+from fedleak.status import STATUSES, most_frequent, reconstructed
+from fedleak.untrusted import read_table
 from simulations.evaluation.cell import Outcome
 from simulations.evaluation.sweep import Cell, Sweep
 
@@ -31,6 +32,17 @@ ROUND_COLUMNS = (
     "scenario", "data", "model", "defence", "strength", "seed", "round", "accuracy",
     "psnr_db_unaware", "psnr_db_informed", "predicted_psnr_db",
 )  # fmt: skip
+#: Columns of the tables of a cell, without which it is run again.
+_NEEDED = (
+    "round",
+    "psnr_db",
+    "predicted_psnr_db",
+    "ssim",
+    "label_true",
+    "label_inferred",
+    "status",
+)
+_OF_ROUNDS = ("round", "accuracy", "loss", "c_metric", "cramer_rao_db", "bytes_sent")
 _DIGITS = 6
 
 Row = dict[str, Any]
@@ -70,14 +82,13 @@ def cell_rows(out: Path, cell: Cell, outcome: Outcome, sweep: Sweep) -> tuple[Ro
         If its tables cannot be read, or are not whole.
     """
     folder, scenario = out / CELLS / cell.key, cell.scenario
-    rounds = pd.read_csv(folder / UNAWARE / "rounds.csv")
-    unaware = pd.read_csv(folder / UNAWARE / "leakage.csv")
+    rounds = read_table(folder / UNAWARE / "rounds.csv")
+    unaware = read_table(folder / UNAWARE / "leakage.csv")
     informed = unaware  # no defence: there is nothing more to know
     if (folder / INFORMED).is_dir():
-        informed = pd.read_csv(folder / INFORMED / "leakage.csv")
-    for leakage in (unaware, informed):
-        if len(rounds) != scenario.federation.rounds or leakage.empty or leakage["status"].hasnans:
-            raise ValueError(f"the tables of {str(folder)!r} are not whole")
+        informed = read_table(folder / INFORMED / "leakage.csv")
+    if not all(_is_whole(t, rounds, scenario.federation.rounds) for t in (unaware, informed)):
+        raise ValueError(f"the tables of {str(folder)!r} are not whole")
     attacked: Row = {}
     for who, leakage in ((UNAWARE, unaware), (INFORMED, informed)):
         found = _attacked(leakage, sweep.threshold_db)
@@ -101,6 +112,20 @@ def cell_rows(out: Path, cell: Cell, outcome: Outcome, sweep: Sweep) -> tuple[Ro
     }  # fmt: skip
     by_round = _by_round(cell, rounds, unaware, informed)
     return {c: _plain(row[c]) for c in COLUMNS}, by_round
+
+
+def _is_whole(leakage: pd.DataFrame, rounds: pd.DataFrame, count: int) -> bool:
+    """Return whether nothing is missing in the tables of a run, and all numbers can be true."""
+    if leakage.empty or not {*_NEEDED} <= {*leakage} or not {*_OF_ROUNDS} <= {*rounds}:
+        return False
+    made = reconstructed(leakage)
+    return bool(
+        rounds["round"].tolist() == list(range(1, count + 1))
+        and rounds["accuracy"].notna().all()
+        and leakage["round"].isin(rounds["round"]).all()
+        and leakage["status"].isin(STATUSES).all()
+        and leakage.loc[made, "psnr_db"].notna().all()
+    )
 
 
 def _attacked(leakage: pd.DataFrame, threshold_db: float) -> Mapping[str, float]:
