@@ -15,9 +15,11 @@ from fedleak.client.training import LocalTraining
 from fedleak.data import check_name
 from fedleak.defences import DefenceSpec, parse_defence
 from fedleak.errors import FedleakError, InvalidInputError, UnknownNameError, nearest
+from fedleak.files import read_text
 from fedleak.models import MODELS, load_factory
 from fedleak.priors import make_prior
 from fedleak.threat import ThreatModel, View
+from fedleak.wording import clean
 
 SHIPPED = Path(__file__).parent / "scenarios"
 
@@ -338,8 +340,10 @@ def read_table(
             f"there is no {kind} {str(source)!r}{nearest(str(source), shipped)}"
         )
     try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        table = tomllib.loads(read_text(path))
+    except RecursionError:
+        raise InvalidInputError(f"{kind} {str(path)!r} is nested too deep") from None
+    except (OSError, ValueError) as error:  # of TOML and of UTF-8, too
         raise InvalidInputError(f"{kind} {str(path)!r} is not valid TOML: {error}") from error
     table.setdefault("name", re.sub(r"[^A-Za-z0-9._-]+", "-", path.stem).strip("-.") or "run")
     return table
@@ -420,6 +424,8 @@ def _put(table: dict[str, Any], dotted: str, value: Any) -> None:
 def _value(text: str) -> Any:
     try:
         return tomllib.loads(f"value = {text}")["value"]
+    except RecursionError:
+        raise InvalidInputError(f"--set {clean(text)!r} is nested too deep") from None
     except tomllib.TOMLDecodeError:
         return text  # a bare word: --set data.name=CIFAR10
 

@@ -30,7 +30,7 @@ from fedleak.observation import Observation
 from fedleak.status import Status
 from fedleak.terms import Shared, Terms
 from fedleak.threat import HONEST, ThreatModel
-from fedleak.wording import fit_words
+from fedleak.wording import clean_reason, fit_words
 
 from .delegate import DelegatingStrategy
 from .work import PLACES, InBackground, InRound, Limits, Place
@@ -63,6 +63,10 @@ class Leak:
     reason: str = ""
     seconds: float = 0.0
     received: bool = True
+
+    def __post_init__(self) -> None:
+        # A client's names end in it, and it ends in tables.
+        object.__setattr__(self, "reason", clean_reason(self.reason))
 
     @property
     def status(self) -> Status:

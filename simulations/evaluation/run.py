@@ -107,12 +107,12 @@ def _checked(sweep: Sweep, confirmed: bool) -> list[Cell]:
     """Return the cells, once everything that they need is known to be there."""
     from simulations.server_app import check
 
-    cells = sweep.cells()
-    if len(cells) > sweep.max_cells and not confirmed:
+    if sweep.count > sweep.max_cells and not confirmed:  # before any of them is made
         raise InvalidInputError(
-            f"sweep {sweep.name!r} makes {len(cells)} cells, more than max_cells = "
+            f"sweep {sweep.name!r} makes {sweep.count} cells, more than max_cells = "
             f"{sweep.max_cells}; say --yes to run them all, or raise max_cells"
         )
+    cells = sweep.cells()
     for scenario in sweep.grid():
         check(scenario)
     return cells

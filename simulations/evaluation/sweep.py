@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -52,9 +53,11 @@ class Sweep(BaseModel):
     @field_validator("defences", "datasets", "models", "seeds", "scenario")
     @classmethod
     def _each_once(cls, values: tuple[Any, ...]) -> tuple[Any, ...]:
+        seen: set[str] = set()
         for value in values:
-            if values.count(value) > 1:
+            if repr(value) in seen:
                 raise ValueError(f"{value!r} is listed twice")
+            seen.add(repr(value))
         return values
 
     @property
@@ -62,6 +65,12 @@ class Sweep(BaseModel):
         """Each as NAME:STRENGTH: those listed, then those of each list of strengths."""
         listed = [f"{n}:{s}" for n, strengths in self.strengths.items() for s in strengths]
         return [*self.defences, *listed]
+
+    @property
+    def count(self) -> int:
+        """Number of cells."""
+        kinds = (self.scenario, self.datasets or (None,), self.models or (None,), self.seeds)
+        return math.prod(map(len, (*kinds, self.all_defences)))
 
     def grid(self) -> list[Scenario]:
         """Return a scenario for each seed, model, data set and scenario, with all defences.
