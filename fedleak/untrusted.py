@@ -51,7 +51,7 @@ def read_table(path: Path) -> pd.DataFrame:
             encoding_errors="replace", on_bad_lines="skip", index_col=False,
         )  # fmt: skip
     found = found.loc[:, ~found.columns.duplicated()]
-    return found.assign(**{c: as_column(found[c], c) for c in found})
+    return found.assign(**{str(c): as_column(found[c], str(c)) for c in found})
 
 
 def as_column(values: pd.Series, name: str) -> pd.Series:

@@ -354,3 +354,10 @@ def test_a_relative_model_file_on_ray(tmp_path: Path, monkeypatch: pytest.Monkey
     (tmp_path / "net.py").touch()
     monkeypatch.chdir("/")
     assert _call(Path.exists, Path("net.py"), str(tmp_path)) is True
+
+
+def test_cells_are_counted_before_they_are_made() -> None:
+    sweep = Sweep(defences=("none", "noise:0.1"), seeds=tuple(range(100_000)))
+    assert sweep.count == 200_000
+    with pytest.raises(InvalidInputError, match="makes 200000 cells, more than max_cells = 60"):
+        evaluate(sweep)
