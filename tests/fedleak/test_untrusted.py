@@ -46,16 +46,14 @@ def test_numbers_and_depth_of_json(tmp_path: Path) -> None:
             read_json(path)
 
 
-@pytest.mark.parametrize("value", ["inf", "1e308", "-1e308", "nan", "1.5", "x", ""])
-@pytest.mark.parametrize("column", range(5))
-def test_a_damaged_number_ends_neither_report_nor_comparison(
-    value: str, column: int, tmp_path: Path
-) -> None:
+@pytest.mark.parametrize("value", ["inf", "1e308", "1.5", "x", ""])
+def test_a_damaged_number_ends_neither_report_nor_comparison(value: str, tmp_path: Path) -> None:
     (tmp_path / "run.json").write_text('{"scenario": {"federation": 3}, "arms": 1.5}')
-    cells = ["1", "20", "ok", "0.5", "30"]
-    cells[column] = value
+    rows = [["1", "20", "ok", "0.5", "30"] for _ in range(6)]
+    for column in range(5):
+        rows[column][column] = value
     (tmp_path / "leakage.csv").write_text(
-        "round,psnr_db,status,ssim,predicted_psnr_db\n1,20,ok,0.5,30\n" + ",".join(cells) + "\n"
+        "round,psnr_db,status,ssim,predicted_psnr_db\n" + "\n".join(map(",".join, rows)) + "\n"
     )
     (tmp_path / "rounds.csv").write_text(
         f"round,accuracy,c_metric\n1,0.5,0\n{value},{value},{value}\n"
@@ -63,4 +61,5 @@ def test_a_damaged_number_ends_neither_report_nor_comparison(
     write_report(tmp_path)
     assert "<svg" in (tmp_path / "report.html").read_text()
     (run,) = read_runs([tmp_path])
-    assert run.leakage["round"].tolist() in ([1, 1], [1])
+    assert set(run.leakage["round"]) == {1}
+    assert len(run.leakage) == 4  # without the round and the status that are none
