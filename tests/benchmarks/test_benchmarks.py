@@ -12,7 +12,7 @@ from fedleak.client.local_replay import LocalReplay
 from fedleak.client.replay import Replay
 from fedleak.client.training import LocalTraining
 from fedleak.models import conv_chain
-from tests.benchmarks import batches, common, fedavg, hybrid, linear, tampers
+from tests.benchmarks import batches, common, fedavg, hybrid, linear, real, tampers
 
 import torch  # isort: skip
 
@@ -95,3 +95,15 @@ def test_tampers() -> None:
     assert row["signs"] > 0
     honest = tampers.measure(images, labels, "none", batch=16, units=200, seed=0)
     assert honest["signs"] == 0
+
+
+def test_real(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Rows are appended as they come, and not made twice."""
+    out = tmp_path / "real.csv"
+    command = ["--network", "lenet", "--draws", "1", "--attack", "cosine", "--option", "steps=3"]
+    real.main([*command, "--threads", "1", "--out", str(out)])
+    first = out.read_text()
+    assert first.splitlines()[1].startswith("lenet,eval,none,False,cosine,1,0,0,")
+    assert "| lenet | eval | none | cosine | 1 | 1 |" in capsys.readouterr().out
+    real.main([*command, "--threads", "1", "--out", str(out)])
+    assert out.read_text() == first
