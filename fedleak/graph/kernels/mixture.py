@@ -74,7 +74,8 @@ def unmix(mixed: Tensor, tolerance: float = TOLERANCE, seed: int = 0) -> Unmixed
         An invertible mixture of images after a ReLU, the same for all entries; zero where no
         entry was seen.
     tolerance : float
-        What counts as zero, relative to the column: some ten times the entries' error at least.
+        What counts as zero, relative to the column's length: a hundred times the entries' error
+        at least, as small columns and near images make that grow.
     seed : int
         Of the directions that are tried.
 
@@ -192,7 +193,8 @@ def _refine(
     if float(values.sum()) < 0:
         direction, values = -direction, -values
     s = torch.linalg.svdvals(columns[:, zero])
-    if len(s) < len(columns) or int((values < -tolerance).sum()) > 1e-3 * len(values):
+    wrong = int((values < -max(tolerance, 30 * off)).sum())
+    if len(s) < len(columns) or wrong > 1e-3 * len(values):
         return None
     return direction, zero, float(s[-1] / s[-2].clamp_min(1e-300)) / int(zero.sum()) ** 0.5
 
