@@ -31,6 +31,7 @@ from torch import Tensor, nn
 
 from fedleak import Observation, ThreatModel
 from fedleak.attacks import attack_for, run_attack
+from fedleak.commands.console import read_options
 from fedleak.defences import defend, parse_defence
 from fedleak.images import read_images
 from fedleak.paper.photographs import photographs
@@ -173,7 +174,7 @@ def jobs_of(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
                             "mode": "train" if options.train_mode else "eval",
                             "data": options.data, "seconds": options.seconds,
                             "threads": options.threads, "device": options.device,
-                            "options": dict(o.split("=", 1) for o in options.option),
+                            "options": read_options(options.option),
                         }  # fmt: skip
 
 
