@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from fedleak.attacks import Attack, Reconstruction, attack_for
 from fedleak.client.compute import example_gradients, gradient
+from fedleak.client.training import LocalTraining
 from fedleak.defences import DefenceSpec, defend, defend_examples, parse_defence
 from fedleak.errors import InvalidInputError
 from fedleak.images import read_images
@@ -80,6 +81,7 @@ def reconstruct(
     batch_size: int = 1,
     informed: bool = False,
     first: int = 0,
+    training: LocalTraining | None = None,
 ) -> Trials:
     """Compute gradients as clients would, defend them, attack them, score the images.
 
@@ -107,6 +109,9 @@ def reconstruct(
     first : int
         Place of the first update, where these are part of more: by their places and the seed
         updates are defended, and attacks that draw begin.
+    training : LocalTraining, optional
+        What clients minimise and how they normalise images, as ``LocalTraining(loss="bce")``; they
+        share gradients, and the attack knows it.
 
     Returns
     -------
@@ -133,7 +138,7 @@ def reconstruct(
         zip(images.split(batch_size), targets.split(batch_size), strict=True), first
     ):
         try:
-            clean, _ = (example_gradients if spec.examples else gradient)(model, x, y)
+            clean, _ = (example_gradients if spec.examples else gradient)(model, x, y, training)
         except (RuntimeError, IndexError, ValueError) as error:
             raise InvalidInputError(
                 f"the model cannot take images of shape {shape} with labels {y.tolist()}: {error}"
@@ -141,7 +146,9 @@ def reconstruct(
         sent = (defend_examples if spec.examples else defend)(clean, spec, seed + n)
         known = y.tolist() if labels_known else None
         told = spec if informed else None
-        seen = Observation.from_gradient(model, sent, shape, batch_size, known, defence=told)
+        seen = Observation.from_gradient(
+            model, sent, shape, batch_size, known, defence=told, training=training
+        )
         observations.append(replace(seen, place=(n,)))
     begin = time.perf_counter()
     results = run(observations)

@@ -87,6 +87,7 @@ class Observation(WithTerms):
         labels: Sequence[int] | None = None,
         threat: ThreatModel | None = None,
         defence: DefenceSpec | None = None,
+        training: LocalTraining | None = None,
     ) -> Observation:
         """Take a gradient that a client shared.
 
@@ -106,6 +107,9 @@ class Observation(WithTerms):
             known.
         defence : DefenceSpec, optional
             What the client did to the gradient, where the attacker knows it.
+        training : LocalTraining, optional
+            What the client minimises and how it normalises images; its ``reply`` is taken for a
+            gradient. By default the mean cross-entropy of images as they are.
 
         Raises
         ------
@@ -120,6 +124,7 @@ class Observation(WithTerms):
             labels=known,
             threat=threat or ThreatModel(labels=known is not None, defence=defence is not None),
             defence=defence,
+            training=None if training is None else training.as_gradient(),
         )
         return cls.of(model, gradient, terms)
 
@@ -135,7 +140,7 @@ class Observation(WithTerms):
         threat: ThreatModel | None = None,
         defence: DefenceSpec | None = None,
     ) -> Observation:
-        """Take weights that a client shared after local training.
+        """Take weights, or the change of weights, that a client shared after local training.
 
         ``gradient`` is the one-step view ``(sent - received) / (learning_rate * gain)``
         without the weight decay: exact, up to rounding, for one step; the mean over the
@@ -149,7 +154,8 @@ class Observation(WithTerms):
         weights : mapping
             Arrays or tensors by name, as received; buffers may be among them.
         training : LocalTraining
-            What the client does, as far as ``threat`` allows the attacker to know it.
+            What the client does, as far as ``threat`` allows the attacker to know it;
+            ``training.reply`` says whether it sent weights or a change.
         input_shape, labels, threat
             As for :meth:`from_gradient`.
         defence : DefenceSpec, optional
@@ -182,24 +188,25 @@ class Observation(WithTerms):
         training, threat = terms.training, terms.threat
         if training is None:
             raise InvalidInputError("weights are shared; say by training what the clients do")
-        rate = training.learning_rate if threat.learning_rate else 1.0
+        known = threat.learning_rate and threat.local_steps
+        rate = training.rate if threat.learning_rate else 1.0
         gain = training.gain(terms.own) if threat.local_steps else 1.0
         # Without rate and steps the change itself, and with it the decay, has no known unit.
-        optimiser = training.optimiser if threat.learning_rate and threat.local_steps else SGD()
+        optimiser = training.update_rule if known else SGD()
         change, moved = {}, {}
         for name, parameter in model.named_parameters():
             if name in received:
                 came = _check(name, torch.as_tensor(received[name]), tuple(parameter.shape))
                 sent = parameter.detach().cpu().double()
-                moved[name] = sent - came
+                moved[name] = -came if training.reply == "change" else sent - came
                 change[name] = optimiser.one_step_view(moved[name], sent, rate, gain)
         gradient = _checked(model, change)
         buffers = {}
         for name, buffer in model.named_buffers() if threat.buffers else ():
             if name in received and buffer.is_floating_point():
                 buffers[name] = _check(name, torch.as_tensor(received[name]), tuple(buffer.shape))
-        if not (threat.learning_rate and threat.local_steps):
-            terms = replace(terms, training=None)
+        if not known:
+            terms = replace(terms, training=training.as_gradient())
         errors = {} if terms.defence is None else _errors(terms.defence, moved)
         errors = {k: e / (rate * gain) for k, e in errors.items() if k in gradient}
         return cls(model, gradient, terms, buffers, errors)

@@ -31,8 +31,8 @@ class Terms:
     threat : ThreatModel
         What the attacker knows and may do.
     training : LocalTraining or None
-        How the clients trained before they shared weights; of an observation, as far as the
-        attacker knows it.
+        What clients do; of an observation, as far as the attacker knows it. None where that is
+        the gradient of the mean cross-entropy, or is not known beyond it.
     shared : {"gradient", "weights"}
         What the clients sent.
     clients : int
@@ -83,6 +83,11 @@ class Terms:
     def own(self) -> int:
         """Number of images of each client."""
         return self.images // self.clients
+
+    @property
+    def trained(self) -> LocalTraining | None:
+        """How clients stepped before they replied; None where they did not, or it is not known."""
+        return self.training if self.training is not None and self.training.trains else None
 
     @property
     def steps(self) -> int:

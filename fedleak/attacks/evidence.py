@@ -106,7 +106,7 @@ class Evidence:
             n: torch.stack([o.errors[n] for o in observations]).to(where) for n in first.errors
         }
         rescales: str = "" if first.defence is None else first.defence.rescales
-        replay = Replay(first.model, first.input_shape, device=where)
+        replay = Replay(first.model, first.input_shape, device=where, client=first.training)
         if infer:
             labels = observed_labels(observations, gradient, errors, replay)
             events.tell("labels", labels=labels.tolist())  # long before there are images
@@ -114,9 +114,9 @@ class Evidence:
             labels = torch.zeros(len(observations), first.images, dtype=torch.int64, device=where)
         granted = torch.tensor([o.labels is not None for o in observations], device=where)
         simulated = None
-        if simulate and first.training is not None and first.terms.steps > 1:
+        if simulate and first.terms.trained is not None and first.terms.steps > 1:
             # Without recomputation torch.func can transform it; one image needs no memory.
-            simulated = LocalReplay(replay, first.training, first.clients, first.images > 1)
+            simulated = LocalReplay(replay, first.terms.trained, first.clients, first.images > 1)
         if rescales == "update" and infer and first.images == 1:
             gradient, errors, rescales = _unscaled(gradient, errors, labels, replay)
         return cls(
@@ -139,7 +139,7 @@ class Evidence:
                 "the update mixes several local steps; the linear systems cover one step"
             )
         try:
-            chain = Chain.read(self.model, self.terms.input_shape, self.replay.loss)
+            chain = Chain.read(self.model, self.terms.input_shape, self.replay.client)
             chain.to(self.replay.device)
         except UnsupportedModelError as error:
             return error
@@ -210,10 +210,10 @@ class Evidence:
 
         Where it is a difference of float32 weights, beside the gradient's own; else 0.
         """
-        training = self.terms.training
+        training = self.terms.trained
         if training is None:
             return 0.0
-        scale = training.learning_rate * training.gain(self.terms.own)
+        scale = training.rate * training.gain(self.terms.own)
         return _ULP * float(self.replay.parameters[name].square().mean().sqrt()) / scale
 
     @property
@@ -270,7 +270,7 @@ class Evidence:
     @property
     def scale(self) -> str:
         """Of what the factor is not known: ``update``, ``tensor`` or nothing."""
-        unknown = self.terms.shared == "weights" and self.terms.training is None
+        unknown = self.terms.shared == "weights" and self.terms.trained is None
         return self.rescales or ("update" if unknown else "")
 
     @cached_property

@@ -24,6 +24,8 @@ from fedleak.systems import Affine, Chain, Pointwise
 
 #: Below this noise, relative to an entry's size, an update is as good as undefended.
 CLEAN = 1e-5
+#: Noise up to which, and by how many times it, ``dL/dlogits`` contradicts the declared loss.
+_CONTRADICTED, _FACTOR = 1e-2, 30
 # Scales tried for a head without bias: logarithms of ||dL/dlogits||, and how many.
 _LEAST, _GRID = -28.0, 1000
 #: Normals of the space of outputs that demixed inputs must respect.
@@ -332,7 +334,8 @@ def _self_consistent(
 
     The clients' loss makes ``g`` of the logits ``W x + b``: ``made``. The input ``x`` averages over
     all rows of the head's gradient, so under noise this ``g`` is better than the observed
-    one. It is not taken where it contradicts the observed one: the loss may be another.
+    one. It is not taken where it contradicts the observed one: the loss may be another than the
+    one declared. Then the observed one is as good as the head's gradient is of rank one.
 
     Returns
     -------
@@ -345,5 +348,9 @@ def _self_consistent(
     # The client's float32 softmax rounds p - y: of a confident model's small g, a large part.
     rounding = 5e-7 * (1 + logits.abs().amax(1)) / size
     miss = torch.where(miss < rounding, torch.zeros_like(miss), miss)
-    use = (noise.maximum(miss) > CLEAN) & (miss < (5 * noise).clamp(0.5, 1.0))
-    return torch.where(use.unsqueeze(1), made, g), noise.maximum(miss)
+    # Of a pruned head entries are missing, and more noise than this bends both.
+    whole = (g != 0).all(1) & (noise < _CONTRADICTED)
+    other = whole & (miss > _FACTOR * noise)
+    noise = torch.where(other, noise, noise.maximum(miss))
+    use = ~other & (noise > CLEAN) & (miss < (5 * noise).clamp(0.5, 1.0))
+    return torch.where(use.unsqueeze(1), made, g), noise

@@ -11,7 +11,7 @@ from torch import Tensor
 from fedleak.attacks import informed
 from fedleak.attacks.labels import NO_HEAD, infer_labels
 from fedleak.client.local_replay import typical_on_the_way
-from fedleak.client.loss import CanonicalLoss
+from fedleak.client.loss import PLAIN, CanonicalLoss
 from fedleak.client.replay import Replay
 from fedleak.errors import InvalidInputError, UnsupportedModelError
 from fedleak.observation import Observation
@@ -67,10 +67,14 @@ def observed_labels(
         typical, first = None, observations[0]
         if isinstance(replay.loss, CanonicalLoss):
             typical = typical_probabilities(replay)
-            if first.training is not None and first.terms.steps > 1:
+            if first.terms.trained is not None and first.terms.steps > 1:
                 own = first.terms.own
-                typical = typical_on_the_way(replay, gradient, first.training, own, grey(replay))
-        if errors and images == 1:
+                typical = typical_on_the_way(
+                    replay, gradient, first.terms.trained, own, grey(replay)
+                )
+        if images == 1 and bias is not None and weight is not None and replay.loss != PLAIN:
+            inferred = _consistent_labels(gradient, errors, replay)
+        elif errors and images == 1:
             inferred = _informed_labels(gradient, errors, replay)
         else:
             inferred = infer_labels(bias, weight, images, typical, replay.loss)
@@ -81,6 +85,27 @@ def observed_labels(
         for n, y in enumerate(known)
     ]
     return torch.stack(rows).to(replay.device)
+
+
+def _consistent_labels(gradient: Gradients, errors: Gradients, replay: Replay) -> Tensor:
+    """Return the labels of single images under any loss, shape (N, 1).
+
+    Of all labels the one with which the loss, at the logits that the head's gradient tells, makes
+    what is most in the direction of the bias gradient: its factor need not be known.
+    """
+    errors = errors or {k: torch.zeros_like(g) for k, g in gradient.items()}
+    head = head_of(gradient, errors, replay)
+    if head is None:
+        raise UnsupportedModelError(NO_HEAD)
+    logits, told = informed.logits_of(head), head.bias_errors.isfinite()
+    observed = torch.where(told, head.bias, 0.0)
+    found = []
+    for y in range(replay.classes):
+        label = torch.full((len(logits),), y, device=logits.device)
+        made = torch.where(told, replay.loss.alone(logits, label), 0.0)
+        sizes = (made.norm(dim=1) * observed.norm(dim=1)).clamp_min(1e-300)
+        found.append((made * observed).sum(1) / sizes)
+    return torch.stack(found, 1).argmax(1, keepdim=True)
 
 
 def _informed_labels(gradient: Gradients, errors: Gradients, replay: Replay) -> Tensor:

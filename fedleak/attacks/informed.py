@@ -91,13 +91,18 @@ def scale(head: Head, label: Tensor) -> Tensor:
     ``x`` is the ratio of two rows of received values, so no factor is in it; the received
     bias gradient is the factor times ``dL/dlogits`` at ``W x + b``.
     """
-    floor = _ROUNDING * _rms(head.gradient, head.errors)[:, :, None]
-    variance = head.errors.square() + floor.square()
-    x, _ = _input(head.gradient, variance, *_first(head, None), torch.zeros_like(head.bias[:, :1]))
-    made = head.loss.alone(x @ head.weight.mT + head.offset, label)
+    made = head.loss.alone(logits_of(head), label)
     weight = torch.where(head.bias_errors.isinf(), 0.0, 1.0)
     total = (weight * made.square()).sum(1).clamp_min(1e-300)
     return ((weight * made * head.bias).sum(1) / total).clamp(1e-12, 1.0)
+
+
+def logits_of(head: Head) -> Tensor:
+    """Return the logits of single images, (N, classes): no factor of the update is in them."""
+    floor = _ROUNDING * _rms(head.gradient, head.errors)[:, :, None]
+    variance = head.errors.square() + floor.square()
+    x, _ = _input(head.gradient, variance, *_first(head, None), torch.zeros_like(head.bias[:, :1]))
+    return x @ head.weight.mT + head.offset
 
 
 def _first(head: Head, label: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -108,7 +113,8 @@ def _first(head: Head, label: Tensor | None) -> tuple[Tensor, Tensor]:
     told = torch.where(head.errors.isinf(), 0.0, head.gradient)
     u = torch.linalg.svd(told, full_matrices=False)[0][:, :, 0]
     if label is not None:  # about as large as at an undecided model
-        own = u.gather(1, label.unsqueeze(1))
+        place = label.unsqueeze(1).clamp(max=u.shape[1] - 1)
+        own = u.gather(1, place) * (1 if u.shape[1] > 1 else 2 * label.unsqueeze(1) - 1)
         u = 0.9 * torch.where(own > 0, -1.0, 1.0) * u / own.abs().clamp_min(1e-3)
     return u, torch.full_like(u, _ROUNDING)
 

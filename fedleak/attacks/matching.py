@@ -197,7 +197,11 @@ class CosineAttack(Attack):
     def _client(evidence: Evidence, start: Tensor) -> Replay | LocalReplay:
         """Return what a client does, in the precision of ``start``."""
         replay = Replay(
-            evidence.model, evidence.terms.input_shape, dtype=start.dtype, device=start.device
+            evidence.model,
+            evidence.terms.input_shape,
+            dtype=start.dtype,
+            device=start.device,
+            client=evidence.replay.client,
         )
         if evidence.simulated is None:
             return replay

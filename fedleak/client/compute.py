@@ -7,12 +7,11 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from fedleak.client.loss import PLAIN, Loss
 from fedleak.client.training import LocalTraining
 
 
 def gradient(
-    model: nn.Module, images: Tensor, labels: Tensor, loss: Loss | None = None
+    model: nn.Module, images: Tensor, labels: Tensor, training: LocalTraining | None = None
 ) -> tuple[dict[str, Tensor], float]:
     """Return the gradient of one batch's loss, by parameter name, and the loss.
 
@@ -22,15 +21,17 @@ def gradient(
         In the mode of the client.
     images : Tensor, shape (B, C, H, W)
     labels : Tensor, int64, shape (B,)
-    loss : Loss, optional
-        By default the mean cross-entropy.
+    training : LocalTraining, optional
+        Says what clients minimise and how they normalise; by default the mean cross-entropy of
+        images as they are.
 
     Returns
     -------
     gradients : dict of str to Tensor
     loss : float
     """
-    value = (loss or PLAIN).value(model(images), labels)
+    client = training or LocalTraining(reply="gradient")
+    value = client.criterion.value(model(client.seen(images)), labels)
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
     found = torch.autograd.grad(
         value, list(trained.values()), materialize_grads=True, allow_unused=True
@@ -39,7 +40,7 @@ def gradient(
 
 
 def example_gradients(
-    model: nn.Module, images: Tensor, labels: Tensor, loss: Loss | None = None
+    model: nn.Module, images: Tensor, labels: Tensor, training: LocalTraining | None = None
 ) -> tuple[dict[str, Tensor], float]:
     """Return the gradient of each image alone, and the mean loss.
 
@@ -49,7 +50,7 @@ def example_gradients(
         Normalisation by the statistics of a batch sees one image at a time.
     images : Tensor, shape (B, C, H, W)
     labels : Tensor, int64, shape (B,)
-    loss : Loss, optional
+    training : LocalTraining, optional
 
     Returns
     -------
@@ -57,7 +58,7 @@ def example_gradients(
     loss : float
     """
     each = [
-        gradient(model, image, label, loss)
+        gradient(model, image, label, training)
         for image, label in zip(images.split(1), labels.split(1), strict=True)
     ]
     rows = {n: torch.stack([g[n] for g, _ in each]) for n in each[0][0]}
@@ -86,12 +87,12 @@ def train(
     -------
     float
     """
-    optimiser = training.optimiser.torch(model.parameters(), training.learning_rate)
+    optimiser = training.update_rule.torch(model.parameters(), training.rate)
     sent = [p.detach().clone() for p in model.parameters()]
     losses = []
     for images, labels in batches:
         optimiser.zero_grad()
-        loss = training.loss.value(model(images), labels)
+        loss = training.criterion.value(model(training.seen(images)), labels)
         losses.append(loss.item())
         if proximal_mu:
             away = sum(

@@ -68,8 +68,8 @@ class LocalReplay:
         y = labels.reshape(groups, own, *labels.shape[2:])
         sent = {n: p.expand(groups, *p.shape) for n, p in self.parameters.items()}
         received = self._train(sent, x, y, None if plan is None else plan.flatten(0, 1))
-        rate, gain = self.training.learning_rate, self.training.gain(own)
-        view = self.training.optimiser.one_step_view
+        rate, gain = self.training.rate, self.training.gain(own)
+        view = self.training.update_rule.one_step_view
         made = {
             n: view(w - received[n], w, rate, gain)
             .reshape(count, self.clients, *w.shape[1:])
@@ -81,7 +81,7 @@ class LocalReplay:
     def _train(self, sent: Gradients, x: Tensor, y: Tensor, plan: Tensor | None) -> Gradients:
         """Return the weights of G clients after their steps, shape (G, *parameter)."""
         names = list(sent)
-        state = [*sent.values(), *self.training.optimiser.init(list(sent.values()))]
+        state = [*sent.values(), *self.training.update_rule.init(list(sent.values()))]
         whole = torch.arange(x.shape[1], device=x.device)
         parts = whole.split(self.training.batch_size) * self.training.epochs
         again = self.recompute and torch.is_grad_enabled()
@@ -97,7 +97,7 @@ class LocalReplay:
 
     def _step(self, names: list[str], count: int, number: int) -> _Step:
         """Return the step of that number, whose batch is of ``count`` images."""
-        rate, optimiser = self.training.learning_rate, self.training.optimiser
+        rate, optimiser = self.training.rate, self.training.update_rule
         model, own = self.replay.model, self.replay.loss
 
         def loss(weights: Gradients, x: Tensor, y: Tensor, shares: Tensor) -> Tensor:
@@ -162,16 +162,14 @@ def typical_on_the_way(
     images : Tensor, shape (M, C, H, W)
         Images of the server's own.
     """
-    rate, gain = training.learning_rate, training.gain(own)
+    rate, gain, rule = training.rate, training.gain(own), training.update_rule
     sent = replay.parameters
     assert isinstance(replay.loss, CanonicalLoss)  # others are not asked
     link = replay.loss.link
     rows = []
     with torch.no_grad():
         for n in range(len(next(iter(gradient.values())))):
-            moved = {
-                k: training.optimiser.change(gradient[k][n], p, rate, gain) for k, p in sent.items()
-            }
+            moved = {k: rule.change(gradient[k][n], p, rate, gain) for k, p in sent.items()}
             mean: Tensor | float = 0.0
             for part, way in training.pace(own):
                 w = {k: p - way * moved[k] for k, p in sent.items()}

@@ -290,6 +290,14 @@ class CrossEntropy(CanonicalLoss):
     def slopes(self, p: Tensor, directions: Tensor) -> Tensor:
         return p.unsqueeze(-1) * (directions.mT - (p @ directions.mT).unsqueeze(-2))
 
+    def classes(self, outputs: int) -> int:
+        if outputs == 1:
+            raise InvalidInputError(
+                "the model has one output, of which a softmax has no gradient; say what clients "
+                "minimise, as loss='bce'"
+            )
+        return outputs
+
     def curvature(self, logits: Tensor, labels: Tensor) -> Tensor:
         p = self.link(logits)
         return _alone(self, (1 - p) * p, labels)

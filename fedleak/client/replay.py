@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
-from fedleak.client.loss import PLAIN, Loss
+from fedleak.client.training import LocalTraining
 from fedleak.errors import InvalidInputError, UnsupportedModelError
 
 Gradients = dict[str, Tensor]
@@ -44,13 +44,16 @@ class Replay:
     dtype : torch.dtype
         Precision of the computation.
     device : torch.device
-    loss : Loss, optional
-        What clients minimise: the mean cross-entropy, where nothing else is known.
+    client : LocalTraining, optional
+        What clients do: their loss and how they normalise images are replayed. Without it the
+        loss is the mean cross-entropy, and the model sees images as they are.
 
     Attributes
     ----------
     head : str or None
         Name of the fully connected layer whose output are the logits.
+    classes : int
+        Number of labels.
 
     Raises
     ------
@@ -66,15 +69,22 @@ class Replay:
         input_shape: tuple[int, ...],
         dtype: torch.dtype = torch.float64,
         device: torch.device | str = "cpu",
-        loss: Loss | None = None,
+        client: LocalTraining | None = None,
     ):
-        self.loss = loss or PLAIN
+        self.client = client or LocalTraining(reply="gradient")
+        self.loss = self.client.criterion
         self.model = _deterministic(copy.deepcopy(model)).to(device=device, dtype=dtype)
+        self.client.check_channels(input_shape[0])
+        if self.client.mean:  # whatever calls the model gives it images in [0, 1]
+            self.model.register_forward_pre_hook(self._normalise)
         self.parameters = {
             n: p.detach() for n, p in self.model.named_parameters() if p.requires_grad
         }
         self.input_shape, self.dtype, self.device = tuple(input_shape), dtype, torch.device(device)
         self.head, self.classes = self._find_head()
+
+    def _normalise(self, module: nn.Module, given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return (self.client.seen(given[0]), *given[1:])
 
     def _find_head(self) -> tuple[str | None, int]:
         """Run once and see which fully connected layer makes the output."""
@@ -101,7 +111,7 @@ class Replay:
                 f"the model must return logits of shape (batch, classes), not {what}"
             )
         heads = [name for name, out in made.items() if out is logits]
-        return (heads[0] if heads else None), int(logits.shape[1])
+        return (heads[0] if heads else None), self.loss.classes(int(logits.shape[1]))
 
     def _forward(self, parameters: Gradients, images: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return logits and the head's input of one batch."""

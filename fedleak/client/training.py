@@ -3,35 +3,62 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Literal, get_args
 
-from fedleak.client.loss import CrossEntropy, Loss
-from fedleak.client.optimiser import SGD, Optimiser
+import torch
+from torch import Tensor
+
+from fedleak.client.loss import LOSSES, PLAIN, Loss
+from fedleak.client.optimiser import OPTIMISERS, SGD, Optimiser
+from fedleak.client.spelling import parse, spell
 from fedleak.errors import InvalidInputError
+
+Reply = Literal["weights", "change", "gradient"]
+#: A rate; one for each round; a function of the round; or the name under which the server sends it.
+LearningRate = float | tuple[float, ...] | Callable[[int], float] | str
 
 
 @dataclass(frozen=True)
 class LocalTraining:
-    """What a client does before it shares weights: minibatch steps, as the protocol says.
+    """What a client does with its images: the declaration that attack and simulation share.
 
-    Each epoch draws a new order of the client's images and cuts it into batches; the last
+    Clients take minibatch steps and reply with their weights, or compute the gradient of one
+    batch. Each epoch draws a new order of the client's images and cuts it into batches; the last
     one may be smaller.
 
     Attributes
     ----------
-    learning_rate : float
+    learning_rate : float, tuple of float, callable or str
+        Constant; of each round, the last one for all that follow; a function of the round (from
+        1); or the name under which the server's message holds it. See :meth:`at`.
     batch_size : int
     epochs : int
         Passes over the client's images.
     momentum, weight_decay : float
         Of SGD, where no optimiser is named.
+    optimiser : Optimiser, str or None
+        ``"adam"`` or ``Adam(weight_decay=0.01)``; None for SGD.
+    loss : Loss or str
+        ``"cross-entropy:label_smoothing=0.1"`` for instance; by default the mean cross-entropy.
+    reply : {"weights", "change", "gradient"}
+        What clients send: their weights, ``new - old``, or the gradient of one batch.
+    mean, std : tuple of float
+        The model sees ``(x - mean) / std``, of each channel or of all; empty for images as they
+        are, in [0, 1].
     """
 
-    learning_rate: float
+    learning_rate: LearningRate = 1.0
     batch_size: int = 1
     epochs: int = 1
     momentum: float = 0.0
     weight_decay: float = 0.0
+    optimiser: Optimiser | str | None = field(default=None, kw_only=True)
+    loss: Loss | str = field(default=PLAIN, kw_only=True)
+    reply: Reply = field(default="weights", kw_only=True)
+    mean: tuple[float, ...] = field(default=(), kw_only=True)
+    std: tuple[float, ...] = field(default=(), kw_only=True)
 
     def __post_init__(self) -> None:
         for name, least in (("batch_size", 1), ("epochs", 1)):
@@ -40,32 +67,130 @@ class LocalTraining:
                 raise InvalidInputError(
                     f"{name} must be a whole number from {least}, not {value!r}"
                 )
-        for name in ("learning_rate", "momentum", "weight_decay"):
+        for name in ("momentum", "weight_decay"):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)):
+            if not _is_number(value):
                 raise InvalidInputError(f"{name} must be a number, not {value!r}")
-        rates = (self.learning_rate, self.momentum, self.weight_decay)
-        if not all(math.isfinite(r) and r >= 0 for r in rates) or self.learning_rate == 0:
+        if isinstance(self.learning_rate, list):
+            object.__setattr__(self, "learning_rate", tuple(self.learning_rate))
+        for rate in self._rates():
+            if not _is_number(rate):
+                raise InvalidInputError(f"learning_rate must be a number, not {rate!r}")
+            if not math.isfinite(rate) or rate <= 0:
+                raise InvalidInputError(f"learning_rate ({rate}) must be above 0")
+        rates = (self.momentum, self.weight_decay)
+        if not all(math.isfinite(r) and r >= 0 for r in rates):
             raise InvalidInputError(
-                f"learning_rate ({self.learning_rate}) must be above 0, momentum "
-                f"({self.momentum}) and weight_decay ({self.weight_decay}) at least 0"
+                f"momentum ({self.momentum}) and weight_decay ({self.weight_decay}) must be at "
+                "least 0"
             )
         if self.momentum >= 1:
             raise InvalidInputError(f"momentum must be below 1, not {self.momentum}")
+        if isinstance(self.loss, str):
+            object.__setattr__(self, "loss", parse(LOSSES, self.loss))
+        if isinstance(self.optimiser, str):
+            object.__setattr__(self, "optimiser", parse(OPTIMISERS, self.optimiser))
+        if self.optimiser is not None and any(rates):
+            raise InvalidInputError(
+                "momentum and weight_decay are those of SGD where no optimiser is named; give them "
+                "to the optimiser, as sgd:momentum=0.9"
+            )
+        if self.reply not in get_args(Reply):
+            raise InvalidInputError(
+                f"reply must be one of {', '.join(get_args(Reply))}, not {self.reply!r}"
+            )
+        self._check_normalisation()
+
+    def _rates(self) -> tuple[Any, ...]:
+        if callable(self.learning_rate) or isinstance(self.learning_rate, str):
+            return ()
+        rates = self.learning_rate
+        if rates == ():
+            raise InvalidInputError("learning_rate lists no rate; give one for each round")
+        return rates if isinstance(rates, tuple) else (rates,)
+
+    def _check_normalisation(self) -> None:
+        for name in ("mean", "std"):
+            value = getattr(self, name)
+            value = (value,) if isinstance(value, (int, float)) else tuple(value)
+            if not all(_is_number(v) and math.isfinite(v) for v in value):
+                raise InvalidInputError(
+                    f"{name} must be numbers, one for each channel, not {value}"
+                )
+            object.__setattr__(self, name, tuple(float(v) for v in value))
+        if bool(self.mean) != bool(self.std) or 1 < len(self.mean) != len(self.std) > 1:
+            raise InvalidInputError(
+                f"mean {self.mean} and std {self.std} must both be given, for as many channels"
+            )
+        if not all(s > 0 for s in self.std):
+            raise InvalidInputError(f"std must be above 0, not {self.std}")
 
     @property
-    def loss(self) -> Loss:
-        """What clients minimise."""
-        return CrossEntropy()
-
-    @property
-    def optimiser(self) -> Optimiser:
-        """How clients step."""
+    def update_rule(self) -> Optimiser:
+        """How clients step: the optimiser, or SGD with momentum and weight decay."""
+        if isinstance(self.optimiser, Optimiser):
+            return self.optimiser
         return SGD(self.momentum, self.weight_decay)
+
+    @property
+    def criterion(self) -> Loss:
+        """What clients minimise."""
+        assert isinstance(self.loss, Loss)
+        return self.loss
+
+    @property
+    def rate(self) -> float:
+        """The learning rate, where it is one number.
+
+        Raises
+        ------
+        InvalidInputError
+            If it is another in each round: see :meth:`at`.
+        """
+        if isinstance(self.learning_rate, (int, float)):
+            return self.learning_rate
+        raise InvalidInputError("the learning rate depends on the round; take training.at(round)")
+
+    def at(self, server_round: int, message: Mapping[str, Any] | None = None) -> LocalTraining:
+        """Return what clients do in one round, with its learning rate.
+
+        Parameters
+        ----------
+        server_round : int
+            From 1.
+        message : mapping, optional
+            What the server sends along with the weights: its ``ConfigRecord``.
+
+        Raises
+        ------
+        InvalidInputError
+            If the message does not hold the learning rate that is named.
+        """
+        rate = self.learning_rate
+        if isinstance(rate, str):
+            if message is None or not _is_number(message.get(rate)):
+                held = ", ".join(map(str, message or ())) or "nothing"
+                raise InvalidInputError(
+                    f"the learning rate is said to be {rate!r} of the server's message, which "
+                    f"holds {held}"
+                )
+            rate = float(message[rate])
+        elif isinstance(rate, tuple):
+            rate = rate[min(max(server_round, 1), len(rate)) - 1]
+        elif callable(rate):
+            rate = float(rate(server_round))
+        else:
+            return self
+        return replace(self, learning_rate=rate)
+
+    @property
+    def trains(self) -> bool:
+        """Whether clients step before they reply."""
+        return self.reply != "gradient"
 
     def steps(self, images: int) -> int:
         """Return how many steps a client with ``images`` images takes."""
-        return self.epochs * math.ceil(images / self.batch_size)
+        return self.epochs * math.ceil(images / self.batch_size) if self.trains else 1
 
     def gain(self, images: int) -> float:
         """Return by how much the weights move for a constant gradient, in learning rates.
@@ -73,7 +198,7 @@ class LocalTraining:
         The number of steps; more with momentum: step ``s`` moves by
         ``1 + momentum + ... + momentum^(s - 1)``.
         """
-        return sum(self.optimiser.moves(self.steps(images)))
+        return sum(self.update_rule.moves(self.steps(images)))
 
     def pace(self, images: int) -> list[tuple[float, float]]:
         """Return, for each step, its part of the update and how far the weights had come.
@@ -82,5 +207,57 @@ class LocalTraining:
         the weights are slow at first.
         """
         steps, gain = self.steps(images), self.gain(images)
-        moves = self.optimiser.moves(steps)
+        moves = self.update_rule.moves(steps)
         return [(moves[steps - 1 - s] / gain, sum(moves[:s]) / gain) for s in range(steps)]
+
+    def seen(self, images: Tensor) -> Tensor:
+        """Return what the model sees of images, shape (..., C, H, W), with values in [0, 1]."""
+        if not self.mean:
+            return images
+        mean, std = (
+            torch.tensor(v, dtype=images.dtype, device=images.device).reshape(-1, 1, 1)
+            for v in (self.mean, self.std)
+        )
+        return (images - mean) / std
+
+    def check_channels(self, channels: int) -> None:
+        """Refuse a normalisation of another number of channels."""
+        for name, value in (("mean", self.mean), ("std", self.std)):
+            if len(value) not in (0, 1, channels):
+                raise InvalidInputError(
+                    f"{name} {value} is of {len(value)} channels, the images have {channels}"
+                )
+
+    def as_gradient(self) -> LocalTraining | None:
+        """Return what is left where rate and steps are not known; None where that is nothing.
+
+        Loss and normalisation are: the update is then a gradient up to a factor.
+        """
+        left = LocalTraining(loss=self.loss, reply="gradient", mean=self.mean, std=self.std)
+        return None if left == LocalTraining(reply="gradient") else left
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain types, for JSON: loss and optimiser as text, defaults left out.
+
+        Raises
+        ------
+        InvalidInputError
+            If the learning rate is a function, or loss or optimiser have no registered name.
+        """
+        plain: dict[str, Any] = {"learning_rate": self.rate}
+        for item in fields(self)[1:]:
+            value = getattr(self, item.name)
+            if not item.kw_only or value != item.default:
+                plain[item.name] = list(value) if isinstance(value, tuple) else value
+        if "loss" in plain:
+            plain["loss"] = spell(LOSSES, self.criterion)
+        if "optimiser" in plain:
+            plain["optimiser"] = spell(OPTIMISERS, self.update_rule)
+        return plain
+
+    def __str__(self) -> str:
+        return ", ".join(f"{k} {v}" for k, v in self.to_dict().items())
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)

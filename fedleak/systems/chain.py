@@ -8,9 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from fedleak.client.loss import PLAIN, Loss
+from fedleak.client.training import LocalTraining
 from fedleak.errors import UnsupportedModelError
 from fedleak.systems.base import Gradients, Layer, Shape
 from fedleak.systems.linear import Dense
+from fedleak.systems.normalisation import Standardise
 from fedleak.systems.reading import read_layers
 
 
@@ -51,7 +53,9 @@ class Chain:
         self.loss = loss or PLAIN
 
     @classmethod
-    def read(cls, model: nn.Module, input_shape: Shape, loss: Loss | None = None) -> Chain:
+    def read(
+        cls, model: nn.Module, input_shape: Shape, client: LocalTraining | None = None
+    ) -> Chain:
         """Read a module.
 
         Parameters
@@ -62,7 +66,9 @@ class Chain:
             clients. Its tensors are copied as float64.
         input_shape : tuple of int
             Shape (C, H, W) of one image.
-        loss : Loss, optional
+        client : LocalTraining, optional
+            What clients minimise, and how they normalise images before the model sees them: one
+            more layer. Without it the loss is the mean cross-entropy.
 
         Returns
         -------
@@ -82,6 +88,12 @@ class Chain:
                 f"the model does not end in a fully connected layer (nn.Linear){last}; "
                 "the linear systems start from such a head"
             )
+        loss = None
+        if client is not None:
+            loss = client.criterion
+            if client.mean:
+                client.check_channels(input_shape[0])
+                layers.insert(0, Standardise(input_shape, client))
         return cls(layers[:-1], layers[-1], loss)
 
     @property

@@ -1,4 +1,4 @@
-"""Batch normalisation in evaluation mode: a known scale and shift of each channel."""
+"""Normalisation by known numbers: batch normalisation in evaluation mode, and that of images."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fedleak.client.training import LocalTraining
 from fedleak.errors import UnsupportedModelError
 from fedleak.systems.base import LAYERS, Gradients, Pointwise, Shape
 
@@ -77,3 +78,28 @@ class BatchNorm(Pointwise):
 
 
 LAYERS.register(nn.BatchNorm1d, nn.BatchNorm2d)(BatchNorm.read)
+
+
+class Standardise(Pointwise):
+    """``z = (x - mean) / std`` of each channel: how clients normalise images before the model.
+
+    It has no name of a module, and no parameters.
+    """
+
+    rounding = 6e-8
+
+    def __init__(self, in_shape: Shape, client: LocalTraining):
+        super().__init__("normalisation of images", in_shape, in_shape)
+        self.mean, self.std = (
+            torch.tensor(v, dtype=torch.float64).reshape(-1, 1, 1)
+            for v in (client.mean, client.std)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x - self.mean) / self.std
+
+    def backward(self, x: Tensor, z: Tensor, e: Tensor) -> Tensor:
+        return e / self.std
+
+    def inverse(self, z: Tensor) -> Tensor:
+        return z * self.std + self.mean
