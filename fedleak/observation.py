@@ -16,6 +16,9 @@ from fedleak.errors import InvalidInputError, InvalidUpdateError
 from fedleak.terms import Terms, WithTerms
 from fedleak.threat import ThreatModel
 
+#: Part of the entries below which sizes say less than the signs of all.
+_FEW = 0.02
+
 
 @dataclass(frozen=True, eq=False)
 class Observation(WithTerms):
@@ -193,13 +196,16 @@ class Observation(WithTerms):
         gain = training.gain(terms.own) if threat.local_steps else 1.0
         # Without rate and steps the change itself, and with it the decay, has no known unit.
         optimiser = training.update_rule if known else SGD()
-        change, moved = {}, {}
+        change, moved, lost = {}, {}, {}
         for name, parameter in model.named_parameters():
             if name in received:
                 came = _check(name, torch.as_tensor(received[name]), tuple(parameter.shape))
                 sent = parameter.detach().cpu().double()
                 moved[name] = -came if training.reply == "change" else sent - came
                 change[name] = optimiser.one_step_view(moved[name], sent, rate, gain)
+                error = optimiser.one_step_errors(moved[name], sent, rate, gain)
+                if error is not None:
+                    lost[name] = error
         gradient = _checked(model, change)
         buffers = {}
         for name, buffer in model.named_buffers() if threat.buffers else ():
@@ -209,6 +215,12 @@ class Observation(WithTerms):
             terms = replace(terms, training=training.as_gradient())
         errors = {} if terms.defence is None else _errors(terms.defence, moved)
         errors = {k: e / (rate * gain) for k, e in errors.items() if k in gradient}
+        if lost and terms.defence is None:
+            told = sum(float(lost[k].isfinite().sum()) for k in gradient)
+            if told >= _FEW * sum(g.numel() for g in gradient.values()):
+                errors = {k: lost[k] for k in gradient}
+            else:  # the signs of all entries say more than the sizes of so few
+                gradient = {k: g.sign() for k, g in gradient.items()}
         return cls(model, gradient, terms, buffers, errors)
 
     @classmethod

@@ -111,13 +111,14 @@ class UpdatePrediction:
             model = make_model(scenario)
             model.load_state_dict(self._sent())
             demand_judged(model)
-            self._replay = Replay(model, self.prior.shape)
+            self._replay = Replay(model, self.prior.shape, client=local)
         jacobian = UpdateJacobian(self._replay, images, labels)
         stream = noise_seed(scenario.seed, clients[0], server_round)
         sent = defend(jacobian.gradient, spec, stream)
         errors = entry_errors(jacobian.gradient, spec, sent)
-        if local is not None:
-            errors = _of_weights(errors, self._replay.parameters, local.learning_rate)
+        if local is not None and local.trains:
+            rate = local.at(server_round).rate
+            errors = _of_weights(errors, self._replay.parameters, rate)
         reference = Reference(jacobian, sent, errors)
         if images.numel() > EVERY_CLIENT:
             found = predict([reference], self.prior)

@@ -79,6 +79,18 @@ class Federation(_Section):
     rounds: int = Field(5, ge=1)
 
 
+def _numbers(text: float | str) -> tuple[float, ...]:
+    """Return the numbers of ``"0.5/0.5"``."""
+    if not isinstance(text, str):
+        return (float(text),)
+    try:
+        return tuple(float(part) for part in text.split("/") if part.strip())
+    except ValueError as error:
+        raise InvalidInputError(
+            f"{text!r} is no number, and no list of them as 0.1/0.05"
+        ) from error
+
+
 class Training(_Section):
     """What a client does with the model it receives."""
 
@@ -86,9 +98,17 @@ class Training(_Section):
     local_steps: int = Field(1, ge=1, description="batches of a round")
     batch_size: int = Field(1, ge=1)
     epochs: int = Field(1, ge=1, description="passes over the round's batches")
-    learning_rate: float = Field(0.1, gt=0)
+    learning_rate: float | str = Field(
+        0.1, description="a number; or one for each round, 0.1/0.05, the last one from then on"
+    )
     momentum: float = Field(0.0, ge=0, lt=1)
     weight_decay: float = Field(0.0, ge=0)
+    loss: str = Field("cross-entropy", description="NAME or NAME:KEY=VALUE,...")
+    optimiser: str = Field(
+        "", description="NAME or NAME:KEY=VALUE,...; empty: SGD with momentum and weight_decay"
+    )
+    mean: str = Field("", description="clients normalise images: (x - mean) / std, as 0.5/0.5/0.5")
+    std: str = Field("", description="of each channel or of all; empty: images in [0, 1]")
     threads: int = Field(
         1, ge=1, le=1024, description="CPU threads of one client; fixed for repeatability"
     )
@@ -99,13 +119,47 @@ class Training(_Section):
         return self.local_steps * self.batch_size
 
     @property
+    def first_rate(self) -> float:
+        """The learning rate of the first round."""
+        return _numbers(self.learning_rate)[0]
+
+    @property
     def local(self) -> LocalTraining | None:
-        """The same, as the library takes it; None where a gradient is shared."""
-        if self.share == "gradient":
-            return None
-        return LocalTraining(
-            self.learning_rate, self.batch_size, self.epochs, self.momentum, self.weight_decay
+        """The same, as the library takes it; None for the gradient of the mean cross-entropy."""
+        plain = self.share == "gradient"
+        rates = _numbers(self.learning_rate)
+        declared = LocalTraining(
+            1.0 if plain else rates[0] if len(rates) == 1 else rates,
+            1 if plain else self.batch_size,
+            self.epochs,
+            self.momentum,
+            self.weight_decay,
+            optimiser=self.optimiser or None,
+            loss=self.loss,
+            reply="gradient" if plain else "weights",
+            mean=_numbers(self.mean),
+            std=_numbers(self.std),
         )
+        return declared.as_gradient() if plain else declared
+
+    @field_validator("learning_rate", "mean", "std", mode="before")
+    @classmethod
+    def _listed(cls, value: Any) -> Any:
+        """Take a list of numbers for its text, and the text of one number for it."""
+        if isinstance(value, (list, tuple)):
+            value = "/".join(map(str, value))
+        return value
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Training:
+        LocalTraining(_numbers(self.learning_rate))
+        self.local  # noqa: B018  # refuses what the library does not take
+        if len(_numbers(self.learning_rate)) > 1 and self.share == "gradient":
+            raise InvalidInputError(
+                f"learning_rate {self.learning_rate!r} is one for each round, but clients that "
+                "share a gradient take no step; give one number"
+            )
+        return self
 
 
 class Threat(_Section):

@@ -63,9 +63,9 @@ def make_strategy(scenario: Scenario) -> Strategy:
     }
     name = scenario.strategy.name
     if name == "FedSGD":
-        fixed["learning_rate"] = scenario.training.learning_rate
+        fixed["learning_rate"] = scenario.training.first_rate
     if name == "QFedAvg":
-        fixed["client_learning_rate"] = scenario.training.learning_rate
+        fixed["client_learning_rate"] = scenario.training.first_rate
     kind = FedSGD if name == "FedSGD" else getattr(flower, name)
     options = scenario.strategy.options
     for key, value in options.items():
@@ -145,7 +145,7 @@ def serve(
         model.load_state_dict(clock.arrays.to_torch_state_dict())
         metric = _metric(model, training_data(scenario).shape, scenario.seed)
         model.load_state_dict(arrays.to_torch_state_dict())
-        accuracy, loss = evaluate(model, images)
+        accuracy, loss = evaluate(model, images, scenario.training.local)
         row = {
             "accuracy": accuracy,
             "loss": loss,

@@ -10,7 +10,8 @@ from fedleak.strategies.mods import noise_seed  # type: ignore[import-not-found]
 from torch import Tensor, nn
 
 from fedleak.client.compute import example_gradients, gradient, train
-from fedleak.client.loss import CrossEntropy
+from fedleak.client.loss import BinaryCrossEntropy, CrossEntropy
+from fedleak.client.training import LocalTraining
 from fedleak.data import LabelledImages, load_data
 from fedleak.defences import defend_examples
 from fedleak.models import build_model
@@ -53,28 +54,33 @@ def local_gradient(
     model.train()
     spec = scenario.defence.spec
     if spec.examples:
-        examples, each = example_gradients(model, images, labels)
+        examples, each = example_gradients(model, images, labels, scenario.training.local)
         stream = noise_seed(scenario.seed, client, server_round)
         return defend_examples(examples, spec, stream), each
-    return gradient(model, images, labels)
+    return gradient(model, images, labels, scenario.training.local)
 
 
 def local_training(
     model: nn.Module, scenario: Scenario, client: int, server_round: int, proximal_mu: float = 0.0
 ) -> float:
-    """Take the local steps of SGD, in place; return the mean loss.
+    """Take the local steps, in place; return the mean loss.
 
     ``proximal_mu`` weighs FedProx's term ``mu / 2 * ||w - w_sent||^2``.
     """
     model.train()
     local, data = scenario.training.local, training_data(scenario)
     assert local is not None  # it shares weights
+    local = local.at(server_round)
     batches = (data.batch(batch) for batch in client_batches(scenario, client, server_round))
     return train(model, batches, local, proximal_mu)
 
 
-def evaluate(model: nn.Module, images: LabelledImages) -> tuple[float, float]:
+def evaluate(
+    model: nn.Module, images: LabelledImages, training: LocalTraining | None = None
+) -> tuple[float, float]:
     """Return accuracy and mean cross-entropy; the model's mode stays as it is.
+
+    Images are normalised as ``training`` says; one output is that of a binary task.
 
     Attack and metric read from the mode whether clients normalise by batch statistics.
     """
@@ -84,9 +90,12 @@ def evaluate(model: nn.Module, images: LabelledImages) -> tuple[float, float]:
     with torch.no_grad():
         for first in range(0, len(images), 500):
             x, y = images.batch(range(first, min(first + 500, len(images))))
-            logits = model(x)
-            correct += int((logits.argmax(1) == y).sum())
-            loss += float(CrossEntropy(reduction="sum").value(logits, y))
+            logits = model(x if training is None else training.seen(x))
+            one = logits.shape[1] == 1
+            found = (logits[:, 0] > 0).long() if one else logits.argmax(1)
+            correct += int((found == y).sum())
+            kind = BinaryCrossEntropy if one else CrossEntropy
+            loss += float(kind(reduction="sum").value(logits, y))
     model.train(mode)
     return correct / len(images), loss / len(images)
 

@@ -37,6 +37,9 @@ from .work import PLACES, InBackground, InRound, Limits, Place
 
 __all__ = ["Leak", "MaliciousServer", "Shared"]
 
+#: What the server's message to a client holds beside the weights.
+Config = Mapping[str, object]
+
 
 @dataclass(frozen=True, eq=False)
 class Leak:
@@ -92,10 +95,14 @@ class MaliciousServer(DelegatingStrategy):
         Shape (C, H, W) of one image.
     attack : str, Attack or None
         A registered name, or an attack. None only captures.
-    training : LocalTraining, optional
-        How clients train before they share weights. Without it they share a gradient.
-    images : int
-        Number of images that a client uses in one round.
+    training : LocalTraining or callable, optional
+        What clients do and reply: loss, optimiser, learning rate, normalisation.
+        Without it they share a gradient of the mean cross-entropy. A callable says it of each
+        client: ``(server_round, node_id, config) -> LocalTraining or None``, with ``config`` what
+        the server's message holds beside the weights.
+    images : int or callable
+        Number of images that a client uses in one round; a callable says it of each client, as
+        for ``training``.
     threat : ThreatModel
         What the server knows and may do. With ``view="sum"`` it sees, as under secure
         aggregation, only the sum over all clients: simulated, by adding up what was received.
@@ -143,8 +150,8 @@ class MaliciousServer(DelegatingStrategy):
         model: nn.Module | Callable[[], nn.Module],
         input_shape: tuple[int, int, int],
         attack: str | Attack | None = "hybrid",
-        training: LocalTraining | None = None,
-        images: int = 1,
+        training: LocalTraining | Callable[[int, int, Config], LocalTraining | None] | None = None,
+        images: int | Callable[[int, int, Config], int] = 1,
         threat: ThreatModel = HONEST,
         labels_of: Callable[[int, int], Sequence[int]] | None = None,
         every: int = 1,
@@ -193,19 +200,25 @@ class MaliciousServer(DelegatingStrategy):
                 atexit.register(self.wait)  # also where another strategy runs the rounds
         self.last_leaks: list[Leak] = []
         self._sent: dict[int, dict[str, Tensor]] = {}
+        self._configs: dict[int, dict[str, object]] = {}
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         messages = list(super().configure_train(server_round, arrays, config, grid))
-        self._sent = {}
+        self._sent, self._configs = {}, {}
         copies: dict[int, dict[str, Tensor]] = {}  # clients mostly share one record
         for message in messages:
             record = next(iter(message.content.array_records.values()), None)
             if record is not None:
                 if id(record) not in copies:
                     copies[id(record)] = self._named(_to_tensors(record), self.model.state_dict())
-                self._sent[message.metadata.dst_node_id] = copies[id(record)]
+                node = message.metadata.dst_node_id
+                self._sent[node] = copies[id(record)]
+                # Copied: strategies may go on with the record that they send.
+                self._configs[node] = {
+                    k: v for c in message.content.config_records.values() for k, v in c.items()
+                }
         return messages
 
     def aggregate_train(
@@ -282,12 +295,13 @@ class MaliciousServer(DelegatingStrategy):
     def _attack_groups(
         self, server_round: int, observations: dict[tuple[int, ...], Observation]
     ) -> None:
-        """Attack together what is of one model."""
+        """Attack together what is of one model and one kind of client."""
         if self._work is None:
             return
-        groups: dict[int, dict[tuple[int, ...], Observation]] = {}
+        groups: dict[tuple[int, Terms], dict[tuple[int, ...], Observation]] = {}
         for nodes, observation in observations.items():
-            groups.setdefault(id(observation.model), {})[nodes] = observation
+            kind = id(observation.model), replace(observation.terms, labels=None)
+            groups.setdefault(kind, {})[nodes] = observation
         chosen = [(self._attack_for(next(iter(group))), group) for group in groups.values()]
         for done in self._work.add(server_round, chosen):
             self._report_done(*done)
@@ -333,21 +347,32 @@ class MaliciousServer(DelegatingStrategy):
         if id(sent) not in models:
             models[id(sent)] = load_sent(copy.deepcopy(self.model), sent)
         model = models[id(sent)]
-        like = dict(model.named_parameters()) if self.training is None else model.state_dict()
+        training, images = self._declared(server_round, node)
+        trains = training is not None and training.trains
+        like = model.state_dict() if trains else dict(model.named_parameters())
         labels = None
         if self.threat.labels and self.labels_of is not None:
             labels = tuple(int(y) for y in self.labels_of(server_round, node))
         terms = Terms(
             input_shape=self.input_shape,
-            images=self.images,
+            images=images,
             labels=labels,
             threat=self.threat,
-            training=self.training,
-            shared="gradient" if self.training is None else "weights",
+            training=training,
+            shared="weights" if trains else "gradient",
             defence=self.defence,
         )
         received = self._named(_to_tensors(record), like)
         return Update(server_round, (node,), sent, received, terms)
+
+    def _declared(self, server_round: int, node: int) -> tuple[LocalTraining | None, int]:
+        """Return what one client does in one round, and how many images it has."""
+        config, training, images = self._configs[node], self.training, self.images
+        if callable(training):
+            training = training(server_round, node, config)
+        if callable(images):
+            images = images(server_round, node, config)
+        return None if training is None else training.at(server_round, config), images
 
     @staticmethod
     def _named(arrays: dict[str, Tensor], like: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -118,7 +118,7 @@ def _informed_labels(gradient: Gradients, errors: Gradients, replay: Replay) -> 
     head = head_of(gradient, errors, replay)
     if head is None:
         raise UnsupportedModelError(NO_HEAD)
-    kept = torch.where(head.bias_errors.isfinite(), head.bias, 0.0)
+    kept = head.bias  # zero where it is lost; an entry of unknown size has still its sign
     least, inferred = kept.min(1, keepdim=True)
     doubtful = (least >= 0)[:, 0]
     if not bool(doubtful.any()):

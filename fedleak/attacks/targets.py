@@ -148,9 +148,9 @@ class ModuleTarget(Target):
         self.evidence = evidence
         self.names = list(evidence.gradient)
         known = list(evidence.gradient.values())
-        self.features = _head_input(evidence)
+        self.features = None if evidence.signs else _head_input(evidence)
         known += [] if self.features is None else [self.features]
-        known += evidence.statistics.values()
+        known += [] if evidence.signs else evidence.statistics.values()
         errors = [torch.zeros_like(k) for k in known]
         self.calibrated = evidence.defended
         if evidence.defended:
@@ -208,8 +208,10 @@ class SignTarget(ModuleTarget):
         return joined if self._kept is None else joined[:, self._kept]
 
     def made(self, images: Tensor, hidden: Tensor | None = None) -> Tensor:
-        replayed = self.evidence.replay(images, self.evidence.labels)
-        return self._joined([replayed.gradients[n] for n in self.names])
+        replay = self.evidence.replay
+        made = replay(images, self.evidence.labels).gradients
+        taken, sent = replay.client.update_rule.taken, replay.parameters
+        return self._joined([taken(made[n], sent[n]) for n in self.names])
 
     def subset(self, index: Tensor) -> SignTarget:
         return SignTarget(self.evidence.subset(index))

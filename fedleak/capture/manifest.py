@@ -40,6 +40,7 @@ _Side = Annotated[int, Field(ge=1, le=PIXELS)]
 _Label = Annotated[int, Field(ge=0, le=1 << 31)]
 _Node = Annotated[int, Field(ge=-(1 << 63), lt=1 << 64)]
 _Text = Annotated[str, Field(max_length=LETTERS)]
+_Numbers = Annotated[tuple[float, ...], Field(max_length=1000)]
 _Names = Annotated[tuple[_Text, ...], Field(max_length=MANY)]
 _FILE = r"^[A-Za-z0-9][A-Za-z0-9_-]*\.safetensors$"
 _SHA256 = r"^[0-9a-f]{64}$"
@@ -113,7 +114,7 @@ class _StoredTerms(_Part):
     images: int = Field(1, ge=1, le=MANY)
     labels: tuple[_Label, ...] | None = Field(None, max_length=MANY)
     threat: dict[str, bool | _Text] = {}
-    training: dict[str, int | float] | None = None
+    training: dict[str, int | float | _Text | _Numbers] | None = None
     shared: Shared = "gradient"
     defence: _Text | None = None
 
@@ -124,7 +125,7 @@ class _StoredTerms(_Part):
             "images": terms.images,
             "labels": terms.labels,
             "threat": asdict(terms.threat),
-            "training": None if terms.training is None else asdict(_known_training(terms)),
+            "training": None if terms.training is None else _known_training(terms).to_dict(),
             "shared": terms.shared,
             "defence": None if terms.defence is None else str(terms.defence),
         }
@@ -190,9 +191,16 @@ def _known_training(terms: Terms) -> LocalTraining:
     assert training is not None
     if not threat.learning_rate:
         training = replace(training, learning_rate=1.0, weight_decay=0.0)
+        training = _without_options(training)
     if not threat.local_steps:
         training = replace(training, batch_size=terms.own, epochs=1, momentum=0.0, weight_decay=0.0)
+        training = _without_options(training)
     return training
+
+
+def _without_options(training: LocalTraining) -> LocalTraining:
+    """Return it without the numbers of its optimiser, of which only the kind is known."""
+    return replace(training, optimiser=training.told_rule)
 
 
 def describe_model(

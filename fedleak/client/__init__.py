@@ -6,7 +6,7 @@ and metric replay it with :mod:`fedleak.client.replay`.
 
 from fedleak.client.compute import example_gradients, gradient, train
 from fedleak.client.loss import LOSSES, BinaryCrossEntropy, CanonicalLoss, CrossEntropy, Loss
-from fedleak.client.optimiser import OPTIMISERS, SGD, Optimiser
+from fedleak.client.optimiser import OPTIMISERS, SGD, Adam, AdamW, Optimiser
 from fedleak.client.replay import Replay
 from fedleak.client.training import LocalTraining
 
@@ -14,6 +14,8 @@ __all__ = [
     "LOSSES",
     "OPTIMISERS",
     "SGD",
+    "Adam",
+    "AdamW",
     "BinaryCrossEntropy",
     "CanonicalLoss",
     "CrossEntropy",

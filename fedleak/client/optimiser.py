@@ -6,6 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -24,7 +25,11 @@ class Optimiser(ABC):
     ----------
     slots : int
         Tensors of state for each weight.
+    signs : bool
+        Whether a step tells little more of a gradient than the signs of its entries.
     """
+
+    signs: ClassVar[bool] = False
 
     @property
     def slots(self) -> int:
@@ -77,6 +82,20 @@ class Optimiser(ABC):
     def change(self, view: Tensor, sent: Tensor, rate: float, gain: float) -> Tensor:
         """Return the change of weights that a one-step view is of."""
         return rate * gain * view
+
+    def taken(self, gradient: Tensor, sent: Tensor) -> Tensor:
+        """Return what a first step takes for the gradient of a parameter: with coupled decay."""
+        return gradient
+
+    def one_step_errors(
+        self, change: Tensor, sent: Tensor, rate: float, gain: float
+    ) -> Tensor | None:
+        """Return how far each entry of :meth:`one_step_view` may be from the gradient's.
+
+        As a standard deviation, infinite where it says no more than a sign; None where nothing is
+        lost but rounding alike in all entries.
+        """
+        return None
 
     def torch(self, parameters: Iterable[Tensor], rate: float) -> torch.optim.Optimizer:
         """Return the optimiser as clients run it, in place."""
@@ -172,6 +191,149 @@ class SGD(Optimiser):
         return torch.optim.SGD(
             parameters, rate, self.momentum, weight_decay=self.weight_decay, nesterov=self.nesterov
         )
+
+
+#: Rounding of a first step of Adam in float32, relative to it, and of the weight after it,
+#: relative to the weight: standard deviations.
+_ROUNDED_STEP, _ROUNDED_WEIGHT = 1.5e-7, 4e-8
+#: What a step lacks to a whole one counts from so many times its rounding.
+_RESOLVED = 4
+
+
+@dataclass(frozen=True)
+class _Adaptive(Optimiser):
+    """What Adam and AdamW share; ``beta1``, ``beta2`` and ``eps`` as in torch."""
+
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    signs: ClassVar[bool] = True
+    _decoupled: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        _demand_numbers(self)
+        if self.beta1 >= 1 or self.beta2 >= 1:
+            raise InvalidInputError(
+                f"beta1 ({self.beta1}) and beta2 ({self.beta2}) must be below 1"
+            )
+
+    @property
+    def slots(self) -> int:
+        return 2
+
+    def taken(self, gradient: Tensor, sent: Tensor) -> Tensor:
+        return gradient if self._decoupled else gradient + self.weight_decay * sent
+
+    def step(
+        self,
+        weights: Sequence[Tensor],
+        gradients: Sequence[Tensor],
+        state: Sequence[Tensor],
+        rate: float,
+        number: int,
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        count, decay = len(weights), self.weight_decay
+        gradients = [self.taken(g, w) for g, w in zip(gradients, weights, strict=True)]
+        first = [
+            self.beta1 * m + (1 - self.beta1) * g
+            for m, g in zip(state[:count], gradients, strict=True)
+        ]
+        second = [
+            self.beta2 * v + (1 - self.beta2) * g.square()
+            for v, g in zip(state[count:], gradients, strict=True)
+        ]
+        own, square = 1 - self.beta1**number, 1 - self.beta2**number
+        kept = 1 - rate * decay if self._decoupled else 1.0
+        # The smallest number under the root keeps its derivative finite where a gradient is zero.
+        moved = [
+            kept * w - rate * (m / own) / ((v / square + 1e-300).sqrt() + self.eps)
+            for w, m, v in zip(weights, first, second, strict=True)
+        ]
+        return moved, [*first, *second]
+
+    def _step(self, change: Tensor, sent: Tensor, rate: float, gain: float) -> Tensor:
+        """Return the step in learning rates, without decoupled decay: about a sign."""
+        decay = self.weight_decay if self._decoupled else 0.0
+        return change / (rate * gain) - decay * sent
+
+    def _missing(self, step: Tensor, sent: Tensor, rate: float) -> tuple[Tensor, Tensor]:
+        """Return what a first step lacks to a whole one, and the rounding of that.
+
+        ``|g| / (|g| + eps)`` lacks ``eps / (|g| + eps)``: rounding of weights hides what is small.
+        """
+        rounding = torch.hypot(_ROUNDED_STEP * step, _ROUNDED_WEIGHT * sent / rate)
+        return 1 - step.abs(), rounding
+
+    def one_step_view(self, change: Tensor, sent: Tensor, rate: float, gain: float) -> Tensor:
+        step = self._step(change, sent, rate, gain)
+        if gain != 1:
+            return step
+        lacks, rounding = self._missing(step, sent, rate)
+        size = self.eps * (1 / lacks.maximum(_RESOLVED * rounding).clamp_min(1e-12) - 1)
+        return step.sign() * size.clamp_min(0.0) - self.taken(torch.zeros_like(sent), sent)
+
+    def one_step_errors(
+        self, change: Tensor, sent: Tensor, rate: float, gain: float
+    ) -> Tensor | None:
+        if gain != 1:
+            return None
+        step = self._step(change, sent, rate, gain)
+        lacks, rounding = self._missing(step, sent, rate)
+        told = lacks > _RESOLVED * rounding
+        error = self.eps * rounding / lacks.clamp_min(1e-12).square()
+        return torch.where(told, error, torch.inf)
+
+    def change(self, view: Tensor, sent: Tensor, rate: float, gain: float) -> Tensor:
+        decay = self.weight_decay if self._decoupled else 0.0
+        if gain == 1:
+            g = self.taken(view, sent)
+            view = g / (g.abs() + self.eps)
+        return rate * gain * (view + decay * sent)
+
+
+@OPTIMISERS.register("adam")
+@dataclass(frozen=True)
+class Adam(_Adaptive):
+    """Adam (Kingma & Ba 2015), as ``torch.optim.Adam``: weight decay is part of the gradient.
+
+    Its first step is ``rate * g / (|g| + eps)``: the one-step view is between -1 and 1, tells the
+    sign of every entry, and of its size only where that is near ``eps``; nothing of how large a
+    gradient is beside another. Of several steps it is a mean of such.
+
+    Parameters
+    ----------
+    beta1, beta2 : float
+        Of the two running means, in [0, 1).
+    eps : float
+    weight_decay : float
+    """
+
+    def torch(self, parameters: Iterable[Tensor], rate: float) -> torch.optim.Optimizer:
+        betas = self.beta1, self.beta2
+        return torch.optim.Adam(parameters, rate, betas, self.eps, self.weight_decay)
+
+
+@OPTIMISERS.register("adamw")
+@dataclass(frozen=True)
+class AdamW(_Adaptive):
+    """Adam with decoupled weight decay (Loshchilov & Hutter 2019), as ``torch.optim.AdamW``.
+
+    Its one-step view is that of :class:`Adam`, the decay taken out.
+
+    Parameters
+    ----------
+    beta1, beta2, eps : float
+        As for :class:`Adam`.
+    weight_decay : float
+    """
+
+    weight_decay: float = 0.01
+    _decoupled: ClassVar[bool] = True
+
+    def torch(self, parameters: Iterable[Tensor], rate: float) -> torch.optim.Optimizer:
+        betas = self.beta1, self.beta2
+        return torch.optim.AdamW(parameters, rate, betas, self.eps, self.weight_decay)
 
 
 def _demand_numbers(optimiser: Optimiser) -> None:

@@ -133,6 +133,11 @@ class LocalTraining:
         return SGD(self.momentum, self.weight_decay)
 
     @property
+    def told_rule(self) -> Optimiser | None:
+        """The optimiser, where its kind alone says what a reply is: signs."""
+        return self.update_rule if self.update_rule.signs else None
+
+    @property
     def criterion(self) -> Loss:
         """What clients minimise."""
         assert isinstance(self.loss, Loss)
@@ -233,7 +238,9 @@ class LocalTraining:
 
         Loss and normalisation are: the update is then a gradient up to a factor.
         """
-        left = LocalTraining(loss=self.loss, reply="gradient", mean=self.mean, std=self.std)
+        left = LocalTraining(
+            optimiser=self.told_rule, loss=self.loss, reply="gradient", mean=self.mean, std=self.std
+        )
         return None if left == LocalTraining(reply="gradient") else left
 
     def to_dict(self) -> dict[str, Any]:
