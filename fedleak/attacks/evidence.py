@@ -114,9 +114,12 @@ class Evidence:
             labels = torch.zeros(len(observations), first.images, dtype=torch.int64, device=where)
         granted = torch.tensor([o.labels is not None for o in observations], device=where)
         simulated = None
-        if simulate and first.terms.trained is not None and first.terms.steps > 1:
+        trained = first.terms.trained
+        signs = trained is not None and trained.update_rule.signs
+        # A replay of steps that are nearly signs has hardly a derivative: signs are matched.
+        if simulate and trained is not None and first.terms.steps > 1 and not signs:
             # Without recomputation torch.func can transform it; one image needs no memory.
-            simulated = LocalReplay(replay, first.terms.trained, first.clients, first.images > 1)
+            simulated = LocalReplay(replay, trained, first.clients, first.images > 1)
         if rescales == "update" and infer and first.images == 1:
             gradient, errors, rescales = _unscaled(gradient, errors, labels, replay)
         return cls(
