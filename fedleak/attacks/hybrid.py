@@ -35,7 +35,7 @@ from fedleak.errors import InvalidInputError, UnsupportedModelError
 from fedleak.images import read_images
 from fedleak.observation import Observation
 from fedleak.priors import PRIORS, Prior, make_prior
-from fedleak.systems import Affine
+from fedleak.systems import Affine, Pointwise
 
 #: Two fits below this are equally good: both are within the rounding of float32.
 _ROUNDED = 1e-6
@@ -277,8 +277,12 @@ class HybridAttack(Attack):
             gradient = evidence.gradient[first.weight_name]
             noise, errors = solution.noise_below(depth), evidence.errors.get(first.weight_name)
             deviations = row_deviations(z, solution.deviations[depth], gradient, noise, errors)
-            x = found.images.reshape(-1, *first.in_shape)
+            lead = evidence.chain.lead
+            x = evidence.chain.features(found.images.flatten(0, 1), lead)[-1]
             x, _ = solve_layer(first, z, e, gradient, deviations, x)
+            for above in reversed(evidence.chain.layers[:lead]):
+                assert isinstance(above, Pointwise)
+                x = above.inverse(x)
             found.images = x.reshape(found.images.shape)
         return found
 

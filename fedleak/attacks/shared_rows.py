@@ -37,7 +37,9 @@ def covers(evidence: Evidence, prior: Prior, depth: int) -> bool:
     """Return whether :func:`match_batch` is for this."""
     lead = evidence.chain.lead
     small = math.prod(prior.shape) <= DENSE_UNKNOWNS
-    one_layer = depth == lead + 1 and evidence.chain.layers[lead].ranked
+    layers = evidence.chain.layers
+    one_layer = depth == lead + 1 and layers[lead].ranked
+    one_layer = one_layer and all(layer.reshapes for layer in layers[:lead])
     return evidence.images > 1 and one_layer and prior.gaussian and small
 
 

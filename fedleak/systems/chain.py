@@ -112,8 +112,12 @@ class Chain:
 
     @property
     def lead(self) -> int:
-        """Number of layers that do no more than reshape the image, before any other."""
-        return next((i for i, layer in enumerate(self.layers) if not layer.reshapes), 0)
+        """Number of layers that only reshape or normalise the image, before any other."""
+
+        def leads(layer: Layer) -> bool:
+            return layer.reshapes or isinstance(layer, Standardise)
+
+        return next((i for i, layer in enumerate(self.layers) if not leads(layer)), 0)
 
     def features(self, x: Tensor, depth: int | None = None) -> list[Tensor]:
         """Return the image and the outputs of the first ``depth`` layers (default: all)."""
