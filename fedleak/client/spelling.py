@@ -74,7 +74,7 @@ def _text(value: Any) -> str:
         return "/".join(map(_text, value))
     if isinstance(value, bool):
         return str(value).lower()
-    return f"{value:.17g}" if isinstance(value, float) else str(value)
+    return repr(value).removesuffix(".0") if isinstance(value, float) else str(value)
 
 
 def _value(where: str, kind: Any, text: str) -> Any:
