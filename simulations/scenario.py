@@ -145,14 +145,26 @@ class Training(_Section):
     @field_validator("learning_rate", "mean", "std", mode="before")
     @classmethod
     def _listed(cls, value: Any) -> Any:
-        """Take a list of numbers for its text, and the text of one number for it."""
-        if isinstance(value, (list, tuple)):
-            value = "/".join(map(str, value))
-        return value
+        """Take a list of numbers for its text."""
+        return "/".join(map(str, value)) if isinstance(value, (list, tuple)) else value
+
+    @field_validator("mean", "std", mode="before")
+    @classmethod
+    def _alone(cls, value: Any) -> Any:
+        """Take one number for its text."""
+        one = isinstance(value, (int, float)) and not isinstance(value, bool)
+        return str(value) if one else value
+
+    @field_validator("learning_rate")
+    @classmethod
+    def _positive(cls, value: float | str) -> float | str:
+        rates = _numbers(value)
+        if not rates or not all(rate > 0 for rate in rates):
+            raise ValueError("a learning rate must be above 0")
+        return rates[0] if len(rates) == 1 else value
 
     @model_validator(mode="after")
     def _consistent(self) -> Training:
-        LocalTraining(_numbers(self.learning_rate))
         self.local  # noqa: B018  # refuses what the library does not take
         if len(_numbers(self.learning_rate)) > 1 and self.share == "gradient":
             raise InvalidInputError(
