@@ -186,6 +186,10 @@ class TamperingServer(MaliciousServer):
         )
         super().__init__(sender, model, input_shape, threat=threat, **options)
         self._sender, self._reader = sender, attack_for(made.attack, made.attack_options)
+        if callable(self.images):
+            raise InvalidInputError(
+                "a model is made for one number of images; name it by images, not by a function"
+            )
         sender.model, sender.images = self.model, self.images
         made.prepare(self.model, input_shape, 1, 0, self.images)  # refuses a model that it cannot
 

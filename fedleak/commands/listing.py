@@ -53,7 +53,8 @@ def list_(
     kind: Annotated[
         str | None,
         typer.Argument(
-            help="attacks, defences, models, datasets, priors, scenarios or sweeps [default: all]"
+            help="attacks, defences, losses, optimisers, models, datasets, priors, scenarios or "
+            "sweeps [default: all]"
         ),
     ] = None,
     json_: Annotated[bool, typer.Option("--json", help="Print one JSON object")] = False,
@@ -76,7 +77,8 @@ def entries(kind: str) -> list[Entry]:
     Parameters
     ----------
     kind : str
-        ``attacks``, ``defences``, ``models``, ``datasets``, ``priors``, ``scenarios``, ``sweeps``.
+        ``attacks``, ``defences``, ``losses``, ``optimisers``, ``models``, ``datasets``,
+        ``priors``, ``scenarios``, ``sweeps``.
 
     Raises
     ------
@@ -128,6 +130,18 @@ def _defences() -> Iterator[Entry]:
     yield from _registered(DEFENCES)
 
 
+def _losses() -> Iterator[Entry]:
+    from fedleak.client import LOSSES
+
+    yield from _registered(LOSSES)
+
+
+def _optimisers() -> Iterator[Entry]:
+    from fedleak.client import OPTIMISERS
+
+    yield from _registered(OPTIMISERS)
+
+
 def _models() -> Iterator[Entry]:
     from fedleak.models import MODELS
 
@@ -176,6 +190,8 @@ def _files(folder: Path) -> Iterator[Entry]:
 KINDS: dict[str, Callable[[], Iterator[Entry]]] = {
     "attacks": _attacks,
     "defences": _defences,
+    "losses": _losses,
+    "optimisers": _optimisers,
     "models": _models,
     "datasets": _datasets,
     "priors": _priors,
