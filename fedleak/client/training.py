@@ -102,7 +102,9 @@ class LocalTraining:
         self._check_normalisation()
 
     def _rates(self) -> tuple[Any, ...]:
-        if callable(self.learning_rate) or isinstance(self.learning_rate, str):
+        if isinstance(self.learning_rate, str):  # a name, and no number in quotation marks
+            return () if self.learning_rate[:1].isalpha() else (self.learning_rate,)
+        if callable(self.learning_rate):
             return ()
         rates = self.learning_rate
         if rates == ():
