@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import zlib
 from collections.abc import Callable
 
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
+from torch import nn
 
 from fedleak.defences import DefenceSpec
 from fedleak.strategies import choosing_defence_mod
@@ -29,6 +31,7 @@ def build_client_app(scenario_of: ScenarioOf) -> ClientApp:
         return left, scenario.training.share, scenario.seed
 
     app = ClientApp()
+    template = _Template()
 
     @app.train(mods=[choosing_defence_mod(choose)])
     def train(message: Message, context: Context) -> Message:
@@ -37,11 +40,14 @@ def build_client_app(scenario_of: ScenarioOf) -> ClientApp:
         config = next(iter(message.content.config_records.values()))
         server_round = int(config["server-round"])  # type: ignore[arg-type]
         (arrays,) = message.content.array_records.values()
-        model = make_model(scenario)
+        model = template.copy(scenario)
         model.load_state_dict(arrays.to_torch_state_dict())
         with cpu_threads(scenario.training.threads), torch.random.fork_rng(devices=[]):
-            # What a client draws (dropout) is the same on every engine.
-            torch.manual_seed(zlib.crc32(f"{scenario.seed}/{client}/{server_round}".encode()))
+            # What a client draws (dropout) is the same on every engine. It is a processor's:
+            # torch.manual_seed would queue a seed for every GPU, which takes longer than a step.
+            torch.default_generator.manual_seed(
+                zlib.crc32(f"{scenario.seed}/{client}/{server_round}".encode())
+            )
             if scenario.training.share == "gradient":
                 shared, loss = local_gradient(model, scenario, client, server_round)
             else:
@@ -59,6 +65,21 @@ def build_client_app(scenario_of: ScenarioOf) -> ClientApp:
         return Message(content=RecordDict({"node": record}), reply_to=message)
 
     return app
+
+
+class _Template:
+    """A process's model, never run: a copy of it is what drawing first weights anew would make."""
+
+    def __init__(self) -> None:
+        self._made: tuple[Scenario, nn.Module] | None = None
+
+    def copy(self, scenario: Scenario) -> nn.Module:
+        if self._made is None or self._made[0] != scenario:
+            self._made = scenario, make_model(scenario)
+        try:
+            return copy.deepcopy(self._made[1])
+        except Exception:  # a stranger's model may hold what cannot be copied
+            return make_model(scenario)
 
 
 app = build_client_app(lambda context: from_run_config(context.run_config))
