@@ -6,6 +6,7 @@ from .delegate import DelegatingStrategy
 from .fedsgd import FedSGD
 from .malicious_server import Leak, MaliciousServer
 from .mods import choosing_defence_mod, defence_mod
+from .old_api import capture_fit
 from .reject_invalid import RejectInvalid
 from .tamper_guard import TamperGuard
 from .tampering_server import Tampering, TamperingServer
@@ -20,6 +21,7 @@ __all__ = [
     "TamperGuard",
     "Tampering",
     "TamperingServer",
+    "capture_fit",
     "choosing_defence_mod",
     "defence_mod",
 ]

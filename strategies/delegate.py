@@ -114,6 +114,8 @@ def _refusal(wrapper: str, strategy: object) -> str:
     if hasattr(strategy, "aggregate_fit"):
         return (
             f"{kind} is a strategy of Flower's old API (flwr.server.strategy), which {wrapper} "
-            f"cannot wrap"
+            "cannot wrap; capture what its clients send, and attack that with `fedleak attack`: "
+            "strategy = fedleak.strategies.capture_fit(strategy, Net, (3, 32, 32), "
+            "LocalTraining(0.1), 'captures')"
         )
     return f"{wrapper} wraps a strategy of flwr.serverapp.strategy, not {strategy!r:.100}"
