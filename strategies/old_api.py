@@ -1,4 +1,4 @@
-"""Flower's old API (``NumPyClient``, ``flwr.server.strategy``): capture what its server receives."""
+"""Flower's old API (``NumPyClient``, ``flwr.server.strategy``): what its server gets, captured."""
 
 from __future__ import annotations
 
