@@ -109,6 +109,9 @@ class Training(_Section):
     )
     mean: str = Field("", description="clients normalise images: (x - mean) / std, as 0.5/0.5/0.5")
     std: str = Field("", description="of each channel or of all; empty: images in [0, 1]")
+    norm: Literal["", "train", "eval"] = Field(
+        "", description="statistics of normalisation layers: of the batch, or running; empty: train"
+    )
     threads: int = Field(
         1, ge=1, le=1024, description="CPU threads of one client; fixed for repeatability"
     )
@@ -139,6 +142,7 @@ class Training(_Section):
             reply="gradient" if plain else "weights",
             mean=_numbers(self.mean),
             std=_numbers(self.std),
+            norm=self.norm,
         )
         return declared.as_gradient() if plain else declared
 

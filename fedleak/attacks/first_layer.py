@@ -9,11 +9,11 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fedleak.attacks.base import ATTACKS, Attack, Reconstruction
 from fedleak.attacks.evidence import resolve_device
+from fedleak.client.training import LocalTraining
 from fedleak.errors import UnsupportedModelError
 from fedleak.observation import Observation
 
@@ -162,6 +162,13 @@ class _Rows:
     def __init__(self, seen: Observation, device: torch.device):
         layer = FirstLayer.of(seen.model, seen.input_shape)
         self.seen, self.images = seen, seen.images
+        client = seen.training or LocalTraining(reply="gradient")
+        self.loss = client.criterion
+        if client.mean or self.loss.counted(torch.zeros(1, dtype=torch.int64)) is not None:
+            raise UnsupportedModelError(
+                "rows show images alone where clients do not normalise them and their loss weighs "
+                "all classes alike; the hybrid attack covers the others"
+            )
         self.model = copy.deepcopy(seen.model).double().to(device).eval()
         self.layer: nn.Linear = self.model.get_submodule(layer.first)  # type: ignore[assignment]
         weights = self.layer.weight.detach()
@@ -282,9 +289,10 @@ class _Rows:
         finally:
             handle.remove()
         out = []
-        for label in range(logits.shape[1]):
+        count = self.images if self.loss.reduction == "mean" else 1
+        for label in range(self.loss.classes(logits.shape[1])):
             target = torch.full((len(pixels),), label, device=pixels.device)
-            loss = F.cross_entropy(logits, target, reduction="sum") / self.images
+            loss = self.loss.each(logits, target).sum() / count
             (cotangent,) = torch.autograd.grad(loss, kept[0], retain_graph=True)
             out.append(self.combined(cotangent.T).T)
         return torch.stack(out)

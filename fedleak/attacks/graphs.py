@@ -29,6 +29,8 @@ def why_not(evidence: Evidence) -> str:
         return "the rules on the model's graph cover one step"
     if evidence.defended or evidence.rescales:
         return "the rules on the model's graph cover updates without a known defence"
+    if evidence.replay.client.mean:
+        return "the rules on the model's graph cover images that clients do not normalise"
     return ""
 
 

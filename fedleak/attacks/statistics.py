@@ -38,7 +38,9 @@ def received_statistics(observations: Sequence[Observation], replay: Replay) -> 
     if not once or first.clients > 1 or not all(o.buffers for o in observations):
         return {}
     known: Gradients = {}
-    for name, module in _counting(first.model):
+    for name, _ in _counting(replay.model):  # in the mode of the clients
+        module = first.model.get_submodule(name)
+        assert isinstance(module, nn.modules.batchnorm._BatchNorm)
         for kind in ("running_mean", "running_var"):
             sent, key = getattr(module, kind), f"{name}.{kind}" if name else kind
             if sent is None or any(key not in o.buffers for o in observations):

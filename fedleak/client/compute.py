@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -31,12 +32,25 @@ def gradient(
     loss : float
     """
     client = training or LocalTraining(reply="gradient")
-    value = client.criterion.value(model(client.seen(images)), labels)
+    with _mode(model, client):
+        value = client.criterion.value(model(client.seen(images)), labels)
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
     found = torch.autograd.grad(
         value, list(trained.values()), materialize_grads=True, allow_unused=True
     )
     return dict(zip(trained, found, strict=True)), value.item()
+
+
+@contextmanager
+def _mode(model: nn.Module, client: LocalTraining) -> Iterator[None]:
+    """Compute in the declared mode of normalisation layers; the model's own comes back."""
+    modes = {m: m.training for m in model.modules()} if client.norm else {}
+    client.in_mode(model)
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
 
 
 def example_gradients(
@@ -92,7 +106,8 @@ def train(
     losses = []
     for images, labels in batches:
         optimiser.zero_grad()
-        loss = training.criterion.value(model(training.seen(images)), labels)
+        with _mode(model, training):
+            loss = training.criterion.value(model(training.seen(images)), labels)
         losses.append(loss.item())
         if proximal_mu:
             away = sum(

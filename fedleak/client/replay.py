@@ -73,7 +73,9 @@ class Replay:
     ):
         self.client = client or LocalTraining(reply="gradient")
         self.loss = self.client.criterion
-        self.model = _deterministic(copy.deepcopy(model)).to(device=device, dtype=dtype)
+        self.model = _deterministic(self.client.in_mode(copy.deepcopy(model))).to(
+            device=device, dtype=dtype
+        )
         self.client.check_channels(input_shape[0])
         if self.client.mean:  # whatever calls the model gives it images in [0, 1]
             self.model.register_forward_pre_hook(self._normalise)

@@ -8,13 +8,14 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fedleak.client.loss import LOSSES, PLAIN, Loss
 from fedleak.client.optimiser import OPTIMISERS, SGD, Optimiser
 from fedleak.client.spelling import parse, spell
 from fedleak.errors import InvalidInputError
 
+Mode = Literal["", "train", "eval"]
 Reply = Literal["weights", "change", "gradient"]
 #: A rate; one for each round; a function of the round; or the name under which the server sends it.
 LearningRate = float | tuple[float, ...] | Callable[[int], float] | str
@@ -47,6 +48,9 @@ class LocalTraining:
     mean, std : tuple of float
         The model sees ``(x - mean) / std``, of each channel or of all; empty for images as they
         are, in [0, 1].
+    norm : {"", "train", "eval"}
+        Whether batch and instance normalisation take the statistics of the batch (``train``) or
+        the running ones; empty: as the mode of the model is.
     """
 
     learning_rate: LearningRate = 1.0
@@ -59,6 +63,7 @@ class LocalTraining:
     reply: Reply = field(default="weights", kw_only=True)
     mean: tuple[float, ...] = field(default=(), kw_only=True)
     std: tuple[float, ...] = field(default=(), kw_only=True)
+    norm: Mode = field(default="", kw_only=True)
 
     def __post_init__(self) -> None:
         for name, least in (("batch_size", 1), ("epochs", 1)):
@@ -99,6 +104,8 @@ class LocalTraining:
             raise InvalidInputError(
                 f"reply must be one of {', '.join(get_args(Reply))}, not {self.reply!r}"
             )
+        if self.norm not in get_args(Mode):
+            raise InvalidInputError(f"norm must be 'train', 'eval' or empty, not {self.norm!r}")
         self._check_normalisation()
 
     def _rates(self) -> tuple[Any, ...]:
@@ -227,6 +234,13 @@ class LocalTraining:
         )
         return (images - mean) / std
 
+    def in_mode(self, model: nn.Module) -> nn.Module:
+        """Put normalisation layers into the mode that is declared, in place; return the model."""
+        for module in model.modules() if self.norm else ():
+            if isinstance(module, nn.modules.batchnorm._NormBase):
+                module.training = self.norm == "train"
+        return model
+
     def check_channels(self, channels: int) -> None:
         """Refuse a normalisation of another number of channels."""
         for name, value in (("mean", self.mean), ("std", self.std)):
@@ -241,8 +255,9 @@ class LocalTraining:
         Loss and normalisation are: the update is then a gradient up to a factor.
         """
         left = LocalTraining(
-            optimiser=self.told_rule, loss=self.loss, reply="gradient", mean=self.mean, std=self.std
-        )
+            optimiser=self.told_rule, loss=self.loss, reply="gradient", mean=self.mean,
+            std=self.std, norm=self.norm,
+        )  # fmt: skip
         return None if left == LocalTraining(reply="gradient") else left
 
     def to_dict(self) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 
 import torch
@@ -81,6 +82,8 @@ class Chain:
         InvalidInputError
             If the module cannot take an image of this shape, or holds NaN.
         """
+        if client is not None and client.norm:
+            model = client.in_mode(copy.deepcopy(model))
         layers = read_layers(model, input_shape)
         if not layers or not isinstance(layers[-1], Dense):
             last = f" but in {layers[-1].name!r}" if layers else ""

@@ -268,6 +268,43 @@ def test_a_normalisation_of_other_channels_is_refused() -> None:
         Replay(network(), SHAPE, client=client)
 
 
+def test_rows_are_not_read_for_what_clients_normalise() -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 200), nn.ReLU(), nn.Linear(200, 10))
+    images, labels = digits(*range(4))
+    client = LocalTraining(reply="gradient", mean=(0.4,), std=(0.3,))
+    sent, _ = gradient(model, images, labels, client)
+    seen = Observation.from_gradient(model, sent, SHAPE, 4, training=client)
+    with pytest.raises(UnsupportedModelError, match="normalise"):
+        make_attack("rows")([seen])
+    _, found = leaked(model, images, labels, client)
+    assert min(found) > 135
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_the_mode_of_normalisation_layers_is_declared(mode: str) -> None:
+    """Whatever mode the server's model is in, and the client's is left as it was."""
+    torch.manual_seed(2)
+    model = nn.Sequential(
+        nn.Conv2d(1, 6, 3), nn.BatchNorm2d(6), nn.Tanh(), nn.Flatten(), nn.Linear(216, 10)
+    ).double()
+    images, labels = digits(*range(4))
+    client = LocalTraining(reply="gradient", norm=mode)  # type: ignore[arg-type]
+    model.train(mode == "train")
+    wanted, _ = gradient(copy.deepcopy(model), images.double(), labels)
+    model.train(mode != "train")
+    sent, _ = gradient(model, images.double(), labels, client)
+    assert model[1].training == (mode != "train")
+    made = Replay(model, SHAPE, client=client)(images.double()[None], labels[None]).gradients
+    for name, g in wanted.items():
+        assert torch.allclose(sent[name], g, atol=1e-12)
+        assert torch.allclose(made[name][0], g, atol=1e-12)
+    if mode == "eval":
+        assert Chain.read(model, SHAPE, client).layers
+    else:
+        with pytest.raises(UnsupportedModelError, match="batch statistics"):
+            Chain.read(model, SHAPE, client)
+
+
 def trained_weights(client: LocalTraining, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
     model = network()
     train(model, [(images, labels)], client)
