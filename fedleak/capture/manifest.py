@@ -34,7 +34,7 @@ VERSION = 1
 MANIFEST = "manifest.json"
 #: Bounds what a hostile file can make the reader allocate, list or compute: things of a kind,
 #: values of pixels of one image and of all that an update is of, local steps, letters.
-MANY, PIXELS, STEPS, LETTERS = 100_000, 1 << 26, 100_000, 1000
+MANY, PIXELS, STEPS, LETTERS = 100_000, 1 << 26, 10_000, 1000
 _Size = Annotated[int, Field(ge=0, le=1 << 40)]
 _Side = Annotated[int, Field(ge=1, le=PIXELS)]
 _Label = Annotated[int, Field(ge=0, le=1 << 31)]
