@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from logging import DEBUG, WARNING
 from typing import Any
 
 import torch
 from fedleak.strategies.mods import noise_seed  # type: ignore[import-not-found]
+from flwr.app import ArrayRecord
 from flwr.common.logger import log
 from torch import Tensor
 
@@ -46,17 +47,17 @@ class UpdatePrediction:
     ----------
     scenario : Scenario
     sent : callable
-        Returns the state dict of the weights that clients were sent in this round.
+        Returns the weights that a client was sent in this round.
     """
 
-    def __init__(self, scenario: Scenario, sent: Callable[[], Mapping[str, Tensor]]):
+    def __init__(self, scenario: Scenario, sent: Callable[[int], ArrayRecord]):
         self.scenario, self._sent = scenario, sent
         options: dict[str, Any] = {**NATURAL, **_image_prior(scenario)}
         self.prior = GaussianPrior(training_data(scenario).shape, **options)
         self._round = 0
         self._information: list[Block] = []
         self._pixels: tuple[int, ...] = ()
-        self._replay: Replay | None = None
+        self._last: tuple[ArrayRecord, Replay] | None = None
         self._warned = False
 
     def __call__(
@@ -93,7 +94,7 @@ class UpdatePrediction:
         """Apply ``metric.predict``."""
         first, self._round = server_round != self._round, server_round
         if first:
-            self._replay, self._information = None, []
+            self._last, self._information = None, []
         mode = self.scenario.metric.predict
         few = unknowns <= EVERY_CLIENT or (first and unknowns <= DENSE_UNKNOWNS)
         return mode == "all" or (mode == "auto" and few)
@@ -107,18 +108,14 @@ class UpdatePrediction:
             raise UnsupportedModelError("the update is the sum of several local steps")
         if len(clients) > 1 and spec.parts:
             raise UnsupportedModelError("the update is the sum of several defended ones")
-        if self._replay is None:
-            model = make_model(scenario)
-            model.load_state_dict(self._sent())
-            demand_judged(model)
-            self._replay = Replay(model, self.prior.shape, client=local)
-        jacobian = UpdateJacobian(self._replay, images, labels)
+        replay = self._replay(clients[0])
+        jacobian = UpdateJacobian(replay, images, labels)
         stream = noise_seed(scenario.seed, clients[0], server_round)
         sent = defend(jacobian.gradient, spec, stream)
         errors = entry_errors(jacobian.gradient, spec, sent)
         if local is not None and local.trains:
             rate = local.at(server_round).rate
-            errors = _of_weights(errors, self._replay.parameters, rate)
+            errors = _of_weights(errors, replay.parameters, rate)
         reference = Reference(jacobian, sent, errors)
         if images.numel() > EVERY_CLIENT:
             found = predict([reference], self.prior)
@@ -127,6 +124,17 @@ class UpdatePrediction:
             found = predict([reference], self.prior, [blocks])
             self._keep(blocks, tuple(images.shape))
         return [decibels(float(rms.square().mean())) for rms in found.rms]
+
+    def _replay(self, client: int) -> Replay:
+        """Return the step of a client on what it was sent; clients mostly share one record."""
+        record = self._sent(client)
+        if self._last is None or self._last[0] is not record:
+            model = make_model(self.scenario)
+            model.load_state_dict(record.to_torch_state_dict())
+            demand_judged(model)
+            local = self.scenario.training.local
+            self._last = record, Replay(model, self.prior.shape, client=local)
+        return self._last[1]
 
     def _keep(self, blocks: Sequence[Block], pixels: tuple[int, ...]) -> None:
         """Keep what an update tells, as a triangle: as many rows as there are pixels."""

@@ -84,11 +84,10 @@ def make_strategy(scenario: Scenario) -> Strategy:
 
 
 class _RoundClock(DelegatingStrategy):
-    """Notes what each round was given, how long the clients took, and what they sent."""
+    """Notes what clients were sent, how long they took, and how much they sent back."""
 
     def __init__(self, strategy: Strategy, scenario: Scenario):
         super().__init__(strategy)
-        self.arrays = ArrayRecord()
         self.asked = 0
         self.traffic = Traffic(scenario)
         self.seconds_train = 0.0
@@ -98,7 +97,7 @@ class _RoundClock(DelegatingStrategy):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         messages = list(super().configure_train(server_round, arrays, config, grid))
-        self.arrays, self.asked, self._begin = arrays, len(messages), time.perf_counter()
+        self.asked, self._begin = len(messages), time.perf_counter()
         return messages
 
     def aggregate_train(
@@ -106,7 +105,7 @@ class _RoundClock(DelegatingStrategy):
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         self.seconds_train = time.perf_counter() - self._begin
         replies = list(replies)
-        self.traffic.measure(self.arrays, replies)
+        self.traffic.measure(self.sent, replies)
         return super().aggregate_train(server_round, replies)
 
 
@@ -133,7 +132,11 @@ def serve(
         attacked = _attacker(attacked, informed, model)
     attacked = _attacker(attacked, recorder, model, capture)
     clock = _RoundClock(attacked, scenario)
-    recorder.predict = UpdatePrediction(scenario, lambda: clock.arrays.to_torch_state_dict())
+
+    def sent_to(client: int) -> ArrayRecord:
+        return next(clock.sent[n] for n, p in ordered.partitions.items() if p == client)
+
+    recorder.predict = UpdatePrediction(scenario, sent_to)
     recorders = [r for r in (recorder, informed) if r is not None]
     images = test_data(scenario)
 
@@ -142,8 +145,10 @@ def serve(
             for one in recorders:
                 one.partitions = ordered.partitions
             return None
-        model.load_state_dict(clock.arrays.to_torch_state_dict())
-        metric = _metric(model, training_data(scenario).shape, scenario.seed)
+        metric = None
+        if clock.sent.usual is not None:
+            model.load_state_dict(clock.sent.usual.to_torch_state_dict())
+            metric = _metric(model, training_data(scenario).shape, scenario.seed)
         model.load_state_dict(arrays.to_torch_state_dict())
         accuracy, loss = evaluate(model, images, scenario.training.local)
         row = {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from logging import DEBUG
 from statistics import median
 
@@ -44,8 +44,11 @@ class Traffic:
         self.shares_weights = scenario.training.share == "weights"
         self.bytes_sent = math.nan
 
-    def measure(self, sent: ArrayRecord, replies: Iterable[Message]) -> None:
-        """Note the replies of one round; those without arrays are left out."""
+    def measure(self, sent: Mapping[int, ArrayRecord], replies: Iterable[Message]) -> None:
+        """Note the replies of one round, by what each node was sent.
+
+        Those without arrays are left out.
+        """
         sizes = []
         for reply in replies:
             record = None
@@ -53,7 +56,8 @@ class Traffic:
                 record = next(iter(reply.content.array_records.values()), None)
             if record:
                 try:
-                    sizes.append(self._bytes(sent, record))
+                    own = sent.get(reply.metadata.src_node_id, ArrayRecord())
+                    sizes.append(self._bytes(own, record))
                 except Exception as error:  # a client may send anything
                     log(DEBUG, "a reply's size cannot be told: %r", error)
         self.bytes_sent = median(sizes) if sizes else math.nan

@@ -12,6 +12,8 @@ from flwr.serverapp.strategy import Result, Strategy
 
 from fedleak.errors import InvalidInputError
 
+from .sent import Sent
+
 _HOOKS = ("configure_train", "aggregate_train", "configure_evaluate", "aggregate_evaluate")
 
 
@@ -41,6 +43,11 @@ class DelegatingStrategy(Strategy):
     strategy : Strategy
         The strategy to wrap, in any state; its settings are not touched.
 
+    Attributes
+    ----------
+    sent : Sent
+        What each node was sent in the last round, as far as this wrapper has seen it.
+
     Raises
     ------
     InvalidInputError
@@ -53,6 +60,7 @@ class DelegatingStrategy(Strategy):
             raise InvalidInputError(_refusal(type(self).__name__, strategy))
         self.strategy = strategy
         self._hooks: dict[str, Callable[..., Any]] = {n: getattr(strategy, n) for n in _HOOKS}
+        self.sent = Sent()
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -74,7 +82,9 @@ class DelegatingStrategy(Strategy):
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        return self._hooks["configure_train"](server_round, arrays, config, grid)
+        messages = list(self._hooks["configure_train"](server_round, arrays, config, grid))
+        self.sent = Sent(messages)
+        return messages
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]

@@ -199,27 +199,22 @@ class MaliciousServer(DelegatingStrategy):
                 self._work = InBackground(self.limits, self.attack)
                 atexit.register(self.wait)  # also where another strategy runs the rounds
         self.last_leaks: list[Leak] = []
-        self._sent: dict[int, dict[str, Tensor]] = {}
-        self._configs: dict[int, dict[str, object]] = {}
+        self._weights: dict[int, dict[str, Tensor]] = {}
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        messages = list(super().configure_train(server_round, arrays, config, grid))
-        self._sent, self._configs = {}, {}
-        copies: dict[int, dict[str, Tensor]] = {}  # clients mostly share one record
-        for message in messages:
-            record = next(iter(message.content.array_records.values()), None)
-            if record is not None:
-                if id(record) not in copies:
-                    copies[id(record)] = self._named(_to_tensors(record), self.model.state_dict())
-                node = message.metadata.dst_node_id
-                self._sent[node] = copies[id(record)]
-                # Copied: strategies may go on with the record that they send.
-                self._configs[node] = {
-                    k: v for c in message.content.config_records.values() for k, v in c.items()
-                }
+        messages = super().configure_train(server_round, arrays, config, grid)
+        self._weights = {}
         return messages
+
+    def _sent_to(self, node: int) -> dict[str, Tensor]:
+        """Return the weights that a node was sent; one and the same for nodes that share them."""
+        record = self.sent[node]
+        if id(record) not in self._weights:
+            named = self._named(_to_tensors(record), self.model.state_dict())
+            self._weights[id(record)] = named
+        return self._weights[id(record)]
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
@@ -237,7 +232,7 @@ class MaliciousServer(DelegatingStrategy):
     def _attack(self, server_round: int, replies: list[Message]) -> None:
         """Observe every client that was asked, capture, attack, and report each leak."""
         by_node = {r.metadata.src_node_id: r for r in replies}
-        asked = list(self._sent)
+        asked = list(self.sent)
         if self.threat.view == "client":  # a sum is over all of them
             asked = asked[: self.max_clients or None]
         self.last_leaks = []
@@ -249,7 +244,7 @@ class MaliciousServer(DelegatingStrategy):
                 update = self._update(server_round, node, by_node.get(node), models)
                 update = replace(update, place=place)
                 kept = self.threat.view == "client" and self._keep(update)
-                observations[(node,)] = update.observe(models[id(self._sent[node])])
+                observations[(node,)] = update.observe(models[id(self._sent_to(node))])
             except Exception as error:  # a client may send anything
                 self._lose(server_round, node, error, note=not kept)
         if self.threat.view == "sum" and observations:
@@ -260,7 +255,7 @@ class MaliciousServer(DelegatingStrategy):
                 if self.attack is not None:
                     self._report(Leak(server_round, nodes, None, str(error)))
                 return
-            sent = self._sent[nodes[0]]
+            sent = self._sent_to(nodes[0])
             self._keep(Update.of_sum(server_round, nodes, sent, observations[nodes]))
         self._attack_groups(server_round, observations)
 
@@ -343,7 +338,7 @@ class MaliciousServer(DelegatingStrategy):
         record = next(iter(reply.content.array_records.values()), None)
         if not record:
             raise InvalidUpdateError("the client's reply holds no arrays")
-        sent = self._sent[node]
+        sent = self._sent_to(node)
         if id(sent) not in models:
             models[id(sent)] = load_sent(copy.deepcopy(self.model), sent)
         model = models[id(sent)]
@@ -367,7 +362,7 @@ class MaliciousServer(DelegatingStrategy):
 
     def _declared(self, server_round: int, node: int) -> tuple[LocalTraining | None, int]:
         """Return what one client does in one round, and how many images it has."""
-        config, training, images = self._configs[node], self.training, self.images
+        config, training, images = self.sent.configs[node], self.training, self.images
         if callable(training):
             training = training(server_round, node, config)
         if callable(images):

@@ -22,6 +22,7 @@ from fedleak.threat import ThreatModel
 
 from .delegate import DelegatingStrategy
 from .malicious_server import MaliciousServer
+from .sent import Sent
 
 __all__ = ["Tampering", "TamperingServer"]
 
@@ -92,6 +93,7 @@ class _Sender(DelegatingStrategy):
                 continue
             self.nodes.add(node)
             self.tampered.append(Tampering(server_round, node, change))
+        self.sent = Sent(messages)
         return messages
 
     def _tampered(

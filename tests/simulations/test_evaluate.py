@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pandas as pd
@@ -242,7 +243,7 @@ def test_bytes_count_what_is_not_zero() -> None:
     sizes = []
     for value in (full, sparse, np.zeros(80, np.float32)):
         message = _reply({"w": value})
-        traffic.measure(ArrayRecord(), [message])
+        traffic.measure({}, [message])
         sizes.append(traffic.bytes_sent)
     assert sizes == [320, 2 * 4 + 10, 0]
 
@@ -251,6 +252,7 @@ def _reply(arrays: dict[str, Any]) -> Message:
     from flwr.app import Array
 
     class Reply:
+        metadata = SimpleNamespace(src_node_id=0)
         content = RecordDict({"a": ArrayRecord({k: Array(v) for k, v in arrays.items()})})
 
         def has_error(self) -> bool:

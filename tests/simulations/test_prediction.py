@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import pytest
+from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
+from flwr.serverapp import Grid
 
 from fedleak.errors import InvalidInputError
-from simulations import prediction
+from simulations import prediction, server_app
 from simulations.engines import simulate
 from simulations.scenario import load_scenario
+from simulations.server_app import make_strategy
+from strategies import DelegatingStrategy
 
 SMALL = ["federation.clients=3", "federation.rounds=2", "data.max_test_images=20"]
 
@@ -146,9 +151,42 @@ def test_the_prior_of_the_images() -> None:
     given = ["attack.options.prior_options={sigma = 0.4}"]
     for options, sigma in (([], 0.25), (given, 0.4),
                            ([*given, "metric.prior_options={sigma = 0.1}"], 0.1)):  # fmt: skip
-        made = prediction.UpdatePrediction(load_scenario(None, options), dict)
+        made = prediction.UpdatePrediction(load_scenario(None, options), lambda _: ArrayRecord())
         assert made.prior.options["sigma"] == sigma
     with pytest.raises(InvalidInputError, match="does not take"):
         load_scenario(None, ["metric.prior_options={sgima = 1}"])
     with pytest.raises(InvalidInputError, match=r"metric\.predict"):
         load_scenario(None, ["metric.predict=always"])
+
+
+class _Muted(DelegatingStrategy):
+    """Sends the first client twice the weights, and others none at all."""
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        messages = list(super().configure_train(server_round, arrays, config, grid))
+        state = arrays.to_torch_state_dict()
+        made = [ArrayRecord({k: factor * v for k, v in state.items()}) for factor in (2.0, 0.0)]
+        for n, message in enumerate(messages):
+            (name,) = message.content.array_records
+            message.content = RecordDict({**message.content, name: made[min(n, 1)]})
+        return messages
+
+
+def test_judged_is_what_was_sent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights that a wrapper changes: c(M) is that of what most clients got, each has its own."""
+    quick = ["attack.name=linear", "federation.rounds=1", "data.size=8"]
+    honest, rounds = run(tmp_path / "honest", *quick)
+    monkeypatch.setattr(
+        server_app, "make_strategy", lambda scenario: _Muted(make_strategy(scenario))
+    )
+    sent, other = run(tmp_path / "sent", *quick)
+    assert other["c_metric"][0] < rounds["c_metric"][0]  # nothing comes through zeros
+    before, after = honest["predicted_psnr_db"].to_numpy(), sent["predicted_psnr_db"].to_numpy()
+    assert after[0] > 60  # the one with weights
+    assert (after[1:] < 20).all()
+    assert (before > 60).all()
+    assert after[0] != before[0]
+    measured = sent["psnr_db"].to_numpy()
+    assert measured[0] > 60 > measured[1:].max()

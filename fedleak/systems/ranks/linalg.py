@@ -62,8 +62,8 @@ def is_definite(
     most : float
         Multiplications to spend: beyond them the answer is no.
     """
-    if gram.shape[0] == 0:
-        return True
+    if gram.shape[0] == 0 or gram.nnz == 0:
+        return gram.shape[0] == 0  # of zeros none counts
     entries = gram.tocoo()
     orders = [reverse_cuthill_mckee(gram, symmetric_mode=True)]
     if key is not None:
