@@ -19,15 +19,9 @@ from fedleak.defences import defend
 from fedleak.errors import FedleakError, UnsupportedModelError
 from fedleak.metric.jacobian import Block, UpdateJacobian
 from fedleak.metric.posterior import decibels, posterior
-from fedleak.metric.prediction import (
-    DENSE_UNKNOWNS,
-    NATURAL,
-    ROUNDING,
-    Reference,
-    demand_judged,
-    entry_errors,
-    predict,
-)
+from fedleak.metric.prediction import DENSE_UNKNOWNS, NATURAL, predict
+from fedleak.metric.reference import Reference, demand_judged, entry_errors
+from fedleak.precision import UNIT
 from fedleak.priors import GaussianPrior
 from simulations.partition import training_data
 from simulations.scenario import Scenario
@@ -147,7 +141,7 @@ class UpdatePrediction:
         """Return the Bayesian Cramer-Rao bound of a round in dB; NaN where it is not defined.
 
         From the mean information of all the updates that were predicted in the round, as
-        :attr:`fedleak.metric.prediction.Prediction.floor_db` of so many references: no attack has
+        :attr:`fedleak.metric.posterior.Prediction.floor_db` of so many references: no attack has
         a greater mean PSNR, for images that follow the prior.
         """
         if server_round != self._round or not self._information:
@@ -171,6 +165,6 @@ def _image_prior(scenario: Scenario) -> dict[str, Any]:
 def _of_weights(errors: Gradients, weights: Gradients, learning_rate: float) -> Gradients:
     """Add the rounding of weights: one step is a gradient times the learning rate."""
     return {
-        k: torch.hypot(e, (ROUNDING / learning_rate * weights[k].square().mean().sqrt()).to(e))
+        k: torch.hypot(e, (UNIT / learning_rate * weights[k].square().mean().sqrt()).to(e))
         for k, e in errors.items()
     }

@@ -19,7 +19,7 @@ from fedleak.metric.attribution import (
     relative_errors,
 )
 from fedleak.metric.posterior import Information, posterior
-from fedleak.metric.prediction import Reference
+from fedleak.metric.reference import Reference
 from fedleak.metric.rows import Block
 
 #: Fractions of each tensor that are tried.

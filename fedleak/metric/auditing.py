@@ -19,17 +19,10 @@ from fedleak.metric.attribution import Attribution, attribute, information
 from fedleak.metric.c_metric import SecurityMetric, security_metric
 from fedleak.metric.influence import Influence, influence
 from fedleak.metric.matrix_free import estimate
-from fedleak.metric.posterior import decibels
-from fedleak.metric.prediction import (
-    DENSE_UNKNOWNS,
-    Prediction,
-    Reference,
-    demand_judged,
-    make_references,
-    natural_prior,
-    predict,
-)
+from fedleak.metric.posterior import Prediction, decibels
+from fedleak.metric.prediction import DENSE_UNKNOWNS, natural_prior, predict
 from fedleak.metric.redesign import redesign
+from fedleak.metric.reference import Reference, demand_judged, make_references
 from fedleak.priors import Prior
 from fedleak.wording import json_ready
 

@@ -20,7 +20,7 @@ from torch.func import functional_call, grad, jvp
 from fedleak.client.replay import Gradients
 from fedleak.metric.derivatives import affordable_steps, derivable
 from fedleak.metric.posterior import decibels
-from fedleak.metric.prediction import Reference
+from fedleak.metric.reference import Reference
 
 #: Power iterations end where the eigenvalue grows by less than this part of it, or after so many
 #: steps, or floating-point operations.

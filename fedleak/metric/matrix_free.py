@@ -17,7 +17,6 @@ import math
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -25,10 +24,9 @@ from torch.func import jvp, vjp
 
 from fedleak import events
 from fedleak.metric.derivatives import affordable_steps, derivable
+from fedleak.metric.posterior import Prediction, decibels
+from fedleak.metric.reference import Reference
 from fedleak.priors import Prior
-
-if TYPE_CHECKING:
-    from fedleak.metric.prediction import Prediction, Reference
 
 #: Relative error of every gradient, at least: conjugate gradients do not get much deeper.
 FLOOR = 1e-3
@@ -114,9 +112,6 @@ def estimate(references: Sequence[Reference], prior: Prior, steps: int = STEPS) 
         the spread over random draws. ``floor_db`` and ``effective_dimensions`` are not known
         (NaN); ``rms`` is that of the random images.
     """
-    from fedleak.metric.posterior import decibels
-    from fedleak.metric.prediction import Prediction
-
     each, errors, spreads = [], [], []
     for n, reference in enumerate(references):
         bounds, spread = _bracket(_Operator(reference, prior), steps, n)

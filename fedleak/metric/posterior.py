@@ -42,6 +42,38 @@ class Posterior:
         return mean_decibels(self.variance.flatten(1).mean(1))
 
 
+@dataclass(frozen=True)
+class Prediction:
+    """Predicted leakage of one update.
+
+    Attributes
+    ----------
+    psnr_db : float
+        Predicted PSNR (peak 1) in dB, the mean over references and images.
+    each_db : tuple of float
+        The same at each reference.
+    floor_db : float
+        Bayesian Cramer-Rao (van Trees) bound: no attack whatever has a greater mean PSNR, for
+        images that follow the prior and errors that are normal and at least as large.
+    effective_dimensions : float
+        Of the ``unknowns`` (all pixels of the batch), the directions that the update tells
+        more of than the prior does.
+    unknowns : int
+    error_db : float
+        Numerical uncertainty of ``psnr_db``; 0 where the Jacobian was held in memory whole.
+    rms : Tensor, shape (B, C, H, W)
+        What is left open of each pixel, root mean square over references.
+    """
+
+    psnr_db: float
+    each_db: tuple[float, ...]
+    floor_db: float
+    effective_dimensions: float
+    unknowns: int
+    error_db: float
+    rms: Tensor
+
+
 def decibels(mse: float) -> float:
     """Return the PSNR in dB, for a peak of 1."""
     return -10 * math.log10(max(mse, 1e-300))

@@ -26,7 +26,8 @@ from torch import Tensor, nn
 
 from fedleak import laboratory, make_attack
 from fedleak.metric import security_metric
-from fedleak.metric.prediction import make_references, natural_prior, predict
+from fedleak.metric.prediction import natural_prior, predict
+from fedleak.metric.reference import make_references
 from fedleak.models import PAPER_NETWORKS, conv_chain
 from fedleak.paper.photographs import photographs
 from fedleak.plots import compress

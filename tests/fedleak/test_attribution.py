@@ -15,8 +15,9 @@ from fedleak.client.replay import Gradients
 from fedleak.metric.adviser import advise
 from fedleak.metric.attribution import LEVEL, attribute, information
 from fedleak.metric.groups import group_layers
-from fedleak.metric.prediction import Reference, make_references, natural_prior, predict
+from fedleak.metric.prediction import natural_prior, predict
 from fedleak.metric.redesign import change, redesign
+from fedleak.metric.reference import Reference, make_references
 
 SHAPE = (2, 6, 6)
 #: Drawn once: synthetic images take longer to draw than to judge.

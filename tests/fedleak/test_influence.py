@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from fedleak.metric.influence import influence
-from fedleak.metric.prediction import Reference, make_references
+from fedleak.metric.reference import Reference, make_references
 from tests.fedleak.test_attribution import dense_jacobian, tiny
 
 SHAPE = (2, 6, 6)

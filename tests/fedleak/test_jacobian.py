@@ -17,7 +17,8 @@ from fedleak.metric import jacobian as jacobian_module
 from fedleak.metric import matrix_free
 from fedleak.metric.jacobian import UpdateJacobian
 from fedleak.metric.posterior import Information, posterior
-from fedleak.metric.prediction import make_references, natural_prior, predict
+from fedleak.metric.prediction import natural_prior, predict
+from fedleak.metric.reference import make_references
 from fedleak.metric.rows import Block
 from fedleak.models import conv_chain
 
