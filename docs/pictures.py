@@ -99,7 +99,7 @@ def first_layer(model: nn.Module) -> tuple[Affine, Tensor, Tensor]:
     layer = chain.layers[0]
     assert isinstance(layer, Affine)
     # errors[i] is dL/d of the output of layer i - 1.
-    ((a, k),) = dense_system(layer, trace.errors[0][0])
+    ((a, k),) = dense_system(layer, trace.cotangents[0][0])
     return layer, a, k
 
 

@@ -10,6 +10,11 @@ from __future__ import annotations
 #: Largest relative error of one rounding to float32, ``2^-24``. A whole gradient is known no
 #: better: the predicted PSNR takes it for every tensor, relative to its root mean square.
 UNIT = 6e-8
+#: Standard deviation of one rounding, relative to the result: evenly within half a unit in the
+#: last place, between ``2^-25`` and ``2^-24`` of it, so between 1.7e-8 and 3.4e-8.
+HALF = 3e-8
+#: Distance of 1 from the next float32 above it, ``2^-23``.
+SPACING = 1.2e-7
 #: Of derivatives that are themselves taken in float32, through a whole network, relative to a
 #: tensor's root mean square: what is left of 24 bits after some hundred terms of either sign.
 DERIVATIVE = 1e-5
@@ -28,9 +33,11 @@ ENTRY = 1e-7
 #: Of a client's softmax, for logits of about 1: its exponentials and their sum are rounded, and
 #: so are the logits, by their size. Measured like :data:`ENTRY`.
 SOFTMAX = 4e-7
+#: What that may come to in all of a softmax's entries together: a difference below it is none.
+SOFTMAX_MOST = 5e-7
 #: Noise of a head's gradient, relative to an entry, above which it is more than rounding: five
 #: times :data:`ENTRY`.
 NOISY = 5e-7
-#: Of a float32 weight after a step, relative to it: evenly within half a unit in the last place,
-#: which is between ``2^-24`` and ``2^-23`` of it, so about ``1.4 * 2^-24 / sqrt(3)``.
+#: Of a float32 weight after a step, relative to the weight: one rounding of the sum, 3.4e-8 at
+#: most (see :data:`HALF`), and a little for that of the step itself.
 WEIGHT = 4e-8

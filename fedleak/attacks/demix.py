@@ -19,8 +19,9 @@ from torch import Tensor
 
 from fedleak import deadline
 from fedleak.attacks.labels import label_candidates
-from fedleak.attacks.mixture import NOISY, Constraint, Mixture, rows_rms
+from fedleak.attacks.mixture import Constraint, Mixture, rows_rms
 from fedleak.client.loss import PLAIN, CanonicalLoss
+from fedleak.precision import NOISY
 
 #: Mean square residual, in units of the rounding expected, of a solution: 0.1 to 2 measured.
 _SOLVED = 5.0
@@ -49,7 +50,7 @@ class Demixed:
     ----------
     inputs : Tensor, shape (B, features)
         The head's inputs.
-    errors : Tensor, shape (B, classes)
+    cotangents : Tensor, shape (B, classes)
         ``dL/dlogits`` of the batch's mean loss.
     labels : Tensor, int64, shape (B,)
     deviation : Tensor, shape (B,)
@@ -64,7 +65,7 @@ class Demixed:
     """
 
     inputs: Tensor
-    errors: Tensor
+    cotangents: Tensor
     labels: Tensor
     deviation: Tensor
     misfit: float
@@ -237,7 +238,7 @@ def _search(problem: Mixture, effort: int) -> Tensor:
     loss = problem.loss
     p = loss.link(loss.unlink(mean) + spread * noise.to(mean))
     target = problem.target.expand(starts, -1, -1)
-    start = torch.linalg.lstsq(problem.errors(p).mT, target).solution
+    start = torch.linalg.lstsq(problem.cotangents(p).mT, target).solution
     problem.unweigh()
     if effort % 2:
         problem.weigh(start[0])

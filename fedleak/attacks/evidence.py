@@ -19,11 +19,10 @@ from fedleak.client.loss import CanonicalLoss
 from fedleak.client.replay import Replay
 from fedleak.errors import InvalidInputError, UnsupportedModelError
 from fedleak.observation import Observation
+from fedleak.precision import WEIGHT
 from fedleak.systems import Chain, Gradients
+from fedleak.tensors import per_update
 from fedleak.terms import Terms
-
-#: Standard deviation of the rounding of a float32 weight after a step, relative to the weight.
-_ULP = 4e-8
 
 
 @dataclass
@@ -220,7 +219,7 @@ class Evidence:
         if training is None:
             return 0.0
         scale = training.rate * training.gain(self.terms.own)
-        return _ULP * float(self.replay.parameters[name].square().mean().sqrt()) / scale
+        return WEIGHT * float(self.replay.parameters[name].square().mean().sqrt()) / scale
 
     @property
     def floor(self) -> Tensor:
@@ -362,7 +361,7 @@ def _unscaled(
     factor = informed.scale(head, labels[:, 0])
 
     def divided(parts: Gradients) -> Gradients:
-        return {k: v / factor.reshape(-1, *[1] * (v.dim() - 1)) for k, v in parts.items()}
+        return {k: v / per_update(factor, v) for k, v in parts.items()}
 
     return divided(gradient), divided(errors), ""
 

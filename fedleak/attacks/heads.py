@@ -18,9 +18,10 @@ from fedleak.attacks.inference import head_of, typical_probabilities
 from fedleak.attacks.mixture import Constraint
 from fedleak.client.loss import CanonicalLoss, Loss
 from fedleak.errors import UnsupportedModelError
-from fedleak.precision import FORWARD, GRADIENT
+from fedleak.precision import FORWARD, GRADIENT, SOFTMAX_MOST
 from fedleak.solvers import cgls
 from fedleak.systems import Affine, Chain, Pointwise
+from fedleak.tensors import per_update
 
 #: Below this noise, relative to an entry's size, an update is as good as undefended.
 CLEAN = 1e-5
@@ -171,7 +172,7 @@ def _normals(layer: Affine, count: int = _NORMALS) -> Tensor:
 
     x, _ = cgls(apply, adjoint, (y,), zero, 1e-13, 3000)
     rest = y - apply(x)[0]
-    return rest / rest.flatten(1).norm(dim=1).reshape(-1, *[1] * len(layer.out_shape))
+    return rest / per_update(rest.flatten(1).norm(dim=1), rest)
 
 
 def _demanded(
@@ -212,7 +213,7 @@ def of_batches(found: list[Demixed], evidence: Evidence) -> HeadSolution:
     noise = torch.tensor([max(b.noise, GRADIENT) for b in found]).to(value)
     labels = torch.stack([b.labels for b in found])
     return HeadSolution(
-        torch.cat([b.errors for b in found]), value, deviation, noise, labels, found
+        torch.cat([b.cotangents for b in found]), value, deviation, noise, labels, found
     )
 
 
@@ -297,7 +298,7 @@ def _scale(w: Tensor, u: Tensor, labels: Tensor, place: int, loss: Loss) -> Tens
         """Return ``(softmax - y) / a - u`` and its derivative, shape (N, len, classes)."""
         logits = w.unsqueeze(1) * torch.exp(-t).unsqueeze(2)
         p = loss.link(logits)
-        g = loss.errors(p.unsqueeze(2), each).squeeze(2)
+        g = loss.from_probabilities(p.unsqueeze(2), each).squeeze(2)
         if loss.independent(u.shape[1]) < u.shape[1]:
             g = g * (1 - own)
             g = g - own * g.sum(2, keepdim=True)  # p - 1 without cancellation
@@ -346,7 +347,7 @@ def _self_consistent(
     size = g.norm(dim=1).clamp_min(1e-300)
     miss = (made - g).norm(dim=1) / size
     # The client's float32 softmax rounds p - y: of a confident model's small g, a large part.
-    rounding = 5e-7 * (1 + logits.abs().amax(1)) / size
+    rounding = SOFTMAX_MOST * (1 + logits.abs().amax(1)) / size
     miss = torch.where(miss < rounding, torch.zeros_like(miss), miss)
     # Of a pruned head entries are missing, and more noise than this bends both.
     whole = (g != 0).all(1) & (noise < _CONTRADICTED)

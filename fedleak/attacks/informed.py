@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 
 from fedleak.client.loss import PLAIN, Loss
+from fedleak.precision import HEAD_GRADIENT
 
-#: Rounding of a float32 gradient's entries, relative to their root mean square.
-_ROUNDING = 3e-7
 #: The head's input and ``dL/dlogits`` are made from each other this often.
 _ROUNDS = 8
 
@@ -59,7 +58,7 @@ def solve(head: Head, label: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         A feature that nothing is known of is 0, and its deviation infinite.
     """
     g, of_g = _first(head, label)
-    floor = _ROUNDING * _rms(head.gradient, head.errors)[:, :, None]
+    floor = HEAD_GRADIENT * _rms(head.gradient, head.errors)[:, :, None]
     variance = head.errors.square() + floor.square()
     x, deviation = _input(head.gradient, variance, g, of_g, torch.zeros_like(g[:, :1]))
     for _ in range(_ROUNDS):
@@ -71,9 +70,9 @@ def solve(head: Head, label: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         factor = (of_g * g).norm(dim=1) / g.square().sum(1).clamp_min(1e-300)
         of_logits = torch.hypot(of_logits, factor[:, None] * logits.abs())
         slope = head.loss.curvature(logits + head.offset, label)
-        of_made = (slope * of_logits).clamp_min(_ROUNDING) + 1e-300
+        of_made = (slope * of_logits).clamp_min(HEAD_GRADIENT) + 1e-300
         made = head.loss.alone(logits + head.offset, label)
-        known = head.bias_errors.square() + (_ROUNDING * head.bias).square() + 1e-300
+        known = head.bias_errors.square() + (HEAD_GRADIENT * head.bias).square() + 1e-300
         # What is received counts where it contradicts: the loss may be another.
         share = torch.where(known.isinf(), 1.0, known / (known + of_made.square()))
         received = torch.where(known.isinf(), 0.0, head.bias)
@@ -99,7 +98,7 @@ def scale(head: Head, label: Tensor) -> Tensor:
 
 def logits_of(head: Head) -> Tensor:
     """Return the logits of single images, (N, classes): no factor of the update is in them."""
-    floor = _ROUNDING * _rms(head.gradient, head.errors)[:, :, None]
+    floor = HEAD_GRADIENT * _rms(head.gradient, head.errors)[:, :, None]
     variance = head.errors.square() + floor.square()
     x, _ = _input(head.gradient, variance, *_first(head, None), torch.zeros_like(head.bias[:, :1]))
     return x @ head.weight.mT + head.offset
@@ -116,7 +115,7 @@ def _first(head: Head, label: Tensor | None) -> tuple[Tensor, Tensor]:
         place = label.unsqueeze(1).clamp(max=u.shape[1] - 1)
         own = u.gather(1, place) * (1 if u.shape[1] > 1 else 2 * label.unsqueeze(1) - 1)
         u = 0.9 * torch.where(own > 0, -1.0, 1.0) * u / own.abs().clamp_min(1e-3)
-    return u, torch.full_like(u, _ROUNDING)
+    return u, torch.full_like(u, HEAD_GRADIENT)
 
 
 def _input(

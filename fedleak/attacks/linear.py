@@ -15,7 +15,7 @@ from fedleak.attacks.solution import LayerSolution, LinearSolution, pick
 from fedleak.observation import Observation
 from fedleak.systems import Above
 from fedleak.systems.system import row_deviations, solve_layer
-from fedleak.tensors import rms, spread
+from fedleak.tensors import per_update, rms
 
 __all__ = [
     "CLEAN",
@@ -116,7 +116,7 @@ def _below(above: LinearSolution, x: Tensor) -> Tensor:
     part = above.noise
     if above.batch > 1:  # images of one batch are known very differently well
         part = above.relative(0).maximum(part.repeat_interleave(above.batch))
-    return (spread(part, x) * rms(x)).expand_as(x)
+    return (per_update(part, x) * rms(x)).expand_as(x)
 
 
 @ATTACKS.register("linear")

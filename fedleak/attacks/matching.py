@@ -20,6 +20,7 @@ from fedleak.client.replay import Gradients, Replay
 from fedleak.errors import InvalidInputError
 from fedleak.observation import Observation
 from fedleak.solvers import lbfgs
+from fedleak.tensors import per_update
 
 #: Evaluations in one step of ``torch.optim.LBFGS`` as the authors of DLG call it.
 _EVALUATIONS = 20
@@ -266,7 +267,7 @@ def _draw(observations: Sequence[Observation], seed: int, count: int) -> Tensor:
 def _normalised(gradient: Gradients) -> Gradients:
     """Return gradients of norm one, so that small ones do not underflow in float32."""
     norm = torch.stack([g.flatten(1).square().sum(1) for g in gradient.values()]).sum(0).sqrt()
-    return {k: g / norm.reshape(-1, *[1] * (g.dim() - 1)) for k, g in gradient.items()}
+    return {k: g / per_update(norm, g) for k, g in gradient.items()}
 
 
 def _package(

@@ -10,13 +10,9 @@ from torch import Tensor
 
 from fedleak import deadline
 from fedleak.client.loss import PLAIN, CanonicalLoss
+from fedleak.precision import ENTRY, NOISY, SOFTMAX
 from fedleak.solvers.gaussian import cholesky
-
-#: Relative rounding of a client's softmax of small logits, and of an entry of its weight
-#: gradient, in float32: measured on the paper's networks, batches of 2 to 32.
-_SOFTMAX, _ENTRY = 4e-7, 1e-7
-#: Relative noise above which it is more than the rounding of a float32 gradient.
-NOISY = 5e-7
+from fedleak.tensors import per_update
 
 #: ``X -> (r, dr)``: what the layers below demand to be zero, (B, q), each of one image alone,
 #: and its derivatives by that image's ``X``, (B, q, F).
@@ -50,7 +46,7 @@ class Mixture:
         self.divisor = divisor.to(self.bias) if isinstance(divisor, Tensor) else divisor
         self.mass = None if mass is None else mass.to(self.bias)  # (B, 1)
         rows = self.gradient.square().mean(1).sqrt()
-        self.of_g = (_ENTRY * rows).maximum(self.noise * rows.square().mean().sqrt())
+        self.of_g = (ENTRY * rows).maximum(self.noise * rows.square().mean().sqrt())
         self.of_g = self.of_g.clamp_min(self.rounding[0])
         self.of_bias = (self.noise * self.bias.square().mean().sqrt()).clamp_min(self.rounding[1])
         self.constraint: Constraint | None = None
@@ -65,7 +61,7 @@ class Mixture:
         """Return probabilities, or changes of them, as they count in ``E``; (..., B, C)."""
         return (p if self.mass is None else self.mass * p) / self.divisor
 
-    def errors(self, p: Tensor) -> Tensor:
+    def cotangents(self, p: Tensor) -> Tensor:
         """Return ``E`` for the probabilities ``p``, shape (..., B, C)."""
         return ((p if self.mass is None else self.mass * p) - self.own) / self.divisor
 
@@ -85,12 +81,12 @@ class Mixture:
         """Set the weights by the rounding of the client's softmax and sums, given ``M``."""
         logits = m @ self.logits + self.offset
         p = self.loss.link(logits)
-        of_basis = self.of_basis(self.errors(p))
+        of_basis = self.of_basis(self.cotangents(p))
         # Of each image's p, relative: rounding, and what noise in its input does to
         # its logits. (Rounding does so too, but less than its size lets expect.)
         spread = (self.weight - self.weight.mean(0)).square().sum(1).mean().sqrt()
         spread = spread * (self.noise > NOISY)
-        rounding = _SOFTMAX * (1 + logits.abs().amax(1))
+        rounding = SOFTMAX * (1 + logits.abs().amax(1))
         of_p = torch.hypot(rounding, of_basis * spread)
         of_e = self._counted(of_p.unsqueeze(1) * p)
         level = of_e.mean(1, keepdim=True)
@@ -103,7 +99,7 @@ class Mixture:
         self.sums = 1 / torch.hypot(of_e.square().sum(0).sqrt(), self.of_bias)
         if self.constraint is not None:
             x = m @ self.basis
-            of_x = torch.hypot(of_basis, _ENTRY * rows_rms(x))
+            of_x = torch.hypot(of_basis, ENTRY * rows_rms(x))
             change = self.constraint(x)[1].norm(dim=2)
             self.demands = 1 / (change * of_x.unsqueeze(1)).clamp_min(1e-300)
 
@@ -114,7 +110,7 @@ class Mixture:
     def evaluate(self, m: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """Return ``P``, ``E``, both residuals and their sum of squares for (K, B, B)."""
         p = self.loss.link(m @ self.logits + self.offset)
-        e = self.errors(p)
+        e = self.cotangents(p)
         r1 = ((e.mT @ m - self.target) @ self.mix) * self.rows.unsqueeze(1)
         r2 = (e.sum(1) - self.bias) * self.sums
         value = r1.square().sum((1, 2)) + r2.square().sum(1)
@@ -167,7 +163,7 @@ class Mixture:
             gained = down & (value_ < value * (1 - 1e-4))
             idle = torch.where(gained, 0, idle + 1)
             m, p, e, r1, r2, value = (
-                torch.where(down.reshape(-1, *[1] * (new.dim() - 1)), new, old)
+                torch.where(per_update(down, new), new, old)
                 for new, old in zip(
                     (trial, p_, e_, r1_, r2_, value_), (m, p, e, r1, r2, value), strict=True
                 )

@@ -10,6 +10,7 @@ from torch import Tensor
 from fedleak.attacks.evidence import Evidence
 from fedleak.attacks.linear import LinearSolution
 from fedleak.attacks.statistics import batch_statistics
+from fedleak.tensors import per_update
 
 #: Relative error at which values count, at least, where there is no Jacobian, and where evidence
 #: is weighed.
@@ -112,7 +113,7 @@ class ChainTarget(Target):
             if evidence.defended:
                 return evidence.errors[name]
             size = g.flatten(1).square().mean(1).sqrt() * noise
-            return size.reshape(-1, *[1] * (g.dim() - 1))
+            return per_update(size, g)
 
         self._known(
             [self._together(solution.values[depth]), *gradients],
@@ -181,7 +182,7 @@ class ModuleTarget(Target):
 def without_silent(evidence: Evidence, errors: list[Tensor]) -> list[Tensor]:
     """Return errors of the gradients, infinite of what is rounding only."""
     return [
-        torch.where(evidence.silent[n].reshape(-1, *[1] * (e.dim() - 1)), torch.inf, e)
+        torch.where(per_update(evidence.silent[n], e), torch.inf, e)
         for n, e in zip(evidence.gradient, errors, strict=True)
     ]
 

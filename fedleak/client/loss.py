@@ -172,9 +172,9 @@ class CanonicalLoss(Loss):
         """
 
     def cotangent(self, logits: Tensor, labels: Tensor) -> Tensor:
-        return self.errors(self.link(logits), labels)
+        return self.from_probabilities(self.link(logits), labels)
 
-    def errors(self, p: Tensor, labels: Tensor) -> Tensor:
+    def from_probabilities(self, p: Tensor, labels: Tensor) -> Tensor:
         """Return ``dL/dlogits`` for probabilities ``p``, shape (..., B, outputs)."""
         mass = self.mass(labels, p.shape[-1])
         e = (p if mass is None else mass.to(p) * p) - self.targets(labels, p.shape[-1]).to(p)

@@ -207,7 +207,7 @@ def _image_shape(shape: tuple[int, int, int]) -> tuple[int, int, int]:
 def _layer_rank(
     chain: Chain, trace: Trace, i: int, layer: Affine, weight: float, effort: Effort
 ) -> LayerRank:
-    e = trace.errors[i][0]
+    e = trace.cotangents[i][0]
     if not bool(e.isfinite().all()):
         raise InvalidInputError(
             f"the gradient at layer {layer.name!r} is not finite: its weights, or those after "

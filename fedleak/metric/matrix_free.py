@@ -27,6 +27,7 @@ from fedleak.metric.derivatives import affordable_steps, derivable
 from fedleak.metric.posterior import Prediction, decibels
 from fedleak.metric.reference import Reference
 from fedleak.priors import Prior
+from fedleak.tensors import per_update
 
 #: Relative error of every gradient, at least: conjugate gradients do not get much deeper.
 FLOOR = 1e-3
@@ -171,17 +172,14 @@ def _conjugate_gradients(
     def inner(a: Tensor, b: Tensor) -> Tensor:
         return (a * b).flatten(1).sum(1)
 
-    def column(a: Tensor) -> Tensor:
-        return a.reshape(-1, *[1] * (rhs.dim() - 1))
-
     size = inner(r, r)
     for _ in events.steps(steps, "conjugate gradients"):
         moved = apply(p)
         length = size / inner(p, moved).clamp_min(1e-300)
-        v, r = v + column(length) * p, r - column(length) * moved
+        v, r = v + per_update(length, rhs) * p, r - per_update(length, rhs) * moved
         form = form + length * size
         new = inner(r, r)
-        p = r + column(new / size.clamp_min(1e-300)) * p
+        p = r + per_update(new / size.clamp_min(1e-300), rhs) * p
         size = new
         if look(v, form):
             return

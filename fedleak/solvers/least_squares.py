@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fedleak import deadline
+from fedleak.tensors import per_update
 
 Vector = tuple[Tensor, ...]
 
@@ -23,10 +24,6 @@ def _dot(a: Vector) -> Tensor:
     for x in flat[1:]:
         total = total + torch.linalg.vecdot(x, x)
     return total
-
-
-def _expand(scalar: Tensor, like: Tensor) -> Tensor:
-    return scalar.reshape(-1, *[1] * (like.dim() - 1))
 
 
 def cgls(
@@ -78,13 +75,13 @@ def cgls(
         delta = _dot(q)
         alpha = torch.where(active & (delta > 0), gamma / delta.clamp_min(1e-300), 0.0)
         # In place: these are this function's own, and there are many small steps.
-        x.addcmul_(_expand(alpha, x), p)
+        x.addcmul_(per_update(alpha, x), p)
         for a, b in zip(r, q, strict=True):
-            a.addcmul_(_expand(alpha, a), b, value=-1)
+            a.addcmul_(per_update(alpha, a), b, value=-1)
         s = adjoint(r)
         fresh = _dot((s,))
         beta = torch.where(active, fresh / gamma.clamp_min(1e-300), 0.0)
-        p = torch.addcmul(s, _expand(beta, p), p)
+        p = torch.addcmul(s, per_update(beta, p), p)
         gamma = torch.where(active, fresh, gamma)
     r = tuple(v - u for v, u in zip(rhs, apply(x), strict=True))
     size = _dot(rhs).clamp_min(1e-300)

@@ -8,13 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from fedleak.errors import UnsupportedModelError
+from fedleak.precision import HALF, SPACING
 from fedleak.systems.base import LAYERS, Pointwise, Shape
+from fedleak.tensors import per_update
 
 # float64 resolves tanh and sigmoid this close to saturation; the published code
 # clips tanh at 0.9999 and loses what lies beyond.
 _EDGE = 1e-12
-# A float32 output this close to a bound may as well lie on it: the input is lost.
-_SATURATED = 1.2e-7
 # Larger errors, relative to an output's size, are those of an estimate: no margin covers them.
 _WRONG = 1e-3
 # Standard deviations from the bound within which a unit counts as at it. Of thousands of
@@ -23,12 +23,13 @@ _MARGIN = 5
 
 
 def _at_bound(distance: Tensor) -> Tensor:
-    # Far outside the range is noise, not saturation.
-    return distance.abs() <= _SATURATED
+    # A float32 output this close to a bound may as well lie on it: the input is lost. Far
+    # outside the range is noise, not saturation.
+    return distance.abs() <= SPACING
 
 
 class Tanh(Pointwise):
-    rounding = 3e-8
+    rounding = HALF
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.tanh(x)
@@ -44,7 +45,7 @@ class Tanh(Pointwise):
 
 
 class Sigmoid(Pointwise):
-    rounding = 3e-8
+    rounding = HALF
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.sigmoid(x)
@@ -87,7 +88,7 @@ class Clamp(Pointwise):
         outside = torch.maximum(self.low - flat, flat - self.high).amax(1).clamp_min(0)
         size = flat.square().mean(1).sqrt()
         error = torch.minimum(3 * outside, _WRONG * size).maximum(1e-9 * size)
-        margin = error.reshape(-1, *[1] * (z.dim() - 1)) + _MARGIN * deviation
+        margin = per_update(error, z) + _MARGIN * deviation
         z = torch.where(z <= self.low + margin, self.low, z)
         return torch.where(z >= self.high - margin, self.high, z)
 

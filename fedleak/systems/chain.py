@@ -25,14 +25,14 @@ class Trace:
     ----------
     inputs : list of Tensor
         The input of every layer and, last, of the head.
-    errors : list of Tensor
+    cotangents : list of Tensor
         ``dL/dz`` of every layer, without the head.
     gradients : dict
         ``dL/dparameter`` by name, shape (N, *parameter).
     """
 
     inputs: list[Tensor]
-    errors: list[Tensor]
+    cotangents: list[Tensor]
     gradients: Gradients
 
 
@@ -148,7 +148,7 @@ class Chain:
         gradients = self.head.gradients(inputs[-1], e)
         d = self.head.backward(inputs[-1], logits, e)
         below = self.backward(inputs, d)
-        return Trace(inputs, below.errors, gradients | below.gradients)
+        return Trace(inputs, below.cotangents, gradients | below.gradients)
 
     def backward(self, inputs: list[Tensor], d: Tensor) -> Trace:
         """Run the backward pass of the first ``len(inputs) - 1`` layers.
@@ -161,10 +161,10 @@ class Chain:
             ``dL/d`` of that output.
         """
         gradients: Gradients = {}
-        errors = [d]
+        cotangents = [d]
         for i in reversed(range(len(inputs) - 1)):
             layer = self.layers[i]
-            gradients |= layer.gradients(inputs[i], errors[0])
+            gradients |= layer.gradients(inputs[i], cotangents[0])
             if i:
-                errors.insert(0, layer.backward(inputs[i], inputs[i + 1], errors[0]))
-        return Trace(inputs, errors, gradients)
+                cotangents.insert(0, layer.backward(inputs[i], inputs[i + 1], cotangents[0]))
+        return Trace(inputs, cotangents, gradients)

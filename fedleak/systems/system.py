@@ -21,7 +21,7 @@ from fedleak.systems.ranks.operators import (
     dense_ranks,
     probed_rank,
 )
-from fedleak.tensors import rms, spread
+from fedleak.tensors import per_update, rms
 
 #: Attacks rank systems exactly up to this many unknowns.
 EXACT_UNKNOWNS = 600
@@ -380,7 +380,7 @@ def row_deviations(
     of_z = torch.hypot(deviation, rounding)
     if errors is not None:
         return of_z, torch.hypot(errors, GRADIENT * rms(gradient))
-    of_gradient = spread(noise.clamp_min(GRADIENT), gradient) * rms(gradient)
+    of_gradient = per_update(noise.clamp_min(GRADIENT), gradient) * rms(gradient)
     return of_z, of_gradient
 
 
@@ -419,7 +419,7 @@ def solve_layer(
     own = torch.where(own.isinf(), 1.0, own)
     least = own.reshape(shape).amin(1)
     each = least.repeat_interleave(shape[1])
-    a, k = spread(each, of_z) / of_z, spread(least, of_gradient) / of_gradient
+    a, k = per_update(each, of_z) / of_z, per_update(least, of_gradient) / of_gradient
     target = layer.target(z, gradient.masked_fill(of_gradient.isinf(), 0.0))
     # What is known less well of an image than of the others has small rows; its unknowns are
     # counted in larger units, so that the system stays as well conditioned as one image's.

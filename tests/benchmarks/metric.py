@@ -75,9 +75,9 @@ def _systems(model: torch.nn.Module, shape: tuple[int, int, int]) -> list[Tensor
     generator = torch.Generator().manual_seed(0)
     x = torch.rand(1, *shape, generator=generator, dtype=torch.float64)
     label = torch.randint(chain.head.out_shape[0], (1,), generator=generator)
-    errors = chain.trace(x, label).errors
+    cotangents = chain.trace(x, label).cotangents
     found = []
-    for layer, e in zip(chain.layers, errors, strict=True):
+    for layer, e in zip(chain.layers, cotangents, strict=True):
         if isinstance(layer, Conv):
             ((a, k),) = dense_system(layer, e[0])
             found.append(torch.cat([a / a.norm(), k / k.norm()]))

@@ -66,7 +66,7 @@ def test_inputs_and_labels_are_found(seed: int, images: int, classes: int, featu
     distance = torch.cdist(found.inputs, inputs)
     assert sorted(distance.argmin(1).tolist()) == list(range(images))
     assert float(distance.amin(1).max()) < 1e-4 * float(inputs.norm(dim=1).max())
-    torch.testing.assert_close(found.errors.mT @ found.inputs, case[4], atol=1e-9, rtol=0)
+    torch.testing.assert_close(found.cotangents.mT @ found.inputs, case[4], atol=1e-9, rtol=0)
 
 
 def test_every_label_may_be_the_same() -> None:

@@ -320,7 +320,7 @@ def test_what_is_left_open_is_said(name: str, observe: Observe) -> None:
     trace = chain.trace(image[None].double(), torch.tensor([2]))
     for found, truth in (
         (solution.values[depth], trace.inputs[depth]),
-        (solution.cotangents[depth], trace.errors[depth - 1]),
+        (solution.cotangents[depth], trace.cotangents[depth - 1]),
     ):
         torch.testing.assert_close(found, truth, atol=1e-5 * float(truth.abs().max()), rtol=1e-3)
 

@@ -30,8 +30,8 @@ from fedleak.errors import InvalidInputError
 from fedleak.graph.kernels.bilinear import normalised, polish, solve_factor
 from fedleak.graph.kernels.geometry import Geometry
 from fedleak.graph.kernels.refusal import Refused
-from fedleak.graph.kernels.rows import ROUNDING
 from fedleak.graph.kernels.walk import Relation, Walk
+from fedleak.precision import HALF
 
 #: A rank is believed where singular values fall by this factor there.
 GAP = 5.0
@@ -196,7 +196,7 @@ def blind_convolution(gradient: Tensor, geometry: Geometry, images: int = 1) -> 
             f"blind convolution: what was found leaves {residual:.1e} of the gradient "
             f"unexplained, {EXPLAINED:.0e} is asked for"
         )
-    level = max(float(off.square().mean().sqrt()), ROUNDING * float(g.square().mean().sqrt()))
+    level = max(float(off.square().mean().sqrt()), HALF * float(g.square().mean().sqrt()))
     error = linearised.error(level, channels - right.shape[1])
     gap = min(fall_left, fall_right, walk.gap)
     return BlindConvolution(*normalised(inputs, cotangents), residual, error, gap, left.shape[1])
@@ -211,7 +211,7 @@ def column_space(matrix: Tensor, most: int, fewer: int = 0) -> tuple[Tensor, flo
     the rounding of that stands a little above the noise.
     """
     u, s = _leading(matrix, most + 1)
-    noise = (s[most] if len(s) > most else ROUNDING / 3 * s[0]).maximum(1e-15 * s[0])
+    noise = (s[most] if len(s) > most else HALF / 3 * s[0]).maximum(1e-15 * s[0])
     above = torch.cat([s[:most], noise.reshape(1)]).maximum(noise)
     falls = above[:-1] / above[1:].clamp_min(1e-300)
     rank = int((s[:most] > GAP * noise).sum())

@@ -18,9 +18,8 @@ from torch import Tensor
 
 from fedleak.errors import InvalidInputError
 from fedleak.graph.kernels.geometry import Geometry
+from fedleak.precision import HALF
 
-#: Relative rounding of an entry of a float32 gradient, at least.
-ROUNDING = 3e-8
 #: Singular values below this, relative to the largest, tell nothing under float32's rounding.
 NEGLIGIBLE = 1e-6
 
@@ -177,7 +176,7 @@ def least_squares(
     solution : Tensor, shape (N, n, k)
     deviation : Tensor, shape (N, n)
         Standard deviation of a row of the solution, for errors of the right side of the size
-        that the residual shows, at least :data:`ROUNDING`.
+        that the residual shows, at least :data:`HALF`.
     condition : float
         Least over largest singular value, of those that count.
     null : Tensor, shape (N, n, k)
@@ -198,7 +197,7 @@ def least_squares(
     null = (vh * ~counts.unsqueeze(2)).mT[:, :, rank:]
     left = (rows - counts.sum(1)).clamp_min(1).to(right)
     off = (matrix @ solution - right).square().sum(1).mean(1) / left  # variance of an entry
-    floor = (ROUNDING**2) * right.square().mean((1, 2))
+    floor = (HALF**2) * right.square().mean((1, 2))
     deviation = (vh.square() * inverse.square().unsqueeze(2)).sum(1)
     deviation = (deviation * off.maximum(floor).unsqueeze(1)).sqrt()
     least = torch.where(counts, s, torch.inf).amin(1) / s[:, 0].clamp_min(1e-300)

@@ -11,7 +11,7 @@ from torch import Tensor
 from fedleak.solvers.least_squares import cgls
 from fedleak.systems.ranks.blocks import Ranks
 from fedleak.systems.ranks.linalg import TOLERANCE, count_above, counted
-from fedleak.tensors import rms
+from fedleak.tensors import per_update, rms
 
 #: Unknowns up to which a system without a closed form is written out to be ranked.
 DENSE_UNKNOWNS = 2048
@@ -125,7 +125,7 @@ def probed_rank(
     x0 = torch.randn(start.shape, generator=generator, dtype=start.dtype).to(start.device)
     weight, gradient = apply(x0)
     scale = rms(weight).flatten() / rms(gradient).flatten() if gradient.numel() else 0 * x0[:, 0]
-    scale = scale.reshape(-1, *[1] * (gradient.dim() - 1))
+    scale = per_update(scale, gradient)
 
     def scaled(x: Tensor) -> tuple[Tensor, Tensor]:
         weight, gradient = apply(x)
