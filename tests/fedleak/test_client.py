@@ -127,7 +127,7 @@ def test_labels_are_counted(loss: CanonicalLoss, seed: int, one: bool) -> None:
     outputs = 1 if one and isinstance(loss, BinaryCrossEntropy) else 4
     typical = loss.link(torch.randn(outputs, generator=generator, dtype=torch.float64))
     labels = torch.randint(loss.classes(outputs), (6,), generator=generator)
-    bias = loss.errors(typical.expand(6, -1), labels).sum(0)
+    bias = loss.from_probabilities(typical.expand(6, -1), labels).sum(0)
     expected, least, _ = loss.counts(bias, 6, typical)
     counts = torch.bincount(labels, minlength=loss.classes(outputs)).double()
     assert torch.allclose(expected, counts, atol=1e-8)
