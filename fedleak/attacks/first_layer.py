@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fedleak import deadline
 from fedleak.attacks.base import ATTACKS, Attack, Reconstruction
 from fedleak.attacks.evidence import resolve_device
 from fedleak.client.training import LocalTraining
@@ -162,12 +163,17 @@ class _Rows:
     def __init__(self, seen: Observation, device: torch.device):
         layer = FirstLayer.of(seen.model, seen.input_shape)
         self.seen, self.images = seen, seen.images
-        client = seen.training or LocalTraining(reply="gradient")
-        self.loss = client.criterion
-        if client.mean or self.loss.counted(torch.zeros(1, dtype=torch.int64)) is not None:
+        self.client = seen.training or LocalTraining()
+        if self.client.update_rule.signs:
             raise UnsupportedModelError(
-                "rows show images alone where clients do not normalise them and their loss weighs "
-                "all classes alike; the hybrid attack covers the others"
+                f"the clients' optimiser {self.client.update_rule} leaves signs of the gradient "
+                "only, and rows need its size"
+            )
+        probe = torch.zeros(1, dtype=torch.int64)
+        if self.client.criterion.counted(probe) is not None:
+            raise UnsupportedModelError(
+                f"under the loss {self.client.criterion} an image's part depends on the others' "
+                "labels: rows cannot be predicted"
             )
         self.model = copy.deepcopy(seen.model).double().to(device).eval()
         self.layer: nn.Linear = self.model.get_submodule(layer.first)  # type: ignore[assignment]
@@ -183,6 +189,8 @@ class _Rows:
         self.error = self.base
         self.whole = self.rows
         self.observed = self.rows.norm(dim=1)
+        # What one image's loss counts in the batch's.
+        self.part = 1.0 if self.client.criterion.reduction == "sum" else 1 / seen.images
         self.found: list[Tensor] = []
         self.labels: list[int] = []
         self.taken: list[Tensor] = []
@@ -196,7 +204,9 @@ class _Rows:
             if self.found:
                 self._polish()  # errors have added up: with less of them, more may stand alone
         shape = (len(self.found), *self.seen.input_shape)
-        images = torch.stack(self.found).cpu() if self.found else torch.zeros(0).double()
+        images = torch.zeros(0).double()
+        if self.found:
+            images = self._images(torch.stack(self.found).flatten(1)).cpu()
         whole = self.observed.norm().clamp_min(1e-300)
         left = float(self.rows.norm() / whole)
         details = {
@@ -208,15 +218,26 @@ class _Rows:
         labels = torch.tensor(self.labels, dtype=torch.int64)
         return Reconstruction(images.reshape(shape), labels, left, details)
 
+    def _images(self, pixels: Tensor) -> Tensor:
+        """Return images in [0, 1] of what the model sees of them, shape (N, n)."""
+        if not self.client.mean:
+            return pixels
+        shaped = pixels.reshape(-1, *self.seen.input_shape)
+        zero, one = (self.client.seen(torch.full_like(shaped, v)) for v in (0.0, 1.0))
+        return ((shaped - zero) / (one - zero)).flatten(1)
+
     def _peel(self) -> bool:
         """Take out every image that a row shows alone; return whether there was one."""
         places = (self.factors.abs() > _CLEAR * self.error).nonzero().flatten()
         candidates = self.rows[places] / self.factors[places].unsqueeze(1)
-        inside = (candidates.amin(1) > -_RANGE) & (candidates.amax(1) < 1 + _RANGE)
+        images = self._images(candidates)
+        inside = (images.amin(1) > -_RANGE) & (images.amax(1) < 1 + _RANGE)
         places, candidates = places[inside], candidates[inside]
         before = len(self.found)
         for part, pixels in zip(places.split(_TOGETHER), candidates.split(_TOGETHER), strict=True):
-            factors = self._factors(pixels.clamp(0, 1))
+            if deadline.passed():
+                return False
+            factors = self._factors(pixels)
             observed = self.factors[part]
             own = factors[:, torch.arange(len(part)), part]
             off = (own - observed).abs() / observed.abs()
@@ -289,10 +310,9 @@ class _Rows:
         finally:
             handle.remove()
         out = []
-        count = self.images if self.loss.reduction == "mean" else 1
-        for label in range(self.loss.classes(logits.shape[1])):
+        for label in range(self.client.criterion.classes(logits.shape[1])):
             target = torch.full((len(pixels),), label, device=pixels.device)
-            loss = self.loss.each(logits, target).sum() / count
+            loss = self.client.criterion.each(logits, target).sum() * self.part
             (cotangent,) = torch.autograd.grad(loss, kept[0], retain_graph=True)
             out.append(self.combined(cotangent.T).T)
         return torch.stack(out)

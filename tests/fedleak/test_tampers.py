@@ -18,6 +18,7 @@ from fedleak.errors import FedleakError, InvalidInputError, UnknownNameError, Un
 from fedleak.quality import score_batch
 from fedleak.tampers import TAMPERS, make_tamper
 from fedleak.tampers.hidden import patterns
+from fedleak.terms import Terms
 
 SHAPE = (1, 8, 8)
 
@@ -146,6 +147,38 @@ def test_weights_that_come_back_keep_the_images() -> None:
     (result,) = make_attack("rows")([seen])
     scored = score_batch(result.images, result.labels, images, labels)
     assert all(s.quality and s.quality.psnr_db > 60 for s in scored)
+
+
+@pytest.mark.parametrize(
+    "client",
+    [
+        LocalTraining(reply="gradient", loss="cross-entropy:label_smoothing=0.1"),
+        LocalTraining(reply="gradient", loss="cross-entropy:reduction=sum"),
+        LocalTraining(reply="gradient", mean=(0.5,), std=(0.25,)),
+    ],
+)
+def test_rows_of_clients_as_they_are_declared(client: LocalTraining) -> None:
+    images, labels = digits(12)
+    model = mlp(200)
+    names, parameters = zip(*model.named_parameters(), strict=True)
+    loss = client.criterion.value(model(client.seen(images)), labels)
+    sent = dict(zip(names, torch.autograd.grad(loss, parameters), strict=True))
+    terms = Terms(input_shape=SHAPE, images=12, training=client, shared="gradient")
+    (result,) = make_attack("rows")([Observation.of(model, sent, terms)])
+    scored = score_batch(result.images, result.labels, images, labels)
+    assert all(s.quality and s.quality.psnr_db > 60 for s in scored)
+    assert all(s.label == s.label_inferred for s in scored)
+
+
+def test_rows_need_the_size_of_the_gradient() -> None:
+    images, labels = digits(4)
+    model = mlp(50)
+    client = LocalTraining(0.01, 4, optimiser="adam")
+    step = gradient(model, images, labels)
+    weights = {n: p.detach() - 0.01 * step[n].sign() for n, p in model.named_parameters()}
+    terms = Terms(input_shape=SHAPE, images=4, training=client, shared="weights")
+    with pytest.raises(UnsupportedModelError, match="signs"):
+        make_attack("rows")([Observation.of(model, weights, terms)])
 
 
 def test_fishing_leaves_one_image_of_a_batch_to_the_exact_attack() -> None:
