@@ -11,13 +11,15 @@ from __future__ import annotations
 
 import itertools
 import math
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fedleak import deadline
+from fedleak.attacks import demix_scale
 from fedleak.attacks.labels import label_candidates
 from fedleak.attacks.mixture import Constraint, Mixture, rows_rms
 from fedleak.client.loss import PLAIN, CanonicalLoss
@@ -31,6 +33,12 @@ _DISTINCT = 1e-7
 _EFFORTS, _STARTS, _SPREADS = 12, 8, (0.3, 0.1, 0.1, 0.3, 1.0, 1.0, 3.0, 3.0)
 #: Sets of labels tried, and Gauss-Newton steps from each start.
 _CANDIDATES, _STEPS = 100, 200
+#: Sets of labels after which a factor is looked for, and how near to 1 it is none.
+_LIKELY, _AS_IT_IS = 4, 1e-5
+#: Misfit up to which a factor is one, though the images cannot be told apart.
+_CLOSE = 1e3
+#: Relative size of singular values that are rounding, and how far they are below the others.
+_NOTHING, _DROP = 1e-5, 1e-2
 #: Relative error of an input up to which its image is worth trusting: the one estimated, and
 #: by how much the image, put through the network, misses it.
 TRUSTED = 1e-2
@@ -62,6 +70,10 @@ class Demixed:
     noise : float
         Of the entries of ``G``, relative to their root mean square: what ``B`` images do not
         explain.
+    factor : float
+        By what the gradients were found to be multiplied; all else is of them divided by it.
+    rank : int
+        Of ``G``, where its singular values fall clearly to those of rounding; else 0.
     """
 
     inputs: Tensor
@@ -71,6 +83,8 @@ class Demixed:
     misfit: float
     ratio: float
     noise: float
+    factor: float = 1.0
+    rank: int = 0
 
     @property
     def solved(self) -> bool:
@@ -127,6 +141,7 @@ def demix(
     constraint: Constraint | None = None,
     rounding: tuple[float, float] = (0.0, 0.0),
     loss: CanonicalLoss | None = None,
+    scaled: bool = False,
 ) -> Demixed:
     """Find the inputs of a fully connected head, and the labels, of one batch.
 
@@ -151,6 +166,9 @@ def demix(
         ``gradient`` and ``bias``: where they are differences of weights.
     loss : CanonicalLoss, optional
         Of the batch; by default the mean cross-entropy.
+    scaled : bool
+        Whether they are known to be multiplied by an unknown number above 0. Else that is tried
+        where no likely labels solve them as they are.
 
     Returns
     -------
@@ -161,39 +179,115 @@ def demix(
     values, right = torch.linalg.svd(gradient, full_matrices=False)[1:]
     if not float(values[0]) > 0:  # withheld, or pruned away
         return _indistinct(right[:images], len(bias), 0.0, 0.0)
+    rank = _rank(values)
     ratio = float(values[images - 1] / values[0])
     # What B images do not explain is noise.
     entry = float((values[images:].square().sum() / gradient[images:].numel()).sqrt())
     noise = entry / float(gradient.square().mean().sqrt())
     basis = right[:images]
     if ratio <= max(_DISTINCT, 2 * noise):
-        return _indistinct(basis, len(bias), ratio, noise)
-    known = None if labels is None else iter([labels])
-    sets = known or label_candidates(bias, images, typical, loss)
-    fresh = (
-        _Try(Mixture(gradient, bias, weight, offset, basis, noise, y, rounding, loss))
-        for y in itertools.islice(sets, _CANDIDATES)
-    )
-    tried: list[_Try] = []
-    left = max(2, int(_WORK / images**6))
-    for effort in range(_EFFORTS):
-        # At first every set of labels, later the better half of them again, and so on.
-        tried = sorted(tried, key=lambda t: t.misfit)[: (len(tried) + 1) // 2]
-        for attempt in itertools.islice(list(tried) if effort else fresh, left):
-            if deadline.passed() and tried:
-                break
-            left -= 1
-            m, misfit = _sharpen(attempt.problem, _search(attempt.problem, effort))
+        return replace(_indistinct(basis, len(bias), ratio, noise), rank=rank)
+    batch = _Batch(
+        gradient, bias, weight, offset, images, typical, labels, constraint, rounding, basis, noise,
+        ratio, loss,
+    )  # fmt: skip
+    if scaled:
+        found = batch.scaled((1,)) or _indistinct(basis, len(bias), ratio, noise)
+    else:
+        found = batch.plain()
+    return replace(found, rank=rank)
+
+
+def _rank(values: Tensor) -> int:
+    """Return how many singular values stand clear of the rest, which are rounding; else 0."""
+    relative = values / values[0]
+    drops = relative[1:] / relative[:-1].clamp_min(1e-300)
+    clear = ((relative[1:] < _NOTHING) & (drops < _DROP)).nonzero()
+    return int(clear[0]) + 1 if len(clear) else 0
+
+
+@dataclass
+class _Batch:
+    """One batch, as :func:`demix` is given it, and what its singular values say."""
+
+    gradient: Tensor
+    bias: Tensor
+    weight: Tensor
+    offset: Tensor
+    images: int
+    typical: Tensor
+    labels: Tensor | None
+    constraint: Constraint | None
+    rounding: tuple[float, float]
+    basis: Tensor
+    noise: float
+    ratio: float
+    loss: CanonicalLoss
+
+    def problem(self, labels: Tensor, t: float = 1.0) -> Mixture:
+        """Return the equations for the update times ``t``."""
+        of_g, of_bias = self.rounding
+        return Mixture(
+            t * self.gradient, t * self.bias, self.weight, self.offset, self.basis, self.noise,
+            labels, (abs(t) * of_g, abs(t) * of_bias), self.loss,
+        )  # fmt: skip
+
+    def candidates(self, t: float = 1.0) -> Iterator[Tensor]:
+        """Yield sets of labels, the likeliest first."""
+        if self.labels is not None:
+            return iter([self.labels])
+        return label_candidates(t * self.bias, self.images, self.typical, self.loss)
+
+    def plain(self) -> Demixed:
+        """Demix the update as it is, or, where no likely labels explain that, a multiple of it."""
+        fresh = (_Try(self.problem(y)) for y in itertools.islice(self.candidates(), _CANDIDATES))
+        tried: list[_Try] = []
+        left, asked = max(2, int(_WORK / self.images**6)), False
+        near: Demixed | None = None
+        for effort in range(_EFFORTS):
+            # At first every set of labels, later the better half of them again, and so on.
+            tried = sorted(tried, key=lambda t: t.misfit)[: (len(tried) + 1) // 2]
+            for attempt in itertools.islice(list(tried) if effort else fresh, left):
+                if deadline.passed() and tried:
+                    break
+                if not asked and (effort or len(tried) == _LIKELY):
+                    asked, found = True, self.scaled((1, -1))
+                    if found is not None and found.solved:
+                        return found
+                    near = found
+                left -= 1
+                m, misfit = _sharpen(attempt.problem, _search(attempt.problem, effort))
+                if misfit < _SOLVED:
+                    return _asked(attempt.problem, m, misfit, self.ratio, self.constraint)
+                if effort == 0:
+                    tried.append(attempt)
+                if misfit < attempt.misfit:
+                    attempt.misfit, attempt.m = misfit, m
+        best = min(tried, key=lambda t: t.misfit)
+        if near is not None and near.misfit < best.misfit:
+            return near
+        if best.m is None:  # no start came anywhere
+            return _indistinct(self.basis, len(self.bias), self.ratio, self.noise)
+        return _finished(best.problem, best.m, best.misfit, self.ratio)
+
+    def scaled(self, signs: tuple[int, ...]) -> Demixed | None:
+        """Demix a multiple of the update, by any number of these signs; None if none does.
+
+        Where rounding hides the images, the factor may still be found: then not ``solved``.
+        """
+        best: Demixed | None = None
+        for t, labels, m in demix_scale.search(
+            self.bias, self.candidates, lambda t, y: self.problem(y, t), self.images, signs
+        ):
+            t = 1.0 if abs(t - 1) < _AS_IT_IS and signs != (1,) else t
+            problem = self.problem(labels, t)
+            m, misfit = _sharpen(problem, m)
             if misfit < _SOLVED:
-                return _asked(attempt.problem, m, misfit, ratio, constraint)
-            if effort == 0:
-                tried.append(attempt)
-            if misfit < attempt.misfit:
-                attempt.misfit, attempt.m = misfit, m
-    best = min(tried, key=lambda t: t.misfit)
-    if best.m is None:  # no start came anywhere
-        return _indistinct(basis, len(bias), ratio, noise)
-    return _finished(best.problem, best.m, best.misfit, ratio)
+                found = _asked(problem, m, misfit, self.ratio, self.constraint)
+                return replace(found, factor=1 / t)
+            if misfit < (_CLOSE if best is None else best.misfit):
+                best = replace(_finished(problem, m, misfit, self.ratio), factor=1 / t)
+        return best
 
 
 @dataclass

@@ -14,6 +14,8 @@ from fedleak.attacks import informed
 from fedleak.attacks.fit import compare, compare_signs, silent_tensors
 from fedleak.attacks.inference import head_of, observed_labels
 from fedleak.attacks.statistics import received_statistics
+from fedleak.attacks.suspicions import Seen
+from fedleak.attacks.suspicions.examination import examine
 from fedleak.client.local_replay import LocalReplay
 from fedleak.client.loss import CanonicalLoss
 from fedleak.client.replay import Replay
@@ -52,6 +54,8 @@ class Evidence:
         defence; else empty.
     rescales : {"", "update", "tensor"}
         What of ``gradient`` is known up to a factor only, see :class:`Defence`.
+    seen : list of Seen
+        What each update shows that is not as declared.
     statistics : dict
         Statistics of batch normalisation over the batch, shape (N, channels), where they
         are known: see :func:`fedleak.attacks.statistics.received_statistics`.
@@ -68,6 +72,10 @@ class Evidence:
     statistics: Gradients = field(default_factory=dict)
     errors: Gradients = field(default_factory=dict)
     rescales: str = ""
+    seen: list[Seen] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.seen = self.seen or [Seen()] * len(self.labels)
 
     @classmethod
     def gather(
@@ -106,6 +114,9 @@ class Evidence:
         }
         rescales: str = "" if first.defence is None else first.defence.rescales
         replay = Replay(first.model, first.input_shape, device=where, client=first.training)
+        seen = [Seen()] * len(observations)
+        if not errors:
+            gradient, seen, replay = examine(observations, gradient, replay)
         if infer:
             labels = observed_labels(observations, gradient, errors, replay)
             events.tell("labels", labels=labels.tolist())  # long before there are images
@@ -132,6 +143,7 @@ class Evidence:
             statistics=received_statistics(observations, replay),
             errors=errors,
             rescales=rescales,
+            seen=seen,
         )
 
     @cached_property
@@ -243,10 +255,37 @@ class Evidence:
             plan=None if self.plan is None else self.plan[mask],
             statistics={k: v[mask] for k, v in self.statistics.items()},
             errors={k: v[mask] for k, v in self.errors.items()},
+            seen=[s for s, kept in zip(self.seen, _chosen(mask, len(self)), strict=True) if kept],
         )
         part.__dict__["_chain"] = self._chain  # read once
         part.__dict__["silent"] = {k: v[mask] for k, v in self.silent.items()}
         return part
+
+    def divided(self, found: Sequence[Seen]) -> Evidence:
+        """Return the same updates divided by factors that were found, which are known then."""
+        factor = torch.tensor([f.factor for f in found]).to(next(iter(self.gradient.values())))
+        if bool((factor == 1).all()) and not any(f.notes or f.doubts for f in found):
+            return self
+
+        def of(parts: Gradients, size: Tensor) -> Gradients:
+            return {k: v / size.reshape(-1, *[1] * (v.dim() - 1)) for k, v in parts.items()}
+
+        other = replace(
+            self,
+            gradient=of(self.gradient, factor),
+            errors=of(self.errors, factor.abs()),
+            rescales="" if self.rescales == "update" else self.rescales,
+            seen=[a.and_(b) for a, b in zip(self.seen, found, strict=True)],
+        )
+        other.__dict__["_chain"], other.__dict__["silent"] = self._chain, self.silent
+        return other
+
+    def with_images(self, images: int) -> Evidence:
+        """Return the same observations as of another number of images, labels unknown."""
+        labels = torch.zeros(len(self), images, dtype=torch.int64, device=self.labels.device)
+        other = replace(self, labels=labels, terms=replace(self.terms, images=images))
+        other.__dict__["silent"] = self.silent
+        return other
 
     def with_labels(self, labels: Tensor) -> Evidence:
         """Return the same observations with other labels, shape (N, B)."""
@@ -349,6 +388,13 @@ class Evidence:
             total = total + ((m - target) * weight).square().sum(1)
             count = count + told.sum(1)
         return (total / count.clamp_min(1)).sqrt()
+
+
+def _chosen(mask: Tensor, count: int) -> list[bool]:
+    """Return which of so many a mask or an index chooses."""
+    chosen = torch.zeros(count, dtype=torch.bool, device=mask.device)
+    chosen[mask] = True
+    return chosen.tolist()
 
 
 def _unscaled(

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import torch
-
 from fedleak import deadline
 from fedleak.attacks.base import Reconstruction
 from fedleak.attacks.evidence import Evidence
+from fedleak.attacks.packaging import package
 from fedleak.errors import TimeLimitError, UnsupportedModelError
 from fedleak.graph.capture import Graph
 from fedleak.graph.certificate import certify
@@ -76,6 +75,4 @@ def solve(evidence: Evidence, prior: Prior) -> Reconstruction | str:
         "layers": [],
         **proof.details(),
     }
-    with torch.no_grad():
-        fit = float(evidence.fit(images[None])[0])
-    return Reconstruction(images.cpu(), evidence.labels[0].cpu(), fit, details)
+    return package(evidence, images[None], [details])[0]

@@ -137,6 +137,7 @@ def demix_heads(evidence: Evidence) -> Iterator[Demixed]:
             demands,
             (evidence.rounding(head.weight_name), evidence.rounding(head.bias_name)),
             loss,
+            evidence.scale == "update",
         )
 
 

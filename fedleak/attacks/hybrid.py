@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from fedleak import deadline
-from fedleak.attacks import graphs, shared_rows
+from fedleak.attacks import graphs, packaging, shared_rows
 from fedleak.attacks.base import ATTACKS, Attack, Reconstruction
+from fedleak.attacks.batches import account
 from fedleak.attacks.demix import Demixed
 from fedleak.attacks.evidence import Evidence
 from fedleak.attacks.first_layer import whole_batch
@@ -138,7 +139,7 @@ class HybridAttack(Attack):
         evidence = Evidence.gather(observations, self.device, simulate=self.local_training)
         if evidence.signs:
             return self._match_module(evidence, "only the signs of the update are known")
-        if evidence.rescales and evidence.images > 1:
+        if evidence.rescales == "tensor" and evidence.images > 1:
             return self._match_module(evidence, "the update is known up to a factor only")
         if not evidence.is_chain:
             match_module = partial(self._match_module, why=evidence.why_not_chain)
@@ -193,6 +194,7 @@ class HybridAttack(Attack):
 
     def _solve_batch(self, evidence: Evidence, batch: Demixed) -> Reconstruction:
         """Solve one batch layer by layer, and match it as a whole where that leaves much open."""
+        evidence, batch = account(evidence, batch)
         try:
             (result,) = self._solve_chain(evidence, [of_batches([batch], evidence)])
         except UnsupportedModelError as error:
@@ -312,12 +314,10 @@ class HybridAttack(Attack):
             images = torch.where(
                 (score(found.images) <= score(grey)).reshape(-1, 1, 1, 1, 1), found.images, grey
             )
-            fit = part.fit(images)
-            for n in range(len(index)):
-                details = {**_by(found, n), "layers": [], "why_not_linear": why}
-                out.append(
-                    Reconstruction(images[n].cpu(), part.labels[n].cpu(), float(fit[n]), details)
-                )
+            about = {"layers": [], "why_not_linear": why}
+            out += packaging.package(
+                part, images, [{**_by(found, n), **about} for n in range(len(index))]
+            )
         return out
 
 

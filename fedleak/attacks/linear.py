@@ -8,9 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fedleak.attacks import packaging
 from fedleak.attacks.base import ATTACKS, Attack, Reconstruction
+from fedleak.attacks.batches import account
 from fedleak.attacks.evidence import Evidence
-from fedleak.attacks.heads import CLEAN, HeadSolution, solve_head
+from fedleak.attacks.heads import CLEAN, HeadSolution, demix_heads, of_batches, solve_head
 from fedleak.attacks.solution import LayerSolution, LinearSolution, pick
 from fedleak.observation import Observation
 from fedleak.systems import Above
@@ -134,7 +136,18 @@ class LinearAttack(Attack):
 
     def reconstruct(self, observations: Sequence[Observation]) -> list[Reconstruction]:
         evidence = Evidence.gather(observations, self.device)
-        solution = solve_recursively(evidence)
+        if evidence.images == 1:
+            return self._solve(evidence, None)
+        out = []
+        for n, batch in enumerate(demix_heads(evidence)):
+            part = evidence.subset(torch.tensor([n], device=evidence.replay.device))
+            part, batch = account(part, batch)
+            out += self._solve(part, [of_batches([batch], part)])
+        return out
+
+    @staticmethod
+    def _solve(evidence: Evidence, heads: list[HeadSolution] | None) -> list[Reconstruction]:
+        solution = solve_recursively(evidence, heads=heads)
         return package(evidence, solution.image, solution, ["linear"] * len(evidence))
 
 
@@ -142,7 +155,6 @@ def package(
     evidence: Evidence, images: Tensor, solution: LinearSolution, by: Sequence[str]
 ) -> list[Reconstruction]:
     """Return one :class:`Reconstruction` for each update, made ``by`` that method."""
-    fit = evidence.fit(images)
     each = (-1, evidence.images)
     # Inputs of activations that their outputs do not tell: saturated or inactive units.
     lost = [
@@ -170,7 +182,5 @@ def package(
             for layer, unknown in lost
             if bool(unknown[n].any())
         }
-        out.append(
-            Reconstruction(images[n].cpu(), evidence.labels[n].cpu(), float(fit[n]), details)
-        )
-    return out
+        out.append(details)
+    return packaging.package(evidence, images, out)

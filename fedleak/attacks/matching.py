@@ -15,6 +15,7 @@ from fedleak import events
 from fedleak.attacks.base import ATTACKS, Attack, Reconstruction
 from fedleak.attacks.evidence import Evidence
 from fedleak.attacks.objectives import cosine_distance, squared_distance, total_variation
+from fedleak.attacks.packaging import package
 from fedleak.client.local_replay import LocalReplay
 from fedleak.client.replay import Gradients, Replay
 from fedleak.errors import InvalidInputError
@@ -274,13 +275,5 @@ def _package(
     evidence: Evidence, images: Tensor, loss: Tensor, by: str, steps: int
 ) -> list[Reconstruction]:
     """Return one :class:`Reconstruction` for each update."""
-    fit = evidence.fit(images)
-    return [
-        Reconstruction(
-            images[n].cpu(),
-            evidence.labels[n].cpu(),
-            float(fit[n]),
-            {"by": by, "steps": steps, "loss": float(loss[n])},
-        )
-        for n in range(len(evidence))
-    ]
+    details = [{"by": by, "steps": steps, "loss": float(loss[n])} for n in range(len(evidence))]
+    return package(evidence, images, details)

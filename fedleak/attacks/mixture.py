@@ -72,6 +72,10 @@ class Mixture:
         mass = float(self.batch) if self.mass is None else self.mass.sum()
         return (self.bias * self.divisor + self.own.sum(0)).flatten() / mass
 
+    def probabilities(self, mean: Tensor, shift: Tensor) -> Tensor:
+        """Return probabilities whose logits are ``shift`` away from those of ``mean``."""
+        return self.loss.link(self.loss.unlink(mean) + shift)
+
     def unweigh(self) -> None:
         """Weigh all equations alike."""
         self.mix = torch.eye(self.batch).to(self.own)  # whitens the columns of E^T M - H
@@ -156,7 +160,7 @@ class Mixture:
             if deadline.passed():
                 break
             jtj, slope = self.normal(m, p, e, r1, r2)
-            step = _damped(jtj, slope, damping)
+            step = damped(jtj, slope, damping)
             trial = m - step.reshape(m.shape)
             p_, e_, r1_, r2_, value_ = self.evaluate(trial)
             down = value_ < value
@@ -188,7 +192,7 @@ def rows_rms(x: Tensor) -> Tensor:
     return x.square().mean(1).sqrt()
 
 
-def _damped(jtj: Tensor, slope: Tensor, damping: Tensor) -> Tensor:
+def damped(jtj: Tensor, slope: Tensor, damping: Tensor) -> Tensor:
     """Return the Marquardt step; zero where the matrix is not positive."""
     size = jtj.diagonal(dim1=1, dim2=2)
     size = size.clamp_min(1e-14 * size.amax(1, keepdim=True).clamp_min(1e-300)).sqrt()

@@ -1,0 +1,76 @@
+"""Look at updates before they are attacked, and take into account what is seen."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from fedleak.attacks.suspicions.head import one_image
+from fedleak.attacks.suspicions.replies import alike, mistaken
+from fedleak.attacks.suspicions.seen import Seen
+from fedleak.client.replay import Replay
+from fedleak.observation import Observation
+from fedleak.systems import Gradients
+
+#: Rounding of a float32 weight after a step, relative to it.
+_ULP = 4e-8
+_ONE_OUTPUT = (
+    "the model has one output, and softmax over one output has no gradient: the loss is another "
+    "one, as binary cross-entropy"
+)
+
+
+def examine(
+    observations: Sequence[Observation], gradient: Gradients, replay: Replay
+) -> tuple[Gradients, list[Seen]]:
+    """Return gradients in the unit that was declared, and what was seen of each update.
+
+    Parameters
+    ----------
+    observations : sequence of Observation
+        Of attackers who know of no defence: what a defence does to an update is no news to one
+        who does.
+    gradient : dict of Tensor, shape (N, *parameter)
+    replay : Replay
+    """
+    found = []
+    rows: list[Gradients] = []
+    for n, observation in enumerate(observations):
+        own = {k: g[n] for k, g in gradient.items()}
+        own, seen = _one(observation, own, replay)
+        found.append(seen)
+        rows.append(own)
+    return {k: torch.stack([r[k] for r in rows]) for k in gradient}, found
+
+
+def _one(observation: Observation, own: Gradients, replay: Replay) -> tuple[Gradients, Seen]:
+    training, terms = observation.training, observation.terms
+    scale = None
+    if training is not None and terms.shared == "weights":
+        scale = training.learning_rate * training.gain(terms.own)
+    seen = alike(own)
+    if terms.shared == "gradient" or scale is not None:
+        other = mistaken(own, replay.parameters, scale)
+        if other is not None:
+            note = (
+                "a gradient was declared, and weights came"
+                if scale is None
+                else "weights were declared, and their change came"
+            )
+            own, seen = other, seen.and_(Seen(notes=(note,)))
+    head = replay.head
+    if replay.classes == 1:
+        return own, seen.and_(Seen(doubts=(_ONE_OUTPUT,)))
+    if seen.doubts or head is None or terms.images > 1 or terms.steps > 1:
+        return own, seen
+    weight, bias = own.get(f"{head}.weight"), own.get(f"{head}.bias")
+    if weight is None or bias is None:
+        return own, seen
+    sent, offset = replay.parameters[f"{head}.weight"], replay.parameters[f"{head}.bias"]
+    rounding = 0.0 if scale is None else _ULP * float(offset.square().mean().sqrt()) / scale
+    label = None if observation.labels is None else observation.labels[0]
+    factor = one_image(weight, bias, sent, offset, label, rounding)
+    if terms.shared == "weights" and training is None:  # no unit was declared
+        factor = Seen(factor.factor, doubts=factor.doubts)
+    return {k: v / factor.factor for k, v in own.items()}, seen.and_(factor)

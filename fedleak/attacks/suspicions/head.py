@@ -1,0 +1,120 @@
+"""What the head's gradient of one image says of the loss: ``G = g x^T`` holds ``x`` and ``g``.
+
+``x`` is the ratio of rows, whatever the loss; so the logits ``z = W x + b`` are known, and with
+them what a declared loss makes of every label: ``g`` is that, a multiple of it, or another loss's.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fedleak.attacks.suspicions.seen import Seen, by_factor
+
+#: Relative rounding of a float32 softmax, by the size of its logits.
+_ROUNDING = 1e-6
+#: Least tolerance, and the one above which nothing is said: noise hides what there is.
+_LEAST, _MOST = 1e-5, 0.02
+#: How near a label of binary cross-entropy must come to 0 or 1.
+_BINARY = 1e-3
+
+
+def one_image(
+    gradient: Tensor,
+    bias: Tensor,
+    weight: Tensor,
+    offset: Tensor,
+    label: int | None,
+    rounding: float,
+) -> Seen:
+    """See the factor of an update of one image, its sign, and labels that no softmax made.
+
+    Parameters
+    ----------
+    gradient, weight : Tensor, shape (classes, features)
+        Of the head, observed and sent.
+    bias, offset : Tensor, shape (classes,)
+        Gradient of its bias, and the bias.
+    label : int or None
+        Where it is known.
+    rounding : float
+        Standard deviation of the rounding of the entries of ``bias``, beside its own.
+    """
+    size = bias.square().sum()
+    if not float(size) > 0 or len(bias) < 2:
+        return Seen()
+    x = bias @ gradient / size
+    rest = float((gradient - torch.outer(bias, x)).norm() / gradient.norm().clamp_min(1e-300))
+    z = weight @ x + offset
+    if not bool(z.isfinite().all()):
+        return Seen()
+    own = torch.eye(len(bias)).to(z)
+    made = _without_cancellation(z.softmax(0), own)
+    lengths = made.square().sum(1).clamp_min(1e-300)
+    factors = made @ bias / lengths
+    misses = (bias - factors.unsqueeze(1) * made).norm(dim=1) / size.sqrt()
+    of_z = 1 + float(z.abs().max())
+    wide = (_ROUNDING + 3 * rest) * of_z / lengths.sqrt().clamp(max=1.0)
+    tolerance = wide + 10 * rounding * len(bias) ** 0.5 / float(size.sqrt()) + _LEAST
+    allowed = misses < tolerance
+    if label is not None:
+        allowed &= torch.arange(len(bias), device=bias.device) == label
+    if bool(allowed.any()):
+        # Of two classes both labels explain it: the plain one, else one without a sign.
+        plain = (factors - 1).abs() < 3 * tolerance
+        rank = misses + 10.0 * ~allowed + 2.0 * (factors < 0) - 4.0 * plain
+        best = int(rank.argmin())
+        return Seen() if bool(plain[best]) else by_factor(float(factors[best]))
+    if float(tolerance.min()) > _MOST:
+        return Seen()
+    return Seen(doubts=(_other_loss(bias, z, float(tolerance.min())),))
+
+
+def _without_cancellation(p: Tensor, own: Tensor) -> Tensor:
+    """Return ``p - y`` for every label, (classes, classes)."""
+    others = p * (1 - own)
+    return others - own * others.sum(1, keepdim=True)
+
+
+def _other_loss(bias: Tensor, z: Tensor, tolerance: float) -> str:
+    """Say what may have made ``g``, which no softmax and one label did."""
+    said = "the head's gradient is that of no softmax cross-entropy with one label: "
+    if abs(float(bias.sum())) < tolerance * float(bias.abs().sum()):
+        smoothing, miss = _smoothed(bias, z)
+        if miss < max(10 * tolerance, 1e-4) and 0 < smoothing < 1:
+            return said + f"label smoothing of {smoothing:.3g} explains it; declare it"
+        targets = z.softmax(0) - bias
+        if float(targets.min()) > -10 * tolerance - 1e-3:
+            parts = ", ".join(
+                f"{float(targets[c]):.2f} of class {int(c)}"
+                for c in targets.argsort(descending=True)[:4]
+                if float(targets[c]) > 0.02
+            )
+            return said + f"its label is a mixture ({parts})"
+        return said + "class weights or another loss"
+    for outputs in (len(bias), 1):
+        targets = z.sigmoid() - outputs * bias
+        if float((targets - targets.round()).abs().max()) < _BINARY:
+            found = targets.round().nonzero().flatten().tolist()
+            return said + f"binary cross-entropy with the labels {found} explains it; declare it"
+    return said + "its entries do not sum to zero, as those of any softmax do"
+
+
+def _smoothed(bias: Tensor, z: Tensor) -> tuple[float, float]:
+    """Return the label smoothing that explains ``g`` best, and the relative rest.
+
+    ``g = a (p - (1 - s) y - s / C)``, linear in ``a`` and ``a (1 - s)``.
+    """
+    even = 1 / len(bias)
+    p = z.softmax(0) - even
+    found = (0.0, float("inf"))
+    for y in range(len(bias)):
+        target = F.one_hot(torch.tensor(y, device=bias.device), len(bias)).to(bias) - even
+        basis = torch.stack([p, -target], 1)
+        solved = torch.linalg.lstsq(basis, bias.unsqueeze(1)).solution
+        miss = float((basis @ solved - bias.unsqueeze(1)).norm() / bias.norm())
+        scale, kept = solved.flatten().tolist()
+        if miss < found[1] and scale:
+            found = (1 - kept / scale, miss)
+    return found
