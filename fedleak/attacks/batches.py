@@ -5,14 +5,19 @@ from __future__ import annotations
 from fedleak.attacks.demix import Demixed
 from fedleak.attacks.evidence import Evidence
 from fedleak.attacks.heads import demix_heads
-from fedleak.attacks.suspicions.batch import of_another_number, one_batch
+from fedleak.attacks.suspicions.batch import of_another_loss, of_another_number, one_batch
+from fedleak.client.loss import PLAIN, BinaryCrossEntropy, CrossEntropy
+
+#: Losses that are tried where the declared one explains nothing.
+_USUAL = (*(CrossEntropy(label_smoothing=s) for s in (0.1, 0.05, 0.2)), BinaryCrossEntropy())
 
 
 def account(evidence: Evidence, batch: Demixed) -> tuple[Evidence, Demixed]:
     """Return the evidence of one batch divided by the factor found, and what was told apart.
 
     Where it cannot be, and the head's gradient is that of another number of images, that number
-    is tried. What is seen and not explained is a doubt of the evidence returned.
+    is tried; where it is that of no mean cross-entropy, losses that are usual are. What is seen
+    and not explained is a doubt of the evidence returned.
 
     Parameters
     ----------
@@ -22,12 +27,21 @@ def account(evidence: Evidence, batch: Demixed) -> tuple[Evidence, Demixed]:
         What came of its head's gradient.
     """
     counted = not bool(evidence.granted[0]) and evidence.terms.clients == 1
+    counted &= not evidence.seen[0].doubts
     if not batch.solved and batch.rank not in (0, evidence.images) and counted:
         other = evidence.with_images(batch.rank)
         if other.is_chain:
-            found = next(demix_heads(other))
+            found = next(demix_heads(other, scaled=True))
             if found.solved:
                 seen = of_another_number(evidence.images, batch.rank)
                 seen = seen.and_(one_batch(found, not evidence.scale))
                 return other.divided([seen]), found
-    return evidence.divided([one_batch(batch, not evidence.scale)]), batch
+    seen = one_batch(batch, not evidence.scale)
+    if seen.doubts and evidence.replay.loss == PLAIN and not evidence.defended:
+        for loss in _USUAL:
+            other = evidence.with_loss(loss)
+            found = next(demix_heads(other, scaled=True)) if other.is_chain else batch
+            if found.solved:
+                seen = of_another_loss(loss).and_(one_batch(found, not evidence.scale))
+                return other.divided([seen]), found
+    return evidence.divided([seen]), batch

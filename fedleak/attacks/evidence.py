@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -17,7 +18,7 @@ from fedleak.attacks.statistics import received_statistics
 from fedleak.attacks.suspicions import Seen
 from fedleak.attacks.suspicions.examination import examine
 from fedleak.client.local_replay import LocalReplay
-from fedleak.client.loss import CanonicalLoss
+from fedleak.client.loss import CanonicalLoss, Loss
 from fedleak.client.replay import Replay
 from fedleak.errors import InvalidInputError, UnsupportedModelError
 from fedleak.observation import Observation
@@ -284,6 +285,14 @@ class Evidence:
         """Return the same observations as of another number of images, labels unknown."""
         labels = torch.zeros(len(self), images, dtype=torch.int64, device=self.labels.device)
         other = replace(self, labels=labels, terms=replace(self.terms, images=images))
+        other.__dict__["silent"] = self.silent
+        return other
+
+    def with_loss(self, loss: Loss) -> Evidence:
+        """Return the same observations as of clients with another loss."""
+        replay = copy.copy(self.replay)
+        replay.loss = loss
+        other = replace(self, replay=replay)
         other.__dict__["silent"] = self.silent
         return other
 

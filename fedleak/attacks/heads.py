@@ -110,8 +110,10 @@ def _informed(evidence: Evidence) -> HeadSolution:
     return HeadSolution(g, value, deviation, noise, evidence.labels)
 
 
-def demix_heads(evidence: Evidence) -> Iterator[Demixed]:
+def demix_heads(evidence: Evidence, scaled: bool = False) -> Iterator[Demixed]:
     """Demix the head's gradient of every batch, one after the other as they are asked for.
+
+    With ``scaled`` their factor is taken for unknown, as it is where the evidence says so.
 
     Raises
     ------
@@ -137,7 +139,7 @@ def demix_heads(evidence: Evidence) -> Iterator[Demixed]:
             demands,
             (evidence.rounding(head.weight_name), evidence.rounding(head.bias_name)),
             loss,
-            evidence.scale == "update",
+            scaled or evidence.scale == "update",
         )
 
 

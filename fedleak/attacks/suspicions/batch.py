@@ -6,6 +6,7 @@ import math
 
 from fedleak.attacks.demix import Demixed
 from fedleak.attacks.suspicions.seen import Seen, by_factor
+from fedleak.client.loss import Loss
 
 #: Misfit, in units of the rounding expected, from which no search came near a solution, and the
 #: relative noise up to which an update holds nothing but rounding.
@@ -52,3 +53,8 @@ def one_batch(batch: Demixed, declared: bool) -> Seen:
 def of_another_number(declared: int, found: int) -> Seen:
     """Return what is said where an update is explained by another number of images."""
     return Seen(notes=(f"the update is that of {found} images; {declared} were declared",))
+
+
+def of_another_loss(loss: Loss) -> Seen:
+    """Return what is said where another loss than was declared explains an update."""
+    return Seen(notes=(f"the loss {loss} explains the update, and the declared one does not",))

@@ -9,6 +9,7 @@ import torch
 from fedleak.attacks.suspicions.head import one_image
 from fedleak.attacks.suspicions.replies import alike, mistaken
 from fedleak.attacks.suspicions.seen import Seen
+from fedleak.client.loss import BinaryCrossEntropy, CrossEntropy
 from fedleak.client.replay import Replay
 from fedleak.observation import Observation
 from fedleak.systems import Gradients
@@ -16,8 +17,8 @@ from fedleak.systems import Gradients
 #: Rounding of a float32 weight after a step, relative to it.
 _ULP = 4e-8
 _ONE_OUTPUT = (
-    "the model has one output, and softmax over one output has no gradient: the loss is another "
-    "one, as binary cross-entropy"
+    "the model has one output, and softmax over one output has no gradient: binary "
+    "cross-entropy is taken for the loss"
 )
 
 
@@ -25,6 +26,8 @@ def examine(
     observations: Sequence[Observation], gradient: Gradients, replay: Replay
 ) -> tuple[Gradients, list[Seen]]:
     """Return gradients in the unit that was declared, and what was seen of each update.
+
+    Where all updates show one other loss than was declared, ``replay`` takes it from here on.
 
     Parameters
     ----------
@@ -41,6 +44,12 @@ def examine(
         own, seen = _one(observation, own, replay)
         found.append(seen)
         rows.append(own)
+    losses = {seen.loss for seen in found}
+    other = next(iter(losses))
+    if len(losses) == 1 and other is not None:
+        replay.loss = other
+    elif len(losses) > 1:
+        found = [s if s.loss is None else Seen(s.factor, doubts=s.doubts + s.notes) for s in found]
     return {k: torch.stack([r[k] for r in rows]) for k in gradient}, found
 
 
@@ -60,8 +69,8 @@ def _one(observation: Observation, own: Gradients, replay: Replay) -> tuple[Grad
             )
             own, seen = other, seen.and_(Seen(notes=(note,)))
     head = replay.head
-    if replay.classes == 1:
-        return own, seen.and_(Seen(doubts=(_ONE_OUTPUT,)))
+    if isinstance(replay.loss, CrossEntropy) and replay.classes == 1:
+        return own, seen.and_(Seen(notes=(_ONE_OUTPUT,), loss=BinaryCrossEntropy()))
     if seen.doubts or head is None or terms.images > 1 or terms.steps > 1:
         return own, seen
     weight, bias = own.get(f"{head}.weight"), own.get(f"{head}.bias")
@@ -70,7 +79,7 @@ def _one(observation: Observation, own: Gradients, replay: Replay) -> tuple[Grad
     sent, offset = replay.parameters[f"{head}.weight"], replay.parameters[f"{head}.bias"]
     rounding = 0.0 if scale is None else _ULP * float(offset.square().mean().sqrt()) / scale
     label = None if observation.labels is None else observation.labels[0]
-    factor = one_image(weight, bias, sent, offset, label, rounding)
+    factor = one_image(weight, bias, sent, offset, replay.loss, label, rounding)
     if terms.shared == "weights" and training is None:  # no unit was declared
         factor = Seen(factor.factor, doubts=factor.doubts)
     return {k: v / factor.factor for k, v in own.items()}, seen.and_(factor)

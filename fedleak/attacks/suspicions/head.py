@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fedleak.attacks.suspicions.seen import Seen, by_factor
+from fedleak.client.loss import PLAIN, BinaryCrossEntropy, CrossEntropy, Loss
 
 #: Relative rounding of a float32 softmax, by the size of its logits.
 _ROUNDING = 1e-6
@@ -25,6 +26,7 @@ def one_image(
     bias: Tensor,
     weight: Tensor,
     offset: Tensor,
+    loss: Loss,
     label: int | None,
     rounding: float,
 ) -> Seen:
@@ -36,6 +38,8 @@ def one_image(
         Of the head, observed and sent.
     bias, offset : Tensor, shape (classes,)
         Gradient of its bias, and the bias.
+    loss : Loss
+        As declared.
     label : int or None
         Where it is known.
     rounding : float
@@ -49,8 +53,7 @@ def one_image(
     z = weight @ x + offset
     if not bool(z.isfinite().all()):
         return Seen()
-    own = torch.eye(len(bias)).to(z)
-    made = _without_cancellation(z.softmax(0), own)
+    made = _of_every_label(z, loss)
     lengths = made.square().sum(1).clamp_min(1e-300)
     factors = made @ bias / lengths
     misses = (bias - factors.unsqueeze(1) * made).norm(dim=1) / size.sqrt()
@@ -68,22 +71,29 @@ def one_image(
         return Seen() if bool(plain[best]) else by_factor(float(factors[best]))
     if float(tolerance.min()) > _MOST:
         return Seen()
-    return Seen(doubts=(_other_loss(bias, z, float(tolerance.min())),))
+    return _other_loss(bias, z, float(tolerance.min()))
 
 
-def _without_cancellation(p: Tensor, own: Tensor) -> Tensor:
-    """Return ``p - y`` for every label, (classes, classes)."""
-    others = p * (1 - own)
-    return others - own * others.sum(1, keepdim=True)
+def _of_every_label(z: Tensor, loss: Loss) -> Tensor:
+    """Return what the loss makes of the logits for every label, shape (labels, outputs)."""
+    labels = torch.arange(loss.classes(len(z)), device=z.device)
+    made = loss.alone(z.expand(len(labels), -1), labels)
+    if loss == PLAIN:  # p - 1 without cancellation
+        others = made * (1 - torch.eye(len(z)).to(z))
+        made = torch.where(made < 0, -others.sum(1, keepdim=True), made)
+    return made
 
 
-def _other_loss(bias: Tensor, z: Tensor, tolerance: float) -> str:
-    """Say what may have made ``g``, which no softmax and one label did."""
-    said = "the head's gradient is that of no softmax cross-entropy with one label: "
+def _other_loss(bias: Tensor, z: Tensor, tolerance: float) -> Seen:
+    """See what may have made ``g``, which the declared loss did with no label."""
+    said = "the head's gradient is that of no declared loss with one label"
     if abs(float(bias.sum())) < tolerance * float(bias.abs().sum()):
         smoothing, miss = _smoothed(bias, z)
         if miss < max(10 * tolerance, 1e-4) and 0 < smoothing < 1:
-            return said + f"label smoothing of {smoothing:.3g} explains it; declare it"
+            near = round(smoothing, 3)
+            found = near if abs(near - smoothing) < 1e-4 else smoothing
+            note = f"cross-entropy with a label smoothing of {found:.4g} explains the update"
+            return Seen(notes=(note,), loss=CrossEntropy(label_smoothing=found))
         targets = z.softmax(0) - bias
         if float(targets.min()) > -10 * tolerance - 1e-3:
             parts = ", ".join(
@@ -91,14 +101,18 @@ def _other_loss(bias: Tensor, z: Tensor, tolerance: float) -> str:
                 for c in targets.argsort(descending=True)[:4]
                 if float(targets[c]) > 0.02
             )
-            return said + f"its label is a mixture ({parts})"
-        return said + "class weights or another loss"
-    for outputs in (len(bias), 1):
-        targets = z.sigmoid() - outputs * bias
+            return Seen(doubts=(f"{said}: its label is a mixture ({parts})",))
+        return Seen(doubts=(f"{said}: class weights or another loss",))
+    for reduction, times in (("mean", len(bias)), ("sum", 1)):
+        targets = z.sigmoid() - times * bias
         if float((targets - targets.round()).abs().max()) < _BINARY:
-            found = targets.round().nonzero().flatten().tolist()
-            return said + f"binary cross-entropy with the labels {found} explains it; declare it"
-    return said + "its entries do not sum to zero, as those of any softmax do"
+            found_labels = targets.round().nonzero().flatten().tolist()
+            if len(found_labels) != 1:
+                what = f"binary cross-entropy with the labels {found_labels} explains it"
+                return Seen(doubts=(f"{said}: {what}",))
+            note = "binary cross-entropy explains the update"
+            return Seen(notes=(note,), loss=BinaryCrossEntropy(reduction))  # type: ignore[arg-type]
+    return Seen(doubts=(f"{said}: its entries do not sum to zero, as those of any softmax do",))
 
 
 def _smoothed(bias: Tensor, z: Tensor) -> tuple[float, float]:

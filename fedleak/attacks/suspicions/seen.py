@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from fedleak.client.loss import Loss
+
 
 @dataclass(frozen=True)
 class Seen:
@@ -17,21 +19,29 @@ class Seen:
         What is not as declared, and was taken into account.
     doubts : tuple of str
         What is not as declared, and is not modelled.
+    loss : Loss or None
+        Another than was declared, which explains the update.
     """
 
     factor: float = 1.0
     notes: tuple[str, ...] = ()
     doubts: tuple[str, ...] = ()
+    loss: Loss | None = None
 
     def and_(self, other: Seen) -> Seen:
         """Return both."""
         factor = self.factor * other.factor
-        return Seen(factor, self.notes + other.notes, self.doubts + other.doubts)
+        loss = other.loss or self.loss
+        return Seen(factor, self.notes + other.notes, self.doubts + other.doubts, loss)
+
+
+#: A factor this near to 1 is none.
+_NONE = 1e-5
 
 
 def by_factor(factor: float) -> Seen:
     """Return what is said of an update that is a multiple of a gradient."""
-    if factor == 1:
+    if abs(factor - 1) < _NONE:
         return Seen()
     what = (
         "minus a gradient: changes of weights are its negative"

@@ -1,0 +1,210 @@
+"""What an update shows that is not as declared is seen, said, and used where it is modelled."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fedleak import LocalTraining, Observation, Reconstruction, make_attack, parse_defence
+from fedleak.attacks import run_attack
+from fedleak.data import load_data
+from fedleak.defences import defend
+from fedleak.quality import score_batch
+
+SHAPE = (1, 8, 8)
+Loss = Callable[[Tensor, Tensor], Tensor]
+
+
+def digits(count: int, start: int = 0) -> tuple[Tensor, Tensor]:
+    return load_data("digits")[0].batch(range(start, start + count))
+
+
+def net(classes: int = 10) -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(1, 6, 3), nn.Tanh(), nn.Flatten(), nn.Linear(216, classes)
+    )  # fmt: skip
+
+
+def gradient(
+    model: nn.Module, x: Tensor, y: Tensor, loss: Loss = F.cross_entropy
+) -> dict[str, Tensor]:
+    names, parameters = zip(*model.named_parameters(), strict=True)
+    return dict(zip(names, torch.autograd.grad(loss(model(x), y), parameters), strict=True))
+
+
+def times(factor: float, sent: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {k: factor * g for k, g in sent.items()}
+
+
+def attack(
+    model: nn.Module, sent: dict[str, Tensor], images: int = 1, name: str = "linear"
+) -> Reconstruction:
+    seen = Observation.from_gradient(model, sent, SHAPE, images)
+    (outcome,) = run_attack(make_attack(name), [seen])
+    assert outcome.reconstruction is not None, outcome.reason
+    return outcome.reconstruction
+
+
+def worst(result: Reconstruction, x: Tensor, y: Tensor) -> float:
+    found = score_batch(result.images, result.labels, x, y)
+    return min(0.0 if f.quality is None else f.quality.psnr_db for f in found)
+
+
+@pytest.mark.parametrize("images", [1, 4])
+@pytest.mark.parametrize("factor", [0.05, 0.5, 4.0, -0.1])
+def test_a_factor_is_found_and_used(factor: float, images: int) -> None:
+    model, (x, y) = net(), digits(images)
+    result = attack(model, times(factor, gradient(model, x, y)), images)
+    assert result.details["factor"] == pytest.approx(factor, rel=1e-5)
+    assert result.fit < 1e-5
+    assert result.status == "ok"
+    assert worst(result, x, y) > 100
+    assert sorted(result.labels.tolist()) == sorted(y.tolist())
+    (note,) = result.details["notes"]
+    assert ("minus a gradient" in note) == (factor < 0)
+
+
+@pytest.mark.parametrize("images", [1, 4])
+def test_nothing_is_said_of_what_is_as_declared(images: int) -> None:
+    model, (x, y) = net(), digits(images)
+    result = attack(model, gradient(model, x, y), images)
+    assert not {"factor", "notes"} & set(result.details)
+    assert result.doubts == ()
+    assert worst(result, x, y) > 120
+
+
+@pytest.mark.parametrize("images", [1, 4])
+def test_a_schedule_of_the_learning_rate(images: int) -> None:
+    model, (x, y) = net(), digits(images)
+    step = {k: -0.025 * g for k, g in gradient(model, x, y).items()}
+    weights = {k: v + step[k] for k, v in model.state_dict().items()}
+    seen = Observation.from_weights(model, weights, LocalTraining(0.1, images), SHAPE, images)
+    (result,) = make_attack("linear")([seen])
+    assert result.details["factor"] == pytest.approx(0.25, rel=1e-4)
+    assert worst(result, x, y) > 100
+
+
+def test_clipping_of_a_batch_is_one_number() -> None:
+    model, (x, y) = net(), digits(4)
+    clean, spec = gradient(model, x, y), parse_defence("clip:0.1")
+    norm = float(sum(g.square().sum() for g in clean.values()) ** 0.5)
+    seen = Observation.from_gradient(model, defend(clean, spec, 0), SHAPE, 4, defence=spec)
+    (result,) = make_attack("hybrid")([seen])
+    assert result.details["factor"] == pytest.approx(0.1 / norm, rel=1e-4)
+    assert worst(result, x, y) > 100
+    assert result.fit < 1e-5
+    assert "notes" not in result.details  # nothing that was not declared
+
+
+@pytest.mark.parametrize("declared", ["gradient", "weights"])
+def test_changes_of_weights(declared: str) -> None:
+    model, (x, y) = net(), digits(1)
+    change = times(-0.1, gradient(model, x, y))
+    if declared == "gradient":
+        seen = Observation.from_gradient(model, change, SHAPE)
+    else:
+        seen = Observation.from_weights(model, change, LocalTraining(0.1), SHAPE)
+    (result,) = make_attack("linear")([seen])
+    assert worst(result, x, y) > 100
+    assert result.labels.tolist() == y.tolist()
+    assert result.fit < 1e-5
+    assert result.details["notes"]
+
+
+def test_weights_where_a_gradient_was_declared() -> None:
+    model, (x, y) = net(), digits(1)
+    change = times(-0.1, gradient(model, x, y))
+    result = attack(model, {k: v + change[k] for k, v in model.state_dict().items()})
+    assert worst(result, x, y) > 100
+    assert "weights came" in " ".join(result.details["notes"])
+
+
+@pytest.mark.parametrize("images", [1, 4])
+def test_label_smoothing(images: int) -> None:
+    model, (x, y) = net(), digits(images)
+    sent = gradient(model, x, y, lambda z, t: F.cross_entropy(z, t, label_smoothing=0.1))
+    result = attack(model, sent, images)
+    assert worst(result, x, y) > 100
+    assert "smoothing" in " ".join(result.details["notes"])
+
+
+def test_binary_cross_entropy_of_several_outputs() -> None:
+    model, (x, y) = net(), digits(1)
+    sent = gradient(
+        model, x, y,
+        lambda z, t: F.binary_cross_entropy_with_logits(z, F.one_hot(t, 10).float()),
+    )  # fmt: skip
+    result = attack(model, sent)
+    assert worst(result, x, y) > 100
+    assert "binary cross-entropy" in " ".join(result.details["notes"])
+
+
+def test_one_output_is_no_softmax() -> None:
+    model, (x, y) = net(1), digits(1)
+    sent = gradient(
+        model, x, y, lambda z, t: F.binary_cross_entropy_with_logits(z[:, 0], t.float())
+    )
+    result = attack(model, sent)
+    assert worst(result, x, y) > 100
+    assert result.fit < 1e-5
+    assert "one output" in " ".join(result.details["notes"])
+
+
+@pytest.mark.parametrize(
+    ("loss", "words"),
+    [
+        (lambda z, t: F.cross_entropy(z, 0.7 * F.one_hot(t, 10) + 0.3 * F.one_hot(t + 1, 10)),
+         "a mixture"),
+        (lambda z, t: F.mse_loss(z, F.one_hot(t, 10).float()), "do not sum to zero"),
+    ],
+    ids=["two labels", "squares"],
+)  # fmt: skip
+def test_a_loss_that_is_not_modelled_is_a_doubt(loss: Loss, words: str) -> None:
+    model, (x, y) = net(), digits(1)
+    result = attack(model, gradient(model, x, y, loss))
+    assert result.status == "doubtful"
+    assert words in " ".join(result.doubts)
+
+
+@pytest.mark.parametrize("images", [1, 4])
+def test_entries_of_one_size_are_no_gradient(images: int) -> None:
+    model, (x, y) = net(), digits(images)
+    sent = {k: 1e-3 * g / (g.abs() + 1e-8) for k, g in gradient(model, x, y).items()}
+    seen = Observation.from_gradient(model, sent, SHAPE, images)
+    (outcome,) = run_attack(make_attack("hybrid", steps=5), [seen])
+    assert outcome.reconstruction is not None
+    assert outcome.reconstruction.status == "doubtful"
+    assert "Adam" in outcome.reason
+
+
+@pytest.mark.parametrize(("declared", "true"), [(8, 7), (8, 6), (3, 4)])
+def test_another_number_of_images(declared: int, true: int) -> None:
+    model, (x, y) = net(), digits(true)
+    result = attack(model, gradient(model, x, y), declared)
+    assert len(result.images) == true
+    assert worst(result, x, y) > 100
+    assert f"{true} images; {declared} were declared" in " ".join(result.details["notes"])
+
+
+def test_the_same_image_twice_is_said() -> None:
+    model, (x, y) = net(), digits(3)
+    x, y = torch.cat([x, x[:1]]), torch.cat([y, y[:1]])
+    seen = Observation.from_gradient(model, gradient(model, x, y), SHAPE, 4)
+    (outcome,) = run_attack(make_attack("hybrid", steps=20), [seen])
+    assert outcome.reconstruction is not None
+    assert outcome.reconstruction.status == "doubtful"
+    assert "some of which are alike" in outcome.reason
+
+
+def test_noise_is_no_suspicion() -> None:
+    """Of a server that does not know of it: nothing is said of the loss."""
+    model, (x, y) = net(), digits(1)
+    for defence in ("noise:0.1", "noise:0.0001", "prune:0.5", "quantise:8"):
+        result = attack(model, defend(gradient(model, x, y), parse_defence(defence), 0))
+        assert result.status == "ok"
+        assert "factor" not in result.details
