@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -205,11 +206,21 @@ def test_an_attack_cannot_reach_the_truth() -> None:
                 assert not name.startswith(("fedleak.quality", "fedleak.data", "simulations"))
 
 
+def noisy(seen: Observation) -> Observation:
+    """Return an observation of nothing but noise."""
+    generator = torch.Generator().manual_seed(0)
+    drawn = {
+        k: torch.randn(g.shape, generator=generator, dtype=g.dtype)
+        for k, g in seen.gradient.items()
+    }
+    return replace(seen, gradient=drawn)
+
+
 def test_images_that_cannot_be_told_apart_are_refused(observe: Observe) -> None:
     model = build_model("cnn2-v1", (1, 8, 8), 10, seed=0)
     seen = observe(model, torch.rand(1, 8, 8), 1)
     for images, words in ((10, "mixes 10 images; .* at most 9 apart"), (4, "4 images of a batch")):
-        batch = seen.with_terms(images=images)
+        batch = noisy(seen).with_terms(images=images)
         with pytest.raises(UnsupportedModelError, match=words):
             LinearAttack()([batch])
 
@@ -246,7 +257,7 @@ def test_a_result_that_is_no_image_is_a_failure(observe: Observe) -> None:
 def test_one_bad_update_costs_only_itself(observe: Observe) -> None:
     model = build_model("cnn2-v1", (1, 8, 8), 10, seed=0)
     good = observe(model, torch.rand(1, 8, 8), 1)
-    bad = good.with_terms(images=2)
+    bad = noisy(good).with_terms(images=2)
     first, second, third = run_attack(LinearAttack(), [good, bad, good])
     assert first.reconstruction is not None
     assert third.reconstruction is not None
