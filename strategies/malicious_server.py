@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import copy
+import math
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -39,6 +40,9 @@ __all__ = ["Leak", "MaliciousServer", "Shared"]
 
 #: What the server's message to a client holds beside the weights.
 Config = Mapping[str, object]
+
+#: Images of one update that a reply may claim.
+_MANY = 100_000
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,7 +106,8 @@ class MaliciousServer(DelegatingStrategy):
         the server's message holds beside the weights.
     images : int or callable
         Number of images that a client uses in one round; a callable says it of each client, as
-        for ``training``.
+        for ``training``. A plain
+        number holds where a reply does not say its own as ``num-examples``.
     threat : ThreatModel
         What the server knows and may do. With ``view="sum"`` it sees, as under secure
         aggregation, only the sum over all clients: simulated, by adding up what was received.
@@ -350,7 +355,7 @@ class MaliciousServer(DelegatingStrategy):
             labels = tuple(int(y) for y in self.labels_of(server_round, node))
         terms = Terms(
             input_shape=self.input_shape,
-            images=images,
+            images=self._counted(reply, images),
             labels=labels,
             threat=self.threat,
             training=training,
@@ -369,6 +374,12 @@ class MaliciousServer(DelegatingStrategy):
             images = images(server_round, node, config)
         return None if training is None else training.at(server_round, config), images
 
+    def _counted(self, reply: Message, declared: int) -> int:
+        """Return how many images are behind a reply: as it says itself, or as was declared."""
+        if callable(self.images) or not self.threat.batch_size:
+            return declared
+        return _num_examples(reply) or declared
+
     @staticmethod
     def _named(arrays: dict[str, Tensor], like: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Name arrays that came as a plain list (``"0"``, ``"1"``, ...) after ``like``."""
@@ -383,6 +394,16 @@ class MaliciousServer(DelegatingStrategy):
             self.on_leak(leak)
         except Exception as error:  # a full disk must not end the training
             log(ERROR, "round %s: a leak could not be recorded: %r", leak.server_round, error)
+
+
+def _num_examples(reply: Message) -> int | None:
+    """Return what the metrics of a reply say of its number of images, if anything."""
+    for metrics in reply.content.metric_records.values():
+        told = metrics.get("num-examples")
+        whole = isinstance(told, (int, float)) and math.isfinite(told) and told == int(told)
+        if whole and 1 <= told <= _MANY:
+            return int(told)
+    return None
 
 
 def _to_tensors(record: ArrayRecord) -> dict[str, Tensor]:
