@@ -34,7 +34,7 @@ _EFFORTS, _STARTS, _SPREADS = 12, 8, (0.3, 0.1, 0.1, 0.3, 1.0, 1.0, 3.0, 3.0)
 #: Sets of labels tried, and Gauss-Newton steps from each start.
 _CANDIDATES, _STEPS = 100, 200
 #: Sets of labels after which a factor is looked for, and how near to 1 it is none.
-_LIKELY, _AS_IT_IS = 4, 1e-5
+_LIKELY, _AS_IT_IS = 4, 1e-2
 #: Misfit up to which a factor is one, though the images cannot be told apart.
 _CLOSE = 1e3
 #: Relative size of singular values that are rounding, and how far they are below the others.
@@ -279,7 +279,11 @@ class _Batch:
         for t, labels, m in demix_scale.search(
             self.bias, self.candidates, lambda t, y: self.problem(y, t), self.images, signs
         ):
-            t = 1.0 if abs(t - 1) < _AS_IT_IS and signs != (1,) else t
+            if abs(t - 1) < _AS_IT_IS and signs != (1,):
+                problem = self.problem(labels)
+                plain, misfit = _sharpen(problem, m)
+                if misfit < _SOLVED:
+                    return _asked(problem, plain, misfit, self.ratio, self.constraint)
             problem = self.problem(labels, t)
             m, misfit = _sharpen(problem, m)
             if misfit < _SOLVED:

@@ -23,7 +23,7 @@ _MISSED = (0.9, 0.8, 0.7, 0.6, 0.95, 0.5, 0.4, 0.3, 0.2, 0.1, 0.05, 0.02, 0.01, 
 #: Sets of labels for each, the likeliest ones; random starts of each set; Gauss-Newton steps.
 _LABELS, _STARTS, _STEPS = 6, 6, 60
 #: Bounds the sets of labels tried in all; each costs as the sixth power of the batch's size.
-_WORK = 2e6
+_WORK = 4e5
 #: Part of the largest entry of a bias gradient from which its sign is sure.
 _SURE = 1e-3
 #: Steps from the best starts, and relative residual of a solution worth polishing.
