@@ -90,7 +90,7 @@ def _solve(make: Make, labels: Tensor, tried: list[float]) -> tuple[float, Tenso
     ).repeat_interleave(_STARTS, 0)
     p = problem.probabilities(means.unsqueeze(1), 0.3 * noise)
     target = t.reshape(-1, 1, 1) * problem.target
-    m = torch.linalg.lstsq(problem.errors(p).mT, target).solution
+    m = torch.linalg.lstsq(problem.cotangents(p).mT, target).solution
     size = problem.target.square().sum() + problem.bias.square().sum()
     m, t, value = joint(problem, m, t, _STEPS)
     best = (value / t.square()).nan_to_num(torch.inf).argsort()[:2]

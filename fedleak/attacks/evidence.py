@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -290,9 +289,7 @@ class Evidence:
 
     def with_loss(self, loss: Loss) -> Evidence:
         """Return the same observations as of clients with another loss."""
-        replay = copy.copy(self.replay)
-        replay.loss = loss
-        other = replace(self, replay=replay)
+        other = replace(self, replay=self.replay.with_loss(loss))
         other.__dict__["silent"] = self.silent
         return other
 

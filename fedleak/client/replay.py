@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
+from fedleak.client.loss import Loss
 from fedleak.client.training import LocalTraining
 from fedleak.errors import InvalidInputError, UnsupportedModelError
 
@@ -84,6 +85,13 @@ class Replay:
         }
         self.input_shape, self.dtype, self.device = tuple(input_shape), dtype, torch.device(device)
         self.head, self.classes = self._find_head()
+
+    def with_loss(self, loss: Loss) -> Replay:
+        """Return the same client with another loss, in the place of a cross-entropy."""
+        other = copy.copy(self)
+        other.client, other.loss = replace(self.client, loss=loss), loss
+        other.classes = loss.classes(self.classes)
+        return other
 
     def _normalise(self, module: nn.Module, given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         return (self.client.seen(given[0]), *given[1:])

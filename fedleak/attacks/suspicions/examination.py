@@ -9,25 +9,18 @@ import torch
 from fedleak.attacks.suspicions.head import one_image
 from fedleak.attacks.suspicions.replies import alike, mistaken
 from fedleak.attacks.suspicions.seen import Seen
-from fedleak.client.loss import BinaryCrossEntropy, CrossEntropy
 from fedleak.client.replay import Replay
 from fedleak.observation import Observation
+from fedleak.precision import WEIGHT
 from fedleak.systems import Gradients
-
-#: Rounding of a float32 weight after a step, relative to it.
-_ULP = 4e-8
-_ONE_OUTPUT = (
-    "the model has one output, and softmax over one output has no gradient: binary "
-    "cross-entropy is taken for the loss"
-)
 
 
 def examine(
     observations: Sequence[Observation], gradient: Gradients, replay: Replay
-) -> tuple[Gradients, list[Seen]]:
-    """Return gradients in the unit that was declared, and what was seen of each update.
+) -> tuple[Gradients, list[Seen], Replay]:
+    """Return gradients in the unit that was declared, what was seen of each update, and the client.
 
-    Where all updates show one other loss than was declared, ``replay`` takes it from here on.
+    That is ``replay``, but where all updates show one other loss than was declared.
 
     Parameters
     ----------
@@ -47,17 +40,17 @@ def examine(
     losses = {seen.loss for seen in found}
     other = next(iter(losses))
     if len(losses) == 1 and other is not None:
-        replay.loss = other
+        replay = replay.with_loss(other)
     elif len(losses) > 1:
         found = [s if s.loss is None else Seen(s.factor, doubts=s.doubts + s.notes) for s in found]
-    return {k: torch.stack([r[k] for r in rows]) for k in gradient}, found
+    return {k: torch.stack([r[k] for r in rows]) for k in gradient}, found, replay
 
 
 def _one(observation: Observation, own: Gradients, replay: Replay) -> tuple[Gradients, Seen]:
-    training, terms = observation.training, observation.terms
-    scale = None
-    if training is not None and terms.shared == "weights":
-        scale = training.learning_rate * training.gain(terms.own)
+    terms, trained = observation.terms, observation.terms.trained
+    if trained is not None and trained.update_rule.signs:
+        return own, Seen()
+    scale = None if trained is None else trained.rate * trained.gain(terms.own)
     seen = alike(own)
     if terms.shared == "gradient" or scale is not None:
         other = mistaken(own, replay.parameters, scale)
@@ -69,17 +62,15 @@ def _one(observation: Observation, own: Gradients, replay: Replay) -> tuple[Grad
             )
             own, seen = other, seen.and_(Seen(notes=(note,)))
     head = replay.head
-    if isinstance(replay.loss, CrossEntropy) and replay.classes == 1:
-        return own, seen.and_(Seen(notes=(_ONE_OUTPUT,), loss=BinaryCrossEntropy()))
     if seen.doubts or head is None or terms.images > 1 or terms.steps > 1:
         return own, seen
     weight, bias = own.get(f"{head}.weight"), own.get(f"{head}.bias")
     if weight is None or bias is None:
         return own, seen
     sent, offset = replay.parameters[f"{head}.weight"], replay.parameters[f"{head}.bias"]
-    rounding = 0.0 if scale is None else _ULP * float(offset.square().mean().sqrt()) / scale
+    rounding = 0.0 if scale is None else WEIGHT * float(offset.square().mean().sqrt()) / scale
     label = None if observation.labels is None else observation.labels[0]
     factor = one_image(weight, bias, sent, offset, replay.loss, label, rounding)
-    if terms.shared == "weights" and training is None:  # no unit was declared
+    if terms.shared == "weights" and trained is None:  # no unit was declared
         factor = Seen(factor.factor, doubts=factor.doubts)
     return {k: v / factor.factor for k, v in own.items()}, seen.and_(factor)
