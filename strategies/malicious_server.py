@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import atexit
 import copy
-import math
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -400,8 +399,9 @@ def _num_examples(reply: Message) -> int | None:
     """Return what the metrics of a reply say of its number of images, if anything."""
     for metrics in reply.content.metric_records.values():
         told = metrics.get("num-examples")
-        whole = isinstance(told, (int, float)) and math.isfinite(told) and told == int(told)
-        if whole and 1 <= told <= _MANY:
+        if not isinstance(told, (int, float)) or not 1 <= told <= _MANY:  # also no NaN
+            continue
+        if told == int(told):
             return int(told)
     return None
 
