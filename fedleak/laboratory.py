@@ -13,11 +13,14 @@ from torch import Tensor, nn
 
 from fedleak.attacks import Attack, Reconstruction, attack_for
 from fedleak.client.compute import example_gradients, gradient
+from fedleak.client.loss import PLAIN
 from fedleak.client.training import LocalTraining
 from fedleak.defences import DefenceSpec, defend, defend_examples, parse_defence
-from fedleak.errors import InvalidInputError
+from fedleak.errors import FedleakError, InvalidInputError
 from fedleak.images import read_images
+from fedleak.modules import copied, sentence, unwrapped
 from fedleak.observation import Observation
+from fedleak.probe import probe
 from fedleak.quality import Quality, score_batch
 
 __all__ = ["Trial", "Trials", "labels_of", "read_images", "reconstruct", "summary"]
@@ -133,15 +136,26 @@ def reconstruct(
             f"{len(images)} images do not make batches of {batch_size}; attack "
             f"{len(images) // max(batch_size, 1) * batch_size} of them or change the batch size"
         )
+    model = unwrapped(model)
+    loss = PLAIN if training is None else training.criterion
+    probe(model, shape, loss)  # refuses what cannot be attacked
+    client = copied(model)  # batch statistics and spectral norm change in a client's hands
+    kind = next(client.parameters())
     observations = []
     for n, (x, y) in enumerate(
         zip(images.split(batch_size), targets.split(batch_size), strict=True), first
     ):
+        client.load_state_dict(model.state_dict())
+        x, y = x.to(kind), y.to(kind.device)
         try:
-            clean, _ = (example_gradients if spec.examples else gradient)(model, x, y, training)
+            made = (example_gradients if spec.examples else gradient)(client, x, y, training)
+            clean, _ = made
         except (RuntimeError, IndexError, ValueError) as error:
+            if isinstance(error, FedleakError):
+                raise
             raise InvalidInputError(
-                f"the model cannot take images of shape {shape} with labels {y.tolist()}: {error}"
+                f"the model cannot take images of shape {shape} with labels {y.tolist()}: "
+                f"{sentence(error)}"
             ) from error
         sent = (defend_examples if spec.examples else defend)(clean, spec, seed + n)
         known = y.tolist() if labels_known else None

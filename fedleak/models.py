@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fedleak.errors import FedleakError, InvalidInputError
+from fedleak.modules import renamed
 from fedleak.registry import Registry
 
 #: A model is a factory: ``factory(input_shape=(C, H, W), classes=10) -> nn.Module``.
@@ -216,6 +217,7 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
             f"checkpoint {str(path)!r} cannot be read as a state dict: {error}"
         ) from error
     expected = model.state_dict()
+    state = renamed(state, expected)
     problems = [f"{k!r} is missing" for k in expected if k not in state]
     problems += [f"{k!r} is not in the model" for k in state if k not in expected]
     problems += [

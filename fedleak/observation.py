@@ -9,10 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fedleak.client.loss import PLAIN
 from fedleak.client.optimiser import SGD
 from fedleak.client.training import LocalTraining
 from fedleak.defences import DefenceSpec
 from fedleak.errors import InvalidInputError, InvalidUpdateError
+from fedleak.modules import renamed, unwrapped
+from fedleak.probe import probe
 from fedleak.terms import Terms, WithTerms
 from fedleak.threat import ThreatModel
 
@@ -63,20 +66,28 @@ class Observation(WithTerms):
         Parameters
         ----------
         model : nn.Module
-            The model as sent.
+            The model as sent; what wraps it (DataParallel, torch.compile, Opacus) is taken off.
         received : mapping
             Arrays or tensors by name: of a gradient, or of the weights after local training.
+            Names may have a wrapper's prefix.
         terms : Terms
             ``training`` is what the client does, whether or not the attacker knows it.
 
         Raises
         ------
+        InvalidInputError, UnsupportedModelError
+            If the model is none that is attacked; see :func:`fedleak.probe.probe`.
         InvalidUpdateError
-            If a parameter is missing, misshapen or not finite, or all of them are zero.
+            If a parameter is missing, misshapen or not finite, or all of them are zero. What
+            is frozen, unused or known to be withheld may be missing.
         """
+        model = unwrapped(model)
+        loss = PLAIN if terms.training is None else terms.training.criterion
+        used = probe(model, terms.input_shape, loss).used
+        received = {**_withheld(model, used, terms), **renamed(received, model.state_dict())}
         if terms.shared == "weights":
-            return cls._of_weights(model, received, terms)
-        checked = _checked(model, received)
+            return cls._of_weights(model, used, received, terms)
+        checked = _checked(model, used, received)
         errors = {} if terms.defence is None else _errors(terms.defence, checked)
         return cls(model, checked, terms, errors=errors)
 
@@ -186,7 +197,7 @@ class Observation(WithTerms):
 
     @classmethod
     def _of_weights(
-        cls, model: nn.Module, received: Mapping[str, Any], terms: Terms
+        cls, model: nn.Module, used: Sequence[str], received: Mapping[str, Any], terms: Terms
     ) -> Observation:
         training, threat = terms.training, terms.threat
         if training is None:
@@ -206,7 +217,7 @@ class Observation(WithTerms):
                 error = optimiser.one_step_errors(moved[name], sent, rate, gain)
                 if error is not None:
                     lost[name] = error
-        gradient = _checked(model, change)
+        gradient = _checked(model, used, change)
         buffers = {}
         for name, buffer in model.named_buffers() if threat.buffers else ():
             if name in received and buffer.is_floating_point():
@@ -288,19 +299,37 @@ def _errors(defence: DefenceSpec, received: dict[str, Tensor]) -> dict[str, Tens
     return {k: found[k].expand_as(v) for k, v in received.items()}
 
 
-def _checked(model: nn.Module, gradient: Mapping[str, Any]) -> dict[str, Tensor]:
+def _checked(
+    model: nn.Module, used: Sequence[str], gradient: Mapping[str, Any]
+) -> dict[str, Tensor]:
+    """Return what a client sent of the parameters that get a gradient."""
     checked: dict[str, Tensor] = {}
-    for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            continue
+    parameters = dict(model.named_parameters())
+    for name in used:
+        parameter = parameters[name]
         if name not in gradient:
             raise InvalidUpdateError(
-                f"the update has no entry {name!r}; it has {', '.join(gradient) or 'none'}"
+                f"the update has no entry {name!r}; it has {', '.join(gradient) or 'none'}. What "
+                "clients keep to themselves can be declared: frozen in the attacker's model, or "
+                f"defence 'withhold:{name.rpartition('.')[0] or name}'"
             )
         checked[name] = _check(name, torch.as_tensor(gradient[name]), tuple(parameter.shape))
     if not any(bool(g.any()) for g in checked.values()):
         raise InvalidUpdateError("every entry of the update is zero: it says nothing")
     return checked
+
+
+def _withheld(model: nn.Module, used: Sequence[str], terms: Terms) -> dict[str, Tensor]:
+    """Return what comes of a parameter of which a known defence sends nothing: no change."""
+    if terms.defence is None:
+        return {}
+    parameters = {n: p.detach() for n, p in model.named_parameters() if n in used}
+    # Of an update without a zero, no other defence loses all.
+    ones = {n: torch.ones(p.shape, dtype=torch.float64) for n, p in parameters.items()}
+    lost = {n for n, e in terms.defence.errors(ones).items() if bool(e.isinf().all())}
+    weights = terms.training is not None and terms.training.reply == "weights"
+    still = parameters if weights else {n: 0 * v for n, v in ones.items()}
+    return {n: still[n] for n in used if n in lost}
 
 
 def _check(name: str, value: Tensor, shape: tuple[int, ...]) -> Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import atexit
-import copy
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -23,10 +22,13 @@ from torch import Tensor, nn
 from fedleak.attacks import Attack, Outcome, Reconstruction, make_attack
 from fedleak.capture import CaptureWriter, Update
 from fedleak.capture.update import load_sent
+from fedleak.client.loss import PLAIN
 from fedleak.client.training import LocalTraining
 from fedleak.defences import DefenceSpec, parse_defence
 from fedleak.errors import FedleakError, InvalidInputError, InvalidUpdateError, UnknownNameError
+from fedleak.modules import copied, unwrapped
 from fedleak.observation import Observation
+from fedleak.probe import probe
 from fedleak.status import Status
 from fedleak.terms import Shared, Terms
 from fedleak.threat import HONEST, ThreatModel
@@ -144,8 +146,10 @@ class MaliciousServer(DelegatingStrategy):
 
     Raises
     ------
+    UnsupportedModelError
+        If the model is none that is attacked.
     InvalidInputError, UnknownNameError
-        If a parameter is out of range or the attack unknown.
+        If the model cannot take such images, a parameter is out of range or the attack unknown.
     """
 
     def __init__(
@@ -180,7 +184,10 @@ class MaliciousServer(DelegatingStrategy):
         if attack is None and capture is None:
             raise InvalidInputError("nothing to do: name an attack, or a folder to capture into")
         with _preserved_random_state():  # the app may draw its first weights after this
-            self.model = model if isinstance(model, nn.Module) else model()
+            self.model = unwrapped(model if isinstance(model, nn.Module) else model())
+            if attack is not None:  # refuse what cannot be attacked, before any round
+                loss = PLAIN if training is None else training.criterion
+                probe(self.model, input_shape, loss)
             self.attack = make_attack(attack) if isinstance(attack, str) else attack
         self.input_shape = input_shape
         self.training, self.images = training, images
@@ -344,7 +351,7 @@ class MaliciousServer(DelegatingStrategy):
             raise InvalidUpdateError("the client's reply holds no arrays")
         sent = self._sent_to(node)
         if id(sent) not in models:
-            models[id(sent)] = load_sent(copy.deepcopy(self.model), sent)
+            models[id(sent)] = load_sent(copied(self.model), sent)
         model = models[id(sent)]
         training, images = self._declared(server_round, node)
         trains = training is not None and training.trains

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from logging import ERROR
@@ -17,6 +16,7 @@ from torch import nn
 from fedleak.attacks import Attack, attack_for
 from fedleak.capture.update import load_sent
 from fedleak.errors import FedleakError, ForbiddenError, InvalidInputError
+from fedleak.modules import copied
 from fedleak.tampers import Tamper, make_tamper
 from fedleak.threat import ThreatModel
 
@@ -102,7 +102,7 @@ class _Sender(DelegatingStrategy):
         """Return a content with the tampered model, and how far that is from the honest one."""
         name, record = next(iter(content.array_records.items()))
         honest = record.to_torch_state_dict()
-        model = load_sent(copy.deepcopy(self.model), honest)
+        model = load_sent(copied(self.model), honest)
         state = self.tamper.prepare(model, self.input_shape, server_round, place, self.images)
         change = {k: state[k].to(v.dtype) for k, v in honest.items() if k in state}
         moved = sum(float((change[k] - honest[k]).double().square().sum()) for k in change)

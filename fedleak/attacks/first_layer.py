@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -16,6 +15,7 @@ from fedleak.attacks.base import ATTACKS, Attack, Reconstruction
 from fedleak.attacks.evidence import resolve_device
 from fedleak.client.training import LocalTraining
 from fedleak.errors import UnsupportedModelError
+from fedleak.modules import copied
 from fedleak.observation import Observation
 
 #: Rounding of a sum over a batch in float32, relative to the largest entry that it is made of.
@@ -67,7 +67,7 @@ class FirstLayer:
             If the model has none; the message says what it has instead.
         """
         seen: list[tuple[str, nn.Module, Tensor, Tensor]] = []
-        model = copy.deepcopy(model).double().eval()
+        model = copied(model).double().eval()
 
         def look(name: str, module: nn.Module, given: Any, made: Tensor) -> None:
             seen.append((name, module, given[0].detach(), made.detach()))
@@ -175,7 +175,7 @@ class _Rows:
                 f"under the loss {self.client.criterion} an image's part depends on the others' "
                 "labels: rows cannot be predicted"
             )
-        self.model = copy.deepcopy(seen.model).double().to(device).eval()
+        self.model = copied(seen.model).double().to(device).eval()
         self.layer: nn.Linear = self.model.get_submodule(layer.first)  # type: ignore[assignment]
         weights = self.layer.weight.detach()
         combined = _combinations(weights, self.layer.bias.detach())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 
 from fedleak.attacks.base import ATTACKS, Attack, Reconstruction, make_attack
 from fedleak.errors import FedleakError, UnsupportedModelError
+from fedleak.modules import copied
 from fedleak.observation import Observation
 
 #: Rounding of a mean over a batch in float32.
@@ -71,7 +71,7 @@ def head_name(model: nn.Module, input_shape: tuple[int, int, int]) -> str:
         If the model does not end in one with a bias.
     """
     made: list[tuple[str, Tensor]] = []
-    model = copy.deepcopy(model).eval()
+    model = copied(model).eval()
     linear = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Linear)]
     handles = [
         m.register_forward_hook(lambda m, i, o, name=n: made.append((name, o))) for n, m in linear

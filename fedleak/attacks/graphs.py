@@ -12,6 +12,7 @@ from fedleak.graph.certificate import certify
 from fedleak.graph.knowledge import Knowledge, spread
 from fedleak.graph.match import Targets, match_images
 from fedleak.graph.rules import RULES
+from fedleak.modules import mathematical
 from fedleak.priors import Prior
 from fedleak.systems.activations import Clamp
 from fedleak.systems.pooling import MaxPool
@@ -58,7 +59,7 @@ def solve(evidence: Evidence, prior: Prior) -> Reconstruction | str:
     gradient = {name: g[0] for name, g in evidence.gradient.items()}
     knowledge = Knowledge(graph, gradient)
     try:
-        with deadline.part(_SHARE):
+        with deadline.part(_SHARE), mathematical():
             spread(knowledge, RULES)
             if not Targets.read(knowledge).edges:
                 return "nothing is known above the image"

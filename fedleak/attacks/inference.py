@@ -61,9 +61,10 @@ def observed_labels(
     if all(labels is not None for labels in known):
         inferred = torch.zeros(len(known), images, dtype=torch.int64)
     else:
-        prefix = f"{replay.head}." if replay.head else ""
-        bias = gradient.get(f"{prefix}bias") if replay.head is not None else None
-        weight = gradient.get(f"{prefix}weight") if replay.head is not None else None
+        bias = gradient.get(replay.label_bias) if replay.label_bias else None
+        weight = gradient.get(f"{replay.head}.weight") if replay.head is not None else None
+        if bias is not None and not replay.exact_bias and images > 1:
+            bias = None  # of each image another share: counts cannot be read from their sum
         typical, first = None, observations[0]
         if isinstance(replay.loss, CanonicalLoss):
             typical = typical_probabilities(replay)

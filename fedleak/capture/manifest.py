@@ -26,6 +26,7 @@ from fedleak.defences import parse_defence
 from fedleak.errors import InvalidInputError, InvalidUpdateError
 from fedleak.files import ENVIRONMENT, TEXT, read_bytes, read_json, size_words, tensors
 from fedleak.models import MODELS, call_factory
+from fedleak.modules import logits_of, unwrapped
 from fedleak.terms import Shared, Terms
 from fedleak.threat import ThreatModel
 
@@ -209,7 +210,8 @@ def describe_model(
     spec: str | None,
     classes: int | None,
 ) -> ModelCard:
-    """Return the card of a model."""
+    """Return the card of a model, without what wraps it."""
+    model = unwrapped(model)
     types = {p.dtype for p in model.parameters()}
     return ModelCard(
         spec=spec,
@@ -228,7 +230,7 @@ def _classes(model: nn.Module, shape: tuple[int, int, int]) -> int | None:
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
             image = torch.zeros(1, *shape, dtype=next(model.parameters()).dtype)
-            return int(model.eval()(image).shape[1])
+            return int(logits_of(model.eval()(image)).shape[1])
     except Exception:  # a stranger's forward pass may raise anything
         return None
     finally:

@@ -24,6 +24,7 @@ from fedleak.capture.update import Update, load_sent
 from fedleak.errors import FedleakError, InvalidInputError, InvalidUpdateError
 from fedleak.files import TEXT, read_bytes, tensors
 from fedleak.models import MODELS, build_model
+from fedleak.modules import unwrapped
 from fedleak.observation import Observation
 from fedleak.wording import clean_reason
 
@@ -177,7 +178,7 @@ class Capture:
         """Return the model in the state that it had, apart from the weights."""
         card = self.manifest.model
         # 10 is a guess; where it is wrong, the shapes tell.
-        model = build_model(self.spec, card.input_shape, card.classes or 10, seed=0)
+        model = unwrapped(build_model(self.spec, card.input_shape, card.classes or 10, seed=0))
         model.to(getattr(torch, card.dtype))
         evaluating, frozen = set(card.evaluating), set(card.frozen)
         for name, module in model.named_modules():

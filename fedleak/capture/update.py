@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from torch import Tensor, nn
 
 from fedleak.errors import InvalidUpdateError
+from fedleak.modules import renamed, unwrapped
 from fedleak.observation import Observation
 from fedleak.terms import Terms, WithTerms
 
@@ -82,17 +84,58 @@ class Update(WithTerms):
 
 
 def load_sent(model: nn.Module, sent: dict[str, Tensor]) -> nn.Module:
-    """Load what was sent into ``model``, in place, and return it.
+    """Load what was sent into ``model``, in place, and return what is inside its wrappers.
+
+    Names may have a wrapper's prefix. What is frozen, or statistics that the clients' mode does
+    not use, may be missing: then the model's own are the clients'.
 
     Raises
     ------
     InvalidUpdateError
         If names or shapes differ.
     """
-    try:
-        model.load_state_dict(sent)
-    except RuntimeError as error:
+    model = unwrapped(model)
+    state = model.state_dict()
+    fitting = renamed(sent, state)
+    absent = _unknown(model, state, fitting)
+    foreign = [n for n in fitting if n not in state]
+    if absent or foreign:
+        what = f"{absent[0]!r} is not sent" if absent else f"{foreign[0]!r} is not in the model"
+        more = len(absent) + len(foreign) - 1
         raise InvalidUpdateError(
-            f"what the server sends does not fit the attacker's model: {error}"
+            f"what the server sends does not fit the attacker's model: {what}"
+            + (f" ({more} more)" if more else "")
+            + (
+                ". What stays with the clients is not known to the server; what stays as the "
+                "model has it is to be frozen there"
+                if absent
+                else ""
+            )
+        )
+    try:
+        model.load_state_dict(fitting, strict=False)
+    except RuntimeError as error:
+        shapes = " ".join(str(error).split())
+        raise InvalidUpdateError(
+            f"what the server sends does not fit the attacker's model: {shapes}"
         ) from error
     return model
+
+
+def _unknown(
+    model: nn.Module, state: Mapping[str, Tensor], sent: Mapping[str, Tensor]
+) -> list[str]:
+    """Return what is missing of what was sent, and is needed to know the clients' model."""
+    own = {n for n, p in model.named_parameters() if not p.requires_grad}
+    for name, module in model.named_modules():
+        if module.training or not hasattr(module, "running_mean"):
+            own |= {f"{name}.{b}".lstrip(".") for b in ("running_mean", "running_var")}
+    tied = {t.data_ptr() for n, t in state.items() if n in sent and t.numel()}
+    return [
+        n
+        for n, t in state.items()
+        if n not in sent
+        and n not in own
+        and t.data_ptr() not in tied
+        and not n.endswith("num_batches_tracked")
+    ]

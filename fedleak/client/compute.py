@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fedleak.client.training import LocalTraining
+from fedleak.modules import logits_of
 
 
 def gradient(
@@ -33,7 +34,7 @@ def gradient(
     """
     client = training or LocalTraining(reply="gradient")
     with _mode(model, client):
-        value = client.criterion.value(model(client.seen(images)), labels)
+        value = client.criterion.value(logits_of(model(client.seen(images))), labels)
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
     found = torch.autograd.grad(
         value, list(trained.values()), materialize_grads=True, allow_unused=True
@@ -107,7 +108,7 @@ def train(
     for images, labels in batches:
         optimiser.zero_grad()
         with _mode(model, training):
-            loss = training.criterion.value(model(training.seen(images)), labels)
+            loss = training.criterion.value(logits_of(model(training.seen(images))), labels)
         losses.append(loss.item())
         if proximal_mu:
             away = sum(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass, replace
-from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +11,8 @@ from torch.func import functional_call, grad, vmap
 
 from fedleak.client.loss import Loss
 from fedleak.client.training import LocalTraining
-from fedleak.errors import InvalidInputError, UnsupportedModelError
+from fedleak.modules import copied, in_precision, pure_copy, unwrapped
+from fedleak.probe import probe
 
 Gradients = dict[str, Tensor]
 
@@ -55,13 +55,14 @@ class Replay:
         Name of the fully connected layer whose output are the logits.
     classes : int
         Number of labels.
+    label_bias : str or None
+        Name of the bias whose gradient has the label, ``exact_bias`` whether it is ``p - y``;
+        see :class:`fedleak.probe.Probe`.
 
     Raises
     ------
-    InvalidInputError
-        If the module cannot take an image of this shape, or does not return logits.
-    UnsupportedModelError
-        If the module draws random numbers (dropout in training mode).
+    InvalidInputError, UnsupportedModelError
+        As :func:`fedleak.probe.probe`.
     """
 
     def __init__(
@@ -74,17 +75,19 @@ class Replay:
     ):
         self.client = client or LocalTraining(reply="gradient")
         self.loss = self.client.criterion
-        self.model = _deterministic(self.client.in_mode(copy.deepcopy(model))).to(
-            device=device, dtype=dtype
-        )
+        if self.client.norm:
+            model = self.client.in_mode(copied(unwrapped(model)))
+        found = probe(model, input_shape, self.loss)
+        self.model = in_precision(pure_copy(model), dtype).to(device)
         self.client.check_channels(input_shape[0])
         if self.client.mean:  # whatever calls the model gives it images in [0, 1]
             self.model.register_forward_pre_hook(self._normalise)
         self.parameters = {
-            n: p.detach() for n, p in self.model.named_parameters() if p.requires_grad
+            n: p.detach() for n, p in self.model.named_parameters() if n in found.used
         }
         self.input_shape, self.dtype, self.device = tuple(input_shape), dtype, torch.device(device)
-        self.head, self.classes = self._find_head()
+        self.head, self.classes = found.head, self.loss.classes(found.outputs)
+        self.label_bias, self.exact_bias = found.bias, found.exact
 
     def with_loss(self, loss: Loss) -> Replay:
         """Return the same client with another loss, in the place of a cross-entropy."""
@@ -95,33 +98,6 @@ class Replay:
 
     def _normalise(self, module: nn.Module, given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         return (self.client.seen(given[0]), *given[1:])
-
-    def _find_head(self) -> tuple[str | None, int]:
-        """Run once and see which fully connected layer makes the output."""
-        made: dict[str, Tensor] = {}
-        hooks = [
-            module.register_forward_hook(lambda m, i, out, name=name: made.update({name: out}))
-            for name, module in self.model.named_modules()
-            if isinstance(module, nn.Linear)
-        ]
-        try:
-            with torch.no_grad():
-                zeros = torch.zeros(2, *self.input_shape, dtype=self.dtype, device=self.device)
-                logits = self.model(zeros)
-        except (RuntimeError, ValueError, TypeError) as error:
-            raise InvalidInputError(
-                f"the model cannot take images of shape {self.input_shape}: {error}"
-            ) from error
-        finally:
-            for hook in hooks:
-                hook.remove()
-        if not isinstance(logits, Tensor) or logits.dim() != 2 or logits.shape[0] != 2:
-            what = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-            raise InvalidInputError(
-                f"the model must return logits of shape (batch, classes), not {what}"
-            )
-        heads = [name for name, out in made.items() if out is logits]
-        return (heads[0] if heads else None), self.loss.classes(int(logits.shape[1]))
 
     def _forward(self, parameters: Gradients, images: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return logits and the head's input of one batch."""
@@ -174,51 +150,3 @@ class Replay:
 
 def _unsqueezed(gradients: Gradients) -> Gradients:
     return {n: g.unsqueeze(0) for n, g in gradients.items()}
-
-
-def _deterministic(model: nn.Module) -> nn.Module:
-    """Make normalisation pure and refuse what is random."""
-    for name, module in model.named_modules():
-        if isinstance(module, nn.modules.dropout._DropoutNd) and module.training and module.p > 0:
-            raise UnsupportedModelError(
-                f"layer {name!r}: dropout with p={module.p} is random in training, which the "
-                "attacker does not see; set p=0"
-            )
-        if isinstance(module, nn.modules.batchnorm._NormBase) and (
-            module.training or module.running_mean is None
-        ):
-            # By statistics of the images themselves: running ones only count along, in place.
-            module.track_running_stats = False
-            module.running_mean = module.running_var = module.num_batches_tracked = None
-            module.forward = partial(_normalised, module)
-        if hasattr(module, "inplace"):
-            module.inplace = False
-        # The same functions of what torch can derive twice, and forwards.
-        if isinstance(module, nn.Hardswish):
-            module.forward = _hardswish  # type: ignore[assignment]
-        elif isinstance(module, nn.Hardsigmoid):
-            module.forward = _hardsigmoid  # type: ignore[assignment]
-    return model
-
-
-def _hardsigmoid(x: Tensor) -> Tensor:
-    return (x / 6 + 0.5).clamp(0, 1)
-
-
-def _hardswish(x: Tensor) -> Tensor:
-    return x * _hardsigmoid(x)
-
-
-def _normalised(module: nn.modules.batchnorm._NormBase, x: Tensor) -> Tensor:
-    """Normalise by the statistics of ``x``, shape (B, C, ...).
-
-    Under vmap, torch's own double backward is wrong in the weight's gradient (2.15 and before).
-    """
-    each = isinstance(module, nn.modules.instancenorm._InstanceNorm)
-    dims = list(range(2, x.dim())) if each else [0, *range(2, x.dim())]
-    rest = x - x.mean(dims, keepdim=True)
-    out = rest / (rest.square().mean(dims, keepdim=True) + module.eps).sqrt()
-    if not module.affine:
-        return out
-    shape = (1, -1, *[1] * (x.dim() - 2))
-    return out * module.weight.reshape(shape) + module.bias.reshape(shape)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,6 +12,7 @@ from torch.func import functional_call
 
 from fedleak.errors import UnsupportedModelError
 from fedleak.graph.kinds import Kind, kind_of
+from fedleak.modules import computed_weights, copied, ends_in_log_softmax, logits_of
 
 Tensors = dict[str, Tensor]
 
@@ -152,7 +152,12 @@ class Graph:
         UnsupportedModelError
             If the forward pass is no fixed graph; the message names the operation.
         """
-        model = copy.deepcopy(model).to(dtype)
+        model = copied(model).to(dtype)
+        computed = computed_weights(model)
+        if computed:
+            raise UnsupportedModelError(
+                f"layer {computed[0]!r} computes its weights from others (weight or spectral norm)"
+            )
         for module in model.modules():
             if hasattr(module, "inplace"):
                 module.inplace = False  # type: ignore[assignment]
@@ -240,7 +245,9 @@ class _Reader(fx.Interpreter):
         except Exception as error:
             raise UnsupportedModelError(f"operation {n.target!s} cannot be run: {error}") from error
         if n.op == "output":
-            (made,) = n.args
+            made = logits_of(n.args[0])
+            if isinstance(made, fx.Node) and ends_in_log_softmax(made, self.modules):
+                (made, *_) = made.all_input_nodes
             self.logits = made.name if isinstance(made, fx.Node) else None
         elif isinstance(value, Tensor) or _holds_tensors(value):
             self._note(n, value)

@@ -69,6 +69,8 @@ class Targets:
                 errors.append(max(knowledge.cotangents[node.name].relative, ROUNDING))
         sizes = [float(t.square().mean().sqrt()) for t in tensors]
         sizes = [s if s > 0 else 1.0 for s in sizes]
+        if not tensors:
+            return cls(knowledge, edges, layers, torch.empty(0), torch.empty(0), sizes)
         values = torch.cat([t.flatten() / s for t, s in zip(tensors, sizes, strict=True)])
         spread = [t.new_full((t.numel(),), e) for t, e in zip(tensors, errors, strict=True)]
         return cls(knowledge, edges, layers, values, torch.cat(spread), sizes)

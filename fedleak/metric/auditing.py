@@ -23,7 +23,9 @@ from fedleak.metric.posterior import Prediction, decibels
 from fedleak.metric.prediction import DENSE_UNKNOWNS, natural_prior, predict
 from fedleak.metric.redesign import redesign
 from fedleak.metric.reference import Reference, demand_judged, make_references
+from fedleak.modules import unwrapped
 from fedleak.priors import Prior
+from fedleak.probe import probe
 from fedleak.wording import json_ready
 
 #: Unknowns of a batch above which one reference must do.
@@ -163,8 +165,9 @@ def audit(
         take such images, or lacks a derivative; or another input is out of range.
     """
     begin = time.perf_counter()
+    shape, model = image_shape(input_shape), unwrapped(model)
+    probe(model, shape)
     demand_judged(model)
-    shape = image_shape(input_shape)
     if target_db is not None and not math.isfinite(target_db):
         raise InvalidInputError(f"the target {target_db} is not a finite number of dB")
     spec = parse_defence(defence) if isinstance(defence, str) else defence

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 from fedleak.client.loss import PLAIN, Loss
 from fedleak.client.training import LocalTraining
 from fedleak.errors import UnsupportedModelError
+from fedleak.modules import copied, unwrapped
 from fedleak.systems.base import Gradients, Layer, Shape
 from fedleak.systems.linear import Dense
 from fedleak.systems.normalisation import Standardise
@@ -83,7 +83,7 @@ class Chain:
             If the module cannot take an image of this shape, or holds NaN.
         """
         if client is not None and client.norm:
-            model = client.in_mode(copy.deepcopy(model))
+            model = client.in_mode(copied(unwrapped(model)))
         layers = read_layers(model, input_shape)
         if not layers or not isinstance(layers[-1], Dense):
             last = f" but in {layers[-1].name!r}" if layers else ""

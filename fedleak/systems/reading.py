@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import operator
 from collections.abc import Callable
 from typing import Any
@@ -12,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from fedleak.errors import InvalidInputError, UnsupportedModelError
+from fedleak.modules import copied, ends_in_log_softmax, logits_of, unwrapped
 from fedleak.systems import (  # noqa: F401 (they register)
     activations,
     conv,
@@ -73,8 +73,10 @@ _IGNORED = {"size", getattr, operator.getitem}
 
 def read_layers(model: nn.Module, input_shape: Shape) -> list[Layer]:
     """Return the layers of a module, in forward order; see :meth:`Chain.read`."""
+    model = unwrapped(model)
     _demand_known(model)
-    model = copy.deepcopy(model).eval()
+    model = copied(model).eval()
+    named = dict(model.named_parameters())
     try:
         tracer = _Tracer()
         graph = fx.GraphModule(model, tracer.trace(model))
@@ -96,9 +98,16 @@ def read_layers(model: nn.Module, input_shape: Shape) -> list[Layer]:
         if node.op == "placeholder" and current is None:
             current = node
         elif node.op == "output":
+            if logits_of(node.args[0]) is not current:
+                _demand_chain(node, current)
+        elif current is not None and ends_in_log_softmax(node, modules):
+            # Cross-entropy of it, or its negative likelihood, is cross-entropy of the logits.
             _demand_chain(node, current)
+            current = node
         elif node.target not in _IGNORED or node.op == "call_module":
             _demand_chain(node, current)
+            if node.op == "call_module":
+                _demand_own_parameters(str(node.target), modules[str(node.target)], named)
             if node.op == "call_module" and node.target in seen and _has_parameters(modules, node):
                 raise UnsupportedModelError(
                     f"layer {node.target!r} is used twice: its gradient is the sum of both uses"
@@ -107,6 +116,18 @@ def read_layers(model: nn.Module, input_shape: Shape) -> list[Layer]:
             layers.append(_read_node(node, modules, runner, current))
             current = node
     return layers
+
+
+def _demand_own_parameters(name: str, module: nn.Module, named: dict[str, nn.Parameter]) -> None:
+    """Refuse weights that are computed from others, or another layer's, under their own name."""
+    for kind in ("weight", "bias"):
+        value = getattr(module, kind, None)
+        if isinstance(value, Tensor) and f"{name}.{kind}" not in named:
+            raise UnsupportedModelError(
+                f"layer {name!r} has no {kind!r} of its own: it is computed (weight or spectral "
+                "norm) or shared with another layer. The hybrid attack matches such a model as a "
+                "whole"
+            )
 
 
 def _has_parameters(modules: dict[str, nn.Module], node: fx.Node) -> bool:

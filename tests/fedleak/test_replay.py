@@ -221,7 +221,7 @@ def test_no_graph_is_kept_where_none_is_asked_for(count: int) -> None:
 
 
 def test_frozen_and_unused_parameters() -> None:
-    """A frozen one is not in the update; one without influence has the gradient zero."""
+    """Neither is attacked: a client has no gradient of them."""
 
     class Loose(Residual):
         def __init__(self) -> None:
@@ -234,7 +234,7 @@ def test_frozen_and_unused_parameters() -> None:
         images, labels = _batch(count, 1)
         made = Replay(model, SHAPE)(images, labels).gradients
         assert "first.bias" not in made
-        assert torch.equal(made["unused"], torch.zeros(count, 2, dtype=torch.float64))
+        assert "unused" not in made
 
 
 @pytest.mark.parametrize("layer", [nn.Dropout(0.3), nn.Dropout2d(0.3), nn.AlphaDropout(0.3)])
@@ -254,11 +254,11 @@ def test_images_and_outputs_that_do_not_fit() -> None:
     with pytest.raises(InvalidInputError, match=r"logits of shape .*not \(2, 3, 4, 3\)"):
         Replay(nn.Conv2d(2, 3, 3), SHAPE)
 
-    class Two(nn.Module):
-        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-            return x, x
+    class Two(Residual):
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+            return super().forward(x), x
 
-    with pytest.raises(InvalidInputError, match="not tuple"):
+    with pytest.raises(InvalidInputError, match="not a tuple of 2"):
         Replay(Two(), SHAPE)
 
 

@@ -124,7 +124,7 @@ def test_wrapping_draws_nothing() -> None:
 
     def make() -> torch.nn.Module:
         random.random(), np.random.rand()
-        return torch.nn.Linear(64, 10)
+        return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10))
 
     states = []
     for wrap in (False, True):
