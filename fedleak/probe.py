@@ -234,7 +234,7 @@ def _head(logits: Tensor, outputs: Mapping[str, Tensor], softmax: bool) -> str |
 
     To a loss with a softmax these are the same.
     """
-    for name, out in reversed(outputs.items()):
+    for name, out in reversed(list(outputs.items())):
         if out is logits:
             return name
         if softmax and out.shape == logits.shape:

@@ -185,9 +185,9 @@ class MaliciousServer(DelegatingStrategy):
             raise InvalidInputError("nothing to do: name an attack, or a folder to capture into")
         with _preserved_random_state():  # the app may draw its first weights after this
             self.model = unwrapped(model if isinstance(model, nn.Module) else model())
-            if attack is not None:  # refuse what cannot be attacked, before any round
+            if attack is not None and not callable(training):
                 loss = PLAIN if training is None else training.criterion
-                probe(self.model, input_shape, loss)
+                probe(self.model, input_shape, loss)  # refuses what cannot be attacked
             self.attack = make_attack(attack) if isinstance(attack, str) else attack
         self.input_shape = input_shape
         self.training, self.images = training, images
