@@ -173,8 +173,8 @@ def _demand_logits(logits: Any, loss: Loss) -> None:
     if isinstance(logits, Tensor) and logits.dim() == 2 and logits.shape[0] == 2:
         if loss.classes(logits.shape[1]) < 2:
             raise UnsupportedModelError(
-                "the model returns one number for each image, and a softmax over one class has no "
-                "gradient; say which loss the clients minimise"
+                "the model has one output, of which a softmax has no gradient; say what clients "
+                "minimise, as loss='bce'"
             )
         if not logits.is_floating_point():
             raise InvalidInputError(f"the model returns logits of type {logits.dtype}")

@@ -172,7 +172,7 @@ REFUSED: dict[str, tuple[Factory, str]] = {
     "detached": (Detached, "depend on none of its trainable parameters"),
     "another type": (OtherType, "computes in another type"),
     "two arguments": (TwoArguments, "cannot take images"),
-    "one output": (lambda: base(1), "one number for each image"),
+    "one output": (lambda: base(1), "the model has one output"),
     "all frozen": (lambda: base().requires_grad_(False), "no trainable parameters"),
     "lazy": (lambda: nn.Sequential(nn.Flatten(), nn.LazyLinear(5)), "lazy layer"),
     "scripted": (lambda: torch.jit.script(base()), "compiled by torch.jit"),
