@@ -171,11 +171,7 @@ def _demand_attackable(model: nn.Module) -> None:
 
 def _demand_logits(logits: Any, loss: Loss) -> None:
     if isinstance(logits, Tensor) and logits.dim() == 2 and logits.shape[0] == 2:
-        if loss.classes(logits.shape[1]) < 2:
-            raise UnsupportedModelError(
-                "the model has one output, of which a softmax has no gradient; say what clients "
-                "minimise, as loss='bce'"
-            )
+        loss.classes(logits.shape[1])  # refuses a softmax of one output
         if not logits.is_floating_point():
             raise InvalidInputError(f"the model returns logits of type {logits.dtype}")
         return
