@@ -1,7 +1,8 @@
 """A convolution's input and cotangent from its weight's gradient alone.
 
 The blind kernel finds both up to one factor. It is told by the cotangent that the layer would have
-with every unit of the activation above active: entry by entry the true one is that, or zero.
+with every unit of the activation above active, and every entry of a pool's window the largest:
+entry by entry the true one is that, or zero.
 """
 
 from __future__ import annotations

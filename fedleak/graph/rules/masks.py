@@ -8,8 +8,10 @@ layer's input, the input tells the channel's cotangent, and that the slopes.
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
+from fedleak.graph.activations import flat_outside
 from fedleak.graph.capture import Node
 from fedleak.graph.kernels.geometry import Geometry
 from fedleak.graph.kinds import Kind
@@ -20,34 +22,66 @@ from fedleak.graph.rules.derivatives import pulled_back
 _NEAR = 0.1
 
 
-def potential(knowledge: Knowledge, node: Node) -> tuple[Node, Tensor] | None:
-    """Return the activation above a layer, and the layer's cotangent if all units were active.
+def potential(knowledge: Knowledge, node: Node) -> tuple[list[Node], Tensor] | None:
+    """Return a layer's cotangent as it were if every unit above it were active.
 
-    Between the two are scales and sums only; None where there is anything else, or where the
-    derivative by the activation's output is not known.
+    Between the layer and the next derivative that is known lie scales, sums, activations that are
+    flat or the identity, and max pools without overlap: of each entry the true one is that, or
+    zero. None where there is anything else.
+
+    Returns
+    -------
+    switches : list of Node
+        The activations and pools between, from the layer up.
+    full : Tensor
+        Of the shape of the layer's output.
     """
-    graph, chain = knowledge.graph, []
-    name = node.name
-    while True:
+    graph, chain, name = knowledge.graph, list[tuple[Node, int]](), node.name
+    switches: list[Node] = []
+    while not switches or name not in knowledge.cotangents:
         if len(graph.consumers[name]) != 1:
             return None
         ((above, place),) = graph.consumers[name]
         upper = graph.nodes[above]
-        if upper.shape != node.shape:
-            return None
-        if upper.kind is Kind.POINTWISE:
-            break
-        if upper.kind not in (Kind.SCALE, Kind.ADD, Kind.RESHAPE):
+        if not (_passes(upper) or upper.shape == graph.nodes[name].shape and _keeps(upper)):
             return None
         chain.append((upper, place))
+        switches += [upper] if upper.kind in (Kind.POINTWISE, Kind.MAX_POOL) else []
         name = above
-    known = knowledge.cotangents.get(upper.name)
-    if known is None:
-        return None
-    made = known.value
+    made = knowledge.cotangents[name].value
     for between, place in reversed(chain):
-        made = pulled_back(graph, between, place, made)
-    return upper, made
+        if between.kind is Kind.MAX_POOL:
+            made = _unpooled(between, made, graph.nodes[between.inputs[0]].shape)
+        elif between.kind is not Kind.POINTWISE:
+            made = pulled_back(graph, between, place, made)
+    return switches, made
+
+
+def _keeps(node: Node) -> bool:
+    """Return whether an operation hands every entry on, times a number, or cuts it off."""
+    if node.kind is Kind.POINTWISE:
+        return flat_outside(node.target, node.args) is not None
+    return node.kind in (Kind.SCALE, Kind.ADD, Kind.RESHAPE)
+
+
+def _passes(node: Node) -> bool:
+    """Return whether an operation is a max pool whose windows do not overlap."""
+    pool = node.target
+    if node.kind is not Kind.MAX_POOL or not isinstance(pool, nn.MaxPool2d):
+        return False
+    plain = pool.padding in (0, (0, 0)) and pool.dilation in (1, (1, 1)) and not pool.ceil_mode
+    return plain and _pair(pool.kernel_size) == _pair(pool.stride)
+
+
+def _pair(value: int | tuple[int, int]) -> tuple[int, int]:
+    return (value, value) if isinstance(value, int) else value
+
+
+def _unpooled(node: Node, e: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Give every entry of a window the derivative of the whole; what no window covers, none."""
+    high, wide = _pair(node.target.kernel_size)
+    spread = e.repeat_interleave(high, 2).repeat_interleave(wide, 3)
+    return F.pad(spread, (0, shape[3] - spread.shape[3], 0, shape[2] - spread.shape[2]))
 
 
 def cotangent_rows(node: Node, value: Tensor, gradient: Tensor, channels: Tensor) -> Tensor:
@@ -85,7 +119,10 @@ def mend(knowledge: Knowledge, node: Node, value: Tensor, wrong: Tensor) -> bool
     gradient = knowledge.gradient_of(node, "weight")
     if above is None or gradient is None or node.kind is not Kind.CONVOLUTION:
         return False
-    activation, full = above
+    switches, full = above
+    if len(switches) != 1 or switches[0].kind is not Kind.POINTWISE:
+        return False
+    (activation,) = switches
     slopes = knowledge.slopes.get(activation.name)
     if slopes is None:
         return False
