@@ -10,8 +10,9 @@ from fedleak.errors import TimeLimitError, UnsupportedModelError
 from fedleak.graph.capture import Graph
 from fedleak.graph.certificate import certify
 from fedleak.graph.knowledge import Knowledge, spread
-from fedleak.graph.match import Targets, match_images
+from fedleak.graph.match import match_images
 from fedleak.graph.rules import RULES
+from fedleak.graph.targets import frontier
 from fedleak.modules import mathematical
 from fedleak.priors import Prior
 from fedleak.systems.activations import Clamp
@@ -61,7 +62,7 @@ def solve(evidence: Evidence, prior: Prior) -> Reconstruction | str:
     try:
         with deadline.part(_SHARE), mathematical():
             spread(knowledge, RULES)
-            if not Targets.read(knowledge).edges:
+            if not frontier(knowledge)[0]:
                 return "nothing is known above the image"
             images = match_images(knowledge, prior)
     except TimeLimitError as error:

@@ -57,9 +57,7 @@ def gradients_below(
     return found
 
 
-def _by_parameters(
-    graph: Graph, node: Node, inputs: list[Tensor], e: Tensor
-) -> dict[str, Tensor]:
+def _by_parameters(graph: Graph, node: Node, inputs: list[Tensor], e: Tensor) -> dict[str, Tensor]:
     own = {name: graph.parameters[name] for name in node.parameters}
     if not own:
         return {}
@@ -94,5 +92,7 @@ def _soft_pool(pool: nn.MaxPool2d, z: Tensor, e: Tensor, temperature: float) -> 
     padded = F.pad(z, border, value=lowest)
     windows = F.unfold(padded.flatten(0, 1).unsqueeze(1), *shape)  # (B C, k, windows)
     share = torch.softmax(windows / width, 1) * e.reshape(batch * channels, 1, -1)
-    folded = F.fold(share, tuple(padded.shape[2:]), *shape).reshape(batch, channels, *padded.shape[2:])
+    folded = F.fold(share, tuple(padded.shape[2:]), *shape).reshape(
+        batch, channels, *padded.shape[2:]
+    )
     return folded[:, :, pad[0] : pad[0] + size[0], pad[1] : pad[1] + size[1]]

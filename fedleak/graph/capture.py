@@ -113,14 +113,14 @@ class Graph:
         self.nodes, self.logits, self.parameters, self.batch = nodes, logits, parameters, batch
         self.image = next(iter(nodes))
         self.consumers: dict[str, list[tuple[str, int]]] = {name: [] for name in nodes}
-        uses: dict[str, int] = {}
+        self._users: dict[str, list[str]] = {}
         for node in nodes.values():
             for place, edge in enumerate(node.inputs):
                 self.consumers[edge].append((node.name, place))
             for name in node.parameters:
-                uses[name] = uses.get(name, 0) + 1
+                self._users.setdefault(name, []).append(node.name)
         #: Parameters that several nodes use: their gradient is a sum.
-        self.shared = {name for name, count in uses.items() if count > 1}
+        self.shared = {name for name, users in self._users.items() if len(users) > 1}
 
     @classmethod
     def capture(
@@ -213,6 +213,10 @@ class Graph:
             if name in needed:
                 values[name] = node([values[i] for i in node.inputs], parameters)
         return {name: values[name] for name in wanted}
+
+    def users(self, parameter: str) -> list[str]:
+        """Return the nodes that use a parameter."""
+        return self._users.get(parameter, [])
 
     def below(self, name: str) -> set[str]:
         """Return all edges that an edge is computed from, itself left out."""

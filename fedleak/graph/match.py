@@ -8,18 +8,15 @@ clamped: brightness and contrast may still be open.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 from torch.func import jvp, vjp
 
 from fedleak import deadline
-from fedleak.graph.capture import Graph, Node
-from fedleak.graph.kinds import Kind
-from fedleak.graph.knowledge import ROUNDING, Knowledge
+from fedleak.graph.knowledge import Knowledge
+from fedleak.graph.targets import BelowTargets, NearestTargets, Targets
 from fedleak.priors import Prior
 from fedleak.solvers import cgls, lbfgs
 
@@ -30,88 +27,13 @@ MOST_NEWTON, _PAYS = 8, 0.9
 #: Misfit, in units of the errors, at which all is said.
 _MATCHED = 2.0
 
+#: Temperatures of the softened gradient, from first to last, and how each follows.
+HOTTEST, COLDEST, _COOLING = 0.5, 1e-4, 0.7
+#: Evaluations at each temperature, at most, and the temperature from which the valley may be right.
+_EACH, _NEAR = 60, 1e-2
+
 #: Is told the misfit and the images of each stage.
 Watch = Callable[[float, Tensor], None]
-
-
-@dataclass
-class Targets:
-    """What the image must reproduce.
-
-    Attributes
-    ----------
-    edges : list of str
-        Edges whose values are known everywhere, reached from the image first.
-    layers : list of Node
-        Layers below them whose cotangent is known, and whose gradient so is linear in their
-        input.
-    values, errors : Tensor, shape (m,)
-        What is known, each tensor in units of its root mean square, and its relative error.
-    """
-
-    knowledge: Knowledge
-    edges: list[str]
-    layers: list[Node]
-    values: Tensor
-    errors: Tensor
-    sizes: list[float]
-
-    @classmethod
-    def read(cls, knowledge: Knowledge) -> Targets:
-        """Return what lies nearest to the image of all that is known."""
-        edges, layers = frontier(knowledge)
-        known = [knowledge.values[e] for e in edges]
-        tensors = [k.value for k in known]
-        errors = [k.relative for k in known]
-        for node in layers:
-            for name in node.parameters:
-                tensors.append(knowledge.gradient[name])
-                errors.append(max(knowledge.cotangents[node.name].relative, ROUNDING))
-        sizes = [float(t.square().mean().sqrt()) for t in tensors]
-        sizes = [s if s > 0 else 1.0 for s in sizes]
-        if not tensors:
-            return cls(knowledge, edges, layers, torch.empty(0), torch.empty(0), sizes)
-        values = torch.cat([t.flatten() / s for t, s in zip(tensors, sizes, strict=True)])
-        spread = [t.new_full((t.numel(),), e) for t, e in zip(tensors, errors, strict=True)]
-        return cls(knowledge, edges, layers, values, torch.cat(spread), sizes)
-
-    def made(self, images: Tensor, graph: Graph | None = None) -> Tensor:
-        """Return what images, shape (B, C, H, W), make of it, shape (m,)."""
-        graph = self.knowledge.graph if graph is None else graph
-        inputs = [node.inputs[0] for node in self.layers]
-        edges = graph.run({graph.image: images}, [*self.edges, *inputs])
-        tensors = [edges[e] for e in self.edges]
-        for node in self.layers:
-            e = self.knowledge.cotangents[node.name].value.to(images)
-            found = parameter_gradients(graph, graph.nodes[node.name], edges[node.inputs[0]], e)
-            tensors += [found[name] for name in node.parameters]
-        return torch.cat([t.flatten() / s for t, s in zip(tensors, self.sizes, strict=True)])
-
-
-def frontier(knowledge: Knowledge) -> tuple[list[str], list[Node]]:
-    """Return the known edges that the image reaches first, and the layers before them."""
-    graph = knowledge.graph
-    reached, edges, layers = {graph.image}, [], []
-    for node in graph.nodes.values():
-        if not any(i in reached for i in node.inputs):
-            continue
-        if node.kind in (Kind.CONVOLUTION, Kind.DENSE, Kind.SCALE) and node.parameters:
-            sent = all(p in knowledge.gradient for p in node.parameters)
-            alone = not any(p in graph.shared for p in node.parameters)
-            if node.name in knowledge.cotangents and sent and alone:
-                layers.append(node)
-        if knowledge.value(node.name) is not None:
-            edges.append(node.name)
-        else:
-            reached.add(node.name)
-    return edges, layers
-
-
-def parameter_gradients(graph: Graph, node: Node, value: Tensor, e: Tensor) -> dict[str, Tensor]:
-    """Return the gradient of a layer's parameters at its input, for the cotangent ``e``."""
-    own = {name: graph.parameters[name] for name in node.parameters}
-    pull = vjp(lambda p: node([value], {**graph.parameters, **p}), own)[1]
-    return pull(e)[0]
 
 
 def match_images(
@@ -132,41 +54,79 @@ def match_images(
     -------
     Tensor, shape (B, C, H, W)
     """
-    search = _Search(Targets.read(knowledge), prior)
-    u, misfit = search.start(), math.inf
-
-    def report() -> None:
-        if watch is not None:
-            watch(misfit, search.images(u).detach())
-
-    for level in LEVELS:
-        u = search.quasi_newton(u, level, steps)
-        misfit = search.misfit(u)
-        report()
-        if misfit < _MATCHED:
-            break
-    for _ in range(MOST_NEWTON):
-        if misfit < _MATCHED or deadline.passed():
-            break
-        u = search.gauss_newton(u)
-        before, misfit = misfit, search.misfit(u)
-        report()
-        if misfit > _PAYS * before:
-            break
-    return search.images(u).detach()
+    image = knowledge.value(knowledge.graph.image)
+    if image is not None:
+        return image
+    search = _Search(NearestTargets(knowledge), prior, watch)
+    u = search.finish(search.descend(search.start(), steps))
+    below = BelowTargets.of(knowledge)
+    if search.misfit(u) < _MATCHED or below is None or deadline.passed():
+        return search.images(u).detach()
+    whole = _Search(below, prior, watch)
+    other, tried = whole.start(), False
+    for temperature in whole.temperatures():
+        other = whole.cool(other, temperature)
+        if temperature < _NEAR and not tried:
+            # Perhaps this is the right valley, and the continuous targets lead on at once.
+            tried, end = True, search.finish(other)
+            if search.misfit(end) < _MATCHED:
+                return search.images(end).detach()
+    other = whole.finish(whole.cool(other, 0.0))
+    better = whole.misfit(other) < whole.misfit(u)
+    return whole.images(other if better else u).detach()
 
 
 class _Search:
     """Images as ``mean + B P w``: ``B`` of the prior, ``P`` what the data make of it."""
 
-    def __init__(self, targets: Targets, prior: Prior):
-        self.targets, self.prior = targets, prior
+    def __init__(self, targets: Targets, prior: Prior, watch: Watch | None):
+        self.targets, self.prior, self.watch = targets, prior, watch
         graph = targets.knowledge.graph
         self.batch = graph.batch
         self.latent = (self.batch, *prior.latent_shape)
 
     def start(self) -> Tensor:
         return self.targets.values.new_zeros(self.latent)
+
+    def descend(self, u: Tensor, steps: int) -> Tensor:
+        """Match at falling error levels."""
+        for level in LEVELS:
+            u = self.quasi_newton(u, level, steps)
+            if self._told(u) < _MATCHED or deadline.passed():
+                break
+        return u
+
+    def temperatures(self) -> Iterator[float]:
+        """Return the temperatures, hottest first, as long as there is time."""
+        temperature = HOTTEST
+        while temperature > COLDEST and not deadline.passed():
+            yield temperature
+            temperature *= _COOLING
+
+    def cool(self, u: Tensor, temperature: float) -> Tensor:
+        """Match at one temperature, with errors of its size."""
+        self.targets.temperature = temperature
+        u = self.quasi_newton(u, min(max(temperature, COLDEST), LEVELS[0]), _EACH)
+        self._told(u)
+        return u
+
+    def finish(self, u: Tensor) -> Tensor:
+        """Go on by Gauss-Newton as long as that pays."""
+        misfit = self._told(u)
+        for _ in range(MOST_NEWTON):
+            if misfit < _MATCHED or deadline.passed():
+                break
+            u = self.gauss_newton(u)
+            before, misfit = misfit, self._told(u)
+            if misfit > _PAYS * before:
+                break
+        return u
+
+    def _told(self, u: Tensor) -> float:
+        misfit = self.misfit(u)
+        if self.watch is not None:
+            self.watch(misfit, self.images(u).detach())
+        return misfit
 
     def images(self, u: Tensor) -> Tensor:
         return self.prior.image(u)

@@ -13,8 +13,8 @@ from fedleak import laboratory
 from fedleak.errors import UnsupportedModelError
 from fedleak.graph.capture import Graph
 from fedleak.graph.knowledge import Knowledge, Known, spread
-from fedleak.graph.match import Targets, parameter_gradients
 from fedleak.graph.rules import RULES, gradient_rows
+from fedleak.graph.targets import BelowTargets, NearestTargets, parameter_gradients
 from tests.conftest import photo_patches
 
 
@@ -201,7 +201,7 @@ def test_targets_are_what_is_nearest_to_the_image() -> None:
     torch.manual_seed(3)
     knowledge, values = told(NETWORKS["pooled"](), photo_patches(1, 16), [4])
     spread(knowledge, RULES)
-    targets = Targets.read(knowledge)
-    made = targets.made(values[knowledge.graph.image])
-    assert (made - targets.values).abs().max() < 1e-3
+    for targets in (NearestTargets(knowledge), BelowTargets(knowledge)):
+        made = targets.made(values[knowledge.graph.image])
+        assert (made - targets.values).abs().max() < 1e-3
     assert all(edge not in knowledge.graph.below(edge) for edge in targets.edges)

@@ -43,7 +43,7 @@ def potential(knowledge: Knowledge, node: Node) -> tuple[list[Node], Tensor] | N
             return None
         ((above, place),) = graph.consumers[name]
         upper = graph.nodes[above]
-        if not (_passes(upper) or upper.shape == graph.nodes[name].shape and _keeps(upper)):
+        if not (_passes(upper) or (upper.shape == graph.nodes[name].shape and _keeps(upper))):
             return None
         chain.append((upper, place))
         switches += [upper] if upper.kind in (Kind.POINTWISE, Kind.MAX_POOL) else []
