@@ -122,7 +122,8 @@ def leakage_vs_rounds(
 
 def _draw_leakage(leakage: pd.DataFrame, axis: Axes, common: dict[str, Any]) -> None:
     """Draw the attack's PSNR solid and the predicted one dashed, in the colour of the defence."""
-    scored = leakage[reconstructed(leakage)].copy()
+    made = leakage[reconstructed(leakage)]
+    scored = made.dropna(subset="psnr_db").copy()
     scored["psnr_db"] = scored["psnr_db"].astype(float).clip(upper=CEILING_DB)
     predicted = leakage.iloc[:0]
     if "predicted_psnr_db" in leakage:  # tables of earlier versions have none
@@ -142,7 +143,8 @@ def _draw_leakage(leakage: pd.DataFrame, axis: Axes, common: dict[str, Any]) -> 
         )  # fmt: skip
         handles.append(Line2D([], [], color="0.3", linestyle="--", label="predicted"))
     if scored.empty:
-        axis.text(0.5, 0.5, "nothing was reconstructed", transform=axis.transAxes, ha="center")
+        why = "nothing was reconstructed" if made.empty else "the true images are not known"
+        axis.text(0.5, 0.5, why, transform=axis.transAxes, ha="center")
     axis.set(ylabel="PSNR (dB)", ylim=(0, 1.03 * axis.get_ylim()[1]))
     _compress(axis)
     axis.legend(handles=handles, loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
@@ -242,7 +244,8 @@ def image_grid(
     if truth:
         _draw(axes[0], truth[:columns], "true image", [""] * columns)
     for line, (label, made, psnr) in zip(axes[lines - len(rows) :], rows, strict=True):
-        captions = [_caption(p) if truth else "" for p in psnr[:columns]]
+        shown = list(zip(made, psnr, strict=True))[:columns]
+        captions = [_caption(image, p) if truth else "" for image, p in shown]
         _draw(line, made[:columns], label, captions)
     figure.suptitle(title, fontsize=11)
     save(figure, path)
@@ -267,9 +270,9 @@ def _first_round(arm: Path) -> tuple[str, dict[tuple[int, int, int], Picture]]:
     return _label(table["defence"][0], table["strength"][0]), images
 
 
-def _caption(psnr_db: float) -> str:
+def _caption(image: np.ndarray | None, psnr_db: float) -> str:
     if math.isnan(psnr_db):
-        return "failed"
+        return "failed" if image is None else "not known"
     return "exact" if math.isinf(psnr_db) else f"{psnr_db:.1f} dB"
 
 

@@ -45,6 +45,16 @@ def fit_words(fit: float) -> str:
     return "no images, what was found explains too little of the update; inferred {}"
 
 
+def fit_text(fit: float | None) -> str:
+    """Return a ``fit`` as people read it: ``0.31``, ``2e-7``, or a dash where there is none."""
+    if fit is None or not math.isfinite(fit):
+        return "–"
+    if fit and abs(fit) < 0.001:
+        digits, _, power = f"{fit:.0e}".partition("e")
+        return f"{digits}e{int(power)}"
+    return f"{fit:.2g}"
+
+
 def defence_words(name: str, strength: object, none: str = "no defence") -> str:
     """Return ``"no defence"``, ``"noise 0.1"``, or ``"clip 1 + noise 0.1"``."""
     if name in ("none", ""):

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fedleak import deadline
 from fedleak.attacks.base import ATTACKS, Attack, Reconstruction, make_attack
 from fedleak.errors import FedleakError, UnsupportedModelError
 from fedleak.modules import copied
@@ -49,15 +50,17 @@ class FishedAttack(Attack):
 
     def reconstruct(self, observations: Sequence[Observation]) -> list[Reconstruction]:
         inner, out = self._inner(), []
-        for seen in observations:
+        for n, seen in enumerate(observations):
             label, count = fished(seen)
             if count == 0:
                 nothing = torch.zeros(0, *seen.input_shape, dtype=torch.float64)
                 about = {"by": "fishing", "class": label, "fished": 0, "layers": []}
                 out.append(Reconstruction(nothing, torch.zeros(0, dtype=torch.int64), 1.0, about))
                 continue
-            (found,) = inner.reconstruct([alone(seen, label, count)])
-            about = {**found.details, "class": label, "fished": count}
+            with deadline.part(1 / (len(observations) - n)) as allowed:
+                (found,) = inner.reconstruct([alone(seen, label, count)])
+            cut = {"cut_short": True} if allowed.hit else {}
+            about = {**found.details, **cut, "class": label, "fished": count}
             out.append(replace(found, details=about))
         return out
 

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from fedleak import workers
-from fedleak.attacks import Attack, attack_for, run_attack
+from fedleak.attacks import Attack, Reconstruction, attack_for, run_attack
 from fedleak.capture.reader import Capture, Captured
 from fedleak.observation import Observation
 from fedleak.status import Status, status_of
@@ -83,6 +83,8 @@ class Result:
     retry : {"", "damaged", "crashed"}
     doubtful : bool
         Whether the update is not what was declared; ``reason`` says what shows it.
+    certified : tuple of bool
+        Of each image, whether the attack's own test proved it; empty where it has none.
     """
 
     name: str
@@ -93,6 +95,7 @@ class Result:
     reason: str = ""
     retry: Retry = ""
     doubtful: bool = False
+    certified: tuple[bool, ...] = ()
 
     @property
     def status(self) -> Status:
@@ -133,8 +136,17 @@ def attack_chunk(work: Work, chunk: Chunk) -> list[Result]:
                     outcome.seconds,
                     outcome.reason,
                     doubtful=made.status == "doubtful",
+                    certified=_certified(made),
                 )
     return [results[name] for name in chunk.names]
+
+
+def _certified(made: Reconstruction) -> tuple[bool, ...]:
+    """Return what an attack certified, of each image; a certificate of a batch is one of all."""
+    told = made.details.get("certified", ())
+    count = len(made.images)
+    each = [told] * count if isinstance(told, bool) else list(told)
+    return tuple(bool(c) for c in each) if len(each) == count else ()
 
 
 def _unread(captured: Captured) -> Result:

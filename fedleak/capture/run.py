@@ -12,6 +12,7 @@ from typing import Any
 
 import pandas as pd
 
+from fedleak import deadline
 from fedleak.attacks import resolve_device
 from fedleak.capture.jobs import Chunk, Result, Work, run_inline, run_processes, run_ray
 from fedleak.capture.manifest import sha256
@@ -23,6 +24,9 @@ from fedleak.files import IMAGE, TEXT, read_bytes, refuse_links
 from fedleak.images import SUFFIXES, image_files
 from fedleak.lock import only_writer
 from fedleak.workers import Engine, OnProgress, check_engine
+
+#: Allowed for each update, where nothing else is said; that of ``attack.seconds`` in a simulation.
+SECONDS = 600.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,6 +64,7 @@ def attack_capture(
     threads: int = 1,
     together: int = 8,
     limit: int = 0,
+    seconds: float = SECONDS,
     overwrite: bool = False,
     on_progress: OnProgress | None = None,
 ) -> Attacked:
@@ -95,6 +100,9 @@ def attack_capture(
         Updates attacked together, at most: more is faster on a GPU, and a kill costs more.
     limit : int
         Attack the first updates only; 0: all.
+    seconds : float
+        Allowed for each update; 0: no limit. What is attacked together has the sum. What the
+        limit cuts short is the best until then, and ``doubtful``; it depends on the machine.
     overwrite : bool
         Forget what is done.
     on_progress : callable, optional
@@ -109,6 +117,8 @@ def attack_capture(
                                ("limit", limit, 0)):  # fmt: skip
         if value < least:
             raise InvalidInputError(f"{name} must be at least {least}, not {value}")
+    with deadline.limit(seconds):
+        pass  # refuses what is no time
     capture = Capture(folder, model)
     chosen = dict(options or {})
     if "device" in chosen:
@@ -116,7 +126,8 @@ def attack_capture(
     if engine != "ray" or device == "auto":  # a cluster may have what this machine has not
         device = resolve_device(device).type
     where = str(capture.folder.resolve())
-    work = Work(where, _absolute(capture.spec), attack, _plain(chosen), device, threads)
+    spec = _absolute(capture.spec)
+    work = Work(where, spec, attack, _plain(chosen), device, threads, float(seconds))
     work.make()  # refuses what it does not take
     settings = _settings(capture, work, together)
     place = _folder(capture, out, attack, settings)
@@ -225,6 +236,7 @@ def _settings(capture: Capture, work: Work, together: int) -> dict[str, Any]:
         "device": work.device,
         "threads": work.threads,
         "together": together,
+        "seconds": work.seconds,
         "fedleak": __version__,
     }
     public = work.options.get("public")

@@ -45,6 +45,7 @@ class _Row(BaseModel):
     reason: str
     retry: Retry
     doubtful: bool = False
+    certified: tuple[bool, ...] = ()
 
 
 class Results:
@@ -129,8 +130,9 @@ class Results:
         except (OSError, ValueError, TypeError, SafetensorError, KeyError):
             return None
         return Result(
-            name, images, row.labels, row.fit, row.seconds, row.reason, row.retry, row.doubtful
-        )
+            name, images, row.labels, row.fit, row.seconds, row.reason, row.retry, row.doubtful,
+            row.certified if len(row.certified) == len(row.labels) else (),
+        )  # fmt: skip
 
     def save(self, chunk: Chunk, results: Sequence[Result]) -> None:
         """Write the results of one chunk; each last with what says that it is there."""
@@ -152,6 +154,7 @@ class Results:
                 reason=clean_reason(result.reason),
                 retry=result.retry,
                 doubtful=result.doubtful,
+                certified=result.certified,
             )
             write_atomically(self._path(result.name, ".json"), to_json(row.model_dump(mode="json")))
 

@@ -21,7 +21,7 @@ from fedleak.status import most_frequent, reconstructed
 
 COLUMNS = (
     "round", "client", "image", "attack", "psnr_db", "ssim", "mse", "label_true",
-    "label_inferred", "fit", "seconds", "status", "reason",
+    "label_inferred", "fit", "certified", "defence", "seconds", "status", "reason",
 )  # fmt: skip
 #: Images in the overview.
 _SHOWN = 8
@@ -47,7 +47,8 @@ def write_table(
     -------
     DataFrame
         With :data:`COLUMNS`, one row for each image; ``client`` and ``image`` are those of
-        the simulation, or else the node and the place in the update.
+        the simulation, or else the node and the place in the update. ``certified`` is 1 where
+        the attack's own test proved the image, ``defence`` what the attack allowed for.
     """
     rows: list[Row] = []
     pictures: list[tuple[Any, Any, float]] = []
@@ -55,6 +56,7 @@ def write_table(
         base = dict.fromkeys(COLUMNS, "") | {
             "round": round_of(name), "attack": attack, "seconds": round(result.seconds, 4),
             "fit": "" if result.fit is None else result.fit,
+            "defence": _defence(capture, name),
             "status": result.status,
             "reason": result.reason,
         }  # fmt: skip
@@ -89,6 +91,7 @@ def _rows(
         found = {
             "image": place,
             "label_inferred": result.labels[place],
+            "certified": int(result.certified[place]) if result.certified else "",
             "reason": note or result.reason,
         }
         yield row | found, (None, image, math.nan)
@@ -108,12 +111,21 @@ def _scored(truth: Truth, result: Result) -> Iterator[tuple[Row, tuple[Any, Any,
         quality = one.quality
         row |= {"psnr_db": quality.psnr_db, "ssim": quality.ssim, "mse": quality.mse}
         row |= {"label_inferred": one.label_inferred}
+        if result.certified:  # which is whose is not kept by the score
+            row["certified"] = int(all(result.certified))
         yield row, (true.numpy(), one.image.numpy(), quality.psnr_db)
 
 
 def _nodes(capture: Capture, name: str) -> str:
     try:
         return "+".join(map(str, capture.record(name).nodes))
+    except InvalidUpdateError:
+        return ""
+
+
+def _defence(capture: Capture, name: str) -> str:
+    try:
+        return capture.record(name).defence or ""
     except InvalidUpdateError:
         return ""
 

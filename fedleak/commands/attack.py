@@ -46,6 +46,9 @@ def attack(
         int, typer.Option(min=1, help="Updates attacked at once; more is faster on a GPU")
     ] = 8,
     limit: Annotated[int, typer.Option(min=0, help="The first updates only; 0: all")] = 0,
+    seconds: Annotated[
+        float, typer.Option(min=0, help="Time for each update; then the best so far. 0: no limit")
+    ] = 600.0,
     out: Annotated[
         Path | None, typer.Option(help="Output folder [default: CAPTURE/attacks/ATTACK-...]")
     ] = None,
@@ -65,7 +68,7 @@ def attack(
         attacked = attack_capture(
             capture, attack, options, out, model=model, device=device, jobs=jobs,
             engine=engine, threads=threads, together=together,  # type: ignore[arg-type]
-            limit=limit, overwrite=overwrite, on_progress=on_progress,
+            limit=limit, seconds=seconds, overwrite=overwrite, on_progress=on_progress,
         )  # fmt: skip
     _report(attacked, attack, json_)
 
@@ -109,7 +112,10 @@ def _notes(attacked: Attacked, found: dict[str, Any]) -> Iterator[str]:
     if found["psnr_db_mean"] is not None:
         yield "mean, median, best: PSNR in dB. labels: inferred rightly."
     elif found["images"]:
-        yield "The true images are not known here; fit says how far to trust what was made."
+        yield (
+            "The true images are not known here, so neither is how close these come. fit is the "
+            "part of an update that they do not explain (0: none, 1: all); look at the pictures."
+        )
     if attacked.skipped:
         yield f"{attacked.skipped} updates had been done before and were not attacked again."
     yield f"Look next at, in {near(attacked.folder)}:"

@@ -79,12 +79,13 @@ def summary(run: Run, differs: dict[str, Any]) -> dict[str, Any]:
     -------
     dict
         ``first`` and ``last`` hold the round's number and the median and worst (best image's)
-        PSNR in dB: null where nothing was reconstructed, or the image is exact, which
-        ``exact`` counts.
+        PSNR in dB: null where nothing was reconstructed, the image is exact, which ``exact``
+        counts, or no true image is known, which leaves ``scored`` at 0.
     """
     ok = run.leakage[reconstructed(run.leakage)]
     attacked = sorted(ok["round"].unique())
-    labelled = ok.dropna(subset="label_inferred") if "label_inferred" in ok else ok.iloc[:0]
+    told = ["label_true", "label_inferred"]
+    labelled = ok.reindex(columns=told).dropna()
     right = (labelled["label_true"] == labelled["label_inferred"]).mean()
     # Of several seeds: the mean of each one's last round.
     last = run.rounds[run.rounds["round"] == run.rounds["round"].max()]
@@ -113,6 +114,7 @@ def _leakage(ok: pd.DataFrame, which: int) -> dict[str, Any]:
         "psnr_db_median": json_ready(float(psnr.median())),
         "psnr_db_worst": json_ready(float(psnr.max())),
         "images": len(psnr),
+        "scored": int(psnr.notna().sum()),
         "exact": int((psnr == math.inf).sum()),
     }
 
@@ -163,7 +165,9 @@ def _differences(rows: Sequence[dict[str, Any]]) -> Table | None:
 def _cells(leak: dict[str, Any] | None) -> tuple[str, str]:
     if leak is None:
         return "-", "-"
-    # Null is infinite here: there is no round without an image in it.
+    if not leak["scored"]:
+        return "not known", "not known"
+    # Null is infinite here: something is known.
     median, worst = (leak[k] for k in ("psnr_db_median", "psnr_db_worst"))
     return tuple("exact" if v is None else number(v) for v in (median, worst))  # type: ignore[return-value]
 
@@ -172,6 +176,11 @@ def _notes(runs: Sequence[Run], rows: Sequence[dict[str, Any]]) -> Iterator[str]
     """Say what is missing, or makes runs hard to compare."""
     yield from (gap for run in runs for gap in run.gaps)
     for run, row in zip(runs, rows, strict=True):
+        if unknown := int(run.leakage["psnr_db"][reconstructed(run.leakage)].isna().sum()):
+            yield (
+                f"{run.name}, {run.defence}: of {unknown} of {row['images']} images the true one "
+                "is not known, nor how close it was come to"
+            )
         if row["failed"]:
             failed = run.leakage[run.leakage["status"] == "failed"]
             reasons = list(failed["reason"].value_counts().index) if "reason" in failed else []

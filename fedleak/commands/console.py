@@ -81,8 +81,8 @@ def read_options(
 
 
 def number(value: float | None) -> str:
-    """Return a PSNR in dB; ``exact`` where it is infinite."""
-    if value is None:
+    """Return a PSNR in dB; ``exact`` where it is infinite, a dash where it is not known."""
+    if value is None or value != value:
         return "-"
     return "exact" if value == float("inf") else f"{value:.1f}"
 

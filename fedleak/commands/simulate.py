@@ -113,15 +113,16 @@ def _closing_table(scenario: Scenario, arms: list[Arm]) -> None:
         rounds = pd.read_csv(arm.out / "rounds.csv")
         ok = leakage[reconstructed(leakage)]
         median = ok.groupby("round")["psnr_db"].median()
-        right = (ok["label_true"] == ok["label_inferred"]).mean()
+        labelled = ok.dropna(subset="label_true")
+        right = (labelled["label_true"] == labelled["label_inferred"]).mean()
         last = rounds.iloc[-1]
         table.add_row(
             arm.defence.spec.label,
             f"{len(leakage) - len(ok)}/{len(leakage)}",
             *(number(median[n]) if n in median.index else "-" for n in told),
-            "-" if pd.isna(last["predicted_psnr_db"]) else number(last["predicted_psnr_db"]),
+            number(last["predicted_psnr_db"]),
             number(ok["psnr_db"].max()) if len(ok) else "-",
-            f"{right:.0%}" if len(ok) else "-",
+            f"{right:.0%}" if len(labelled) else "-",
             f"{last['accuracy']:.2f}",
             "-" if pd.isna(last["c_metric"]) else f"{last['c_metric']:.0f}",
         )

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import pandas as pd
 
+from fedleak.report.evidence import Evidence, classes, evidence, without_truth
 from fedleak.report.sources import Arm
-from fedleak.status import reconstructed
+from fedleak.status import most_frequent, reconstructed
 from fedleak.wording import BLURRED, CEILING_DB, INDISTINGUISHABLE, RECOGNISABLE
 
 #: Grades of an image, best recovered first, as the legend names them.
@@ -33,7 +34,12 @@ class Exposure:
         Images.
     best_db : float
     rounds : str
-        In which an image was recognisable.
+        In which an image was recognisable, or explained its update.
+    unscored, explained : int
+        Images that cannot be compared with true ones, and of these those that explain their
+        update, which are taken for recovered.
+    best_fit : float
+        Of the former.
     """
 
     client: str
@@ -41,6 +47,14 @@ class Exposure:
     recognisable: int
     best_db: float
     rounds: str
+    unscored: int = 0
+    explained: int = 0
+    best_fit: float = math.nan
+
+    @property
+    def known(self) -> bool:
+        """Whether the number of recognisable images is known."""
+        return not self.unscored
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,7 +70,15 @@ class Figures:
     unscored : int
         Reconstructed, but the truth is not known.
     recognisable : float
-        Share of the attacked images with at least 20 dB.
+        Share of the attacked images with at least 20 dB; unknown where some cannot be compared.
+    evidence : Evidence
+        What is known of those that cannot.
+    doubtful : int
+        Reconstructed, but the update is not what was declared, or time ran out.
+    doubt : str
+        The most frequent reason.
+    seen : int
+        Images with at least 20 dB, of those that can be compared.
     median_db, best_db, unaware_db : float
         PSNR of the median and the best image; the median for an attacker who does not know
         the defence.
@@ -97,6 +119,10 @@ class Figures:
     last_db: float
     clients: tuple[Exposure, ...]
     reason: str
+    evidence: Evidence = field(default_factory=Evidence)
+    doubtful: int = 0
+    doubt: str = ""
+    seen: int = 0
 
     @property
     def recovered(self) -> int:
@@ -108,8 +134,8 @@ class Figures:
 
     @property
     def exposed(self) -> list[Exposure]:
-        """Clients of whom an image is recognisable."""
-        return [c for c in self.clients if c.recognisable]
+        """Clients of whom an image is recognisable, or explains the update."""
+        return [c for c in self.clients if c.recognisable or c.explained]
 
 
 def figures(arm: Arm) -> Figures:
@@ -133,13 +159,14 @@ def figures(arm: Arm) -> Figures:
         images=images,
         grades=grades(leakage) if known and not unscored else None,
         unscored=unscored,
-        recognisable=_share(scored, images) if known else _mean(table["identified_informed"]),
+        recognisable=_share(scored, images, unscored) if known
+        else _mean(table["identified_informed"]),
         median_db=median_db,
         best_db=_top(scored["psnr_db"] if known else table["psnr_db_worst_informed"]),
         unaware_db=_mean(table["psnr_db_median_unaware"]) if wide else math.nan,
         predicted_db=_mean(table["predicted_psnr_db"]) if wide
         else _median(leakage["predicted_psnr_db"]),
-        labels=_labels(ok, images) if known else _mean(table["label_accuracy_informed"]),
+        labels=_labels(leakage) if known else _mean(table["label_accuracy_informed"]),
         accuracy=accuracy,
         accuracy_range=between,
         median_range=_range(table["psnr_db_median_informed"]) if wide else (median_db, median_db),
@@ -153,6 +180,10 @@ def figures(arm: Arm) -> Figures:
         last_db=float(medians.iloc[-1]) if len(medians) else math.nan,
         clients=_clients(leakage),
         reason=_reason(leakage, table),
+        evidence=evidence(leakage),
+        doubtful=int((leakage["status"] == "doubtful").sum()),
+        doubt=most_frequent(leakage, "doubtful"),
+        seen=int((scored["psnr_db"] >= RECOGNISABLE).sum()),
     )  # fmt: skip
 
 
@@ -164,14 +195,17 @@ def grades(leakage: pd.DataFrame) -> tuple[int, ...]:
     return (*np.diff([0, *at_least]).tolist(), len(leakage) - at_least[-1])
 
 
-def _share(scored: pd.DataFrame, images: int) -> float:
-    return float((scored["psnr_db"] >= RECOGNISABLE).sum()) / images if images else math.nan
-
-
-def _labels(ok: pd.DataFrame, images: int) -> float:
-    if not images or ok["label_true"].isna().all():
+def _share(scored: pd.DataFrame, images: int, unknown: int) -> float:
+    if not images or unknown:
         return math.nan
-    return float((ok["label_true"] == ok["label_inferred"]).sum()) / images
+    return float((scored["psnr_db"] >= RECOGNISABLE).sum()) / images
+
+
+def _labels(leakage: pd.DataFrame) -> float:
+    """Return for how many of the images whose label is known it was inferred."""
+    known = leakage[leakage["label_true"].notna()]
+    right = reconstructed(known) & (known["label_true"] == known["label_inferred"])
+    return float(right.sum()) / len(known) if len(known) else math.nan
 
 
 def _clients(leakage: pd.DataFrame) -> tuple[Exposure, ...]:
@@ -179,10 +213,16 @@ def _clients(leakage: pd.DataFrame) -> tuple[Exposure, ...]:
     for client, own in leakage.groupby("client", sort=False):
         psnr = own["psnr_db"].where(reconstructed(own))
         seen = own[psnr >= RECOGNISABLE]
-        rounds = sorted({int(r) for r in seen["round"]})
-        best = _top(psnr)
-        found.append(Exposure(str(client), len(own), len(seen), best, ranges(rounds)))
-    return tuple(sorted(found, key=lambda e: (-e.recognisable, -_or(e.best_db, -1.0), e.client)))
+        blind = without_truth(own)
+        told = blind[classes(blind) < 2]
+        made = int(reconstructed(blind).sum())
+        fit = -_top(-blind["fit"].astype(float)) if made and "fit" in blind else math.nan
+        rounds = sorted({int(r) for r in [*seen["round"], *told["round"]]})
+        found.append(Exposure(str(client), len(own), len(seen), _top(psnr), ranges(rounds),
+                              made, len(told), fit))  # fmt: skip
+    return tuple(sorted(found, key=lambda e: (
+        -e.recognisable - e.explained, -_or(e.best_db, -1.0), _or(e.best_fit, math.inf), e.client
+    )))  # fmt: skip
 
 
 def ranges(numbers: list[int]) -> str:

@@ -25,13 +25,14 @@ from fedleak.report.charts import (
     leakage_chart,
     predicted_chart,
 )
+from fedleak.report.evidence import EVIDENCE
 from fedleak.report.figures import GRADES, Figures, figures
 from fedleak.report.files import to_toml
 from fedleak.report.marks import looks
 from fedleak.report.pictures import BUDGET, Gallery, Tile, attack_pictures, gallery
 from fedleak.report.sources import Arm, Source, Study, read_source
 from fedleak.untrusted import dig
-from fedleak.wording import in_order
+from fedleak.wording import fit_text, in_order
 
 #: Name of the file in the folder that is reported.
 NAME = "report.html"
@@ -113,7 +114,7 @@ def render(source: Source) -> tuple[str, str]:
     )  # fmt: skip
     environment.filters |= {
         "db": words.decibels, "plain_db": words.plain_decibels, "percent": words.percent,
-        "sortable": _sortable, "figure": _figure,
+        "fit": fit_text, "sortable": _sortable, "figure": _figure,
     }  # fmt: skip
     style = (_TEMPLATES / "report.css").read_text(encoding="utf-8")
     script = (_TEMPLATES / "report.js").read_text(encoding="utf-8")
@@ -123,7 +124,8 @@ def render(source: Source) -> tuple[str, str]:
     pictures, count = _attack_pictures(source)
     text = environment.get_template("report.html").render(
         source=source, sections=sections, headline=headline, audit=found, style=style,
-        script=script, policy=policy(style, script), grades=GRADES, glossary=words.GLOSSARY,
+        script=script, policy=policy(style, script), grades=GRADES,
+        evidence=EVIDENCE, glossary=words.GLOSSARY,
         no_proof=words.NO_PROOF, label=label, clients_shown=_CLIENTS,
         status=words.status_note(source), provenance=_provenance(source), toml=_toml(source),
         repeat=_repeat(source), made=now()[:16].replace("T", " ") + " UTC", version=__version__,

@@ -10,14 +10,17 @@ import zipfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from fedleak import files
 from fedleak.errors import InvalidInputError
 from fedleak.images import png, read_image
+from fedleak.report.files import try_json
 from fedleak.report.sources import Arm
-from fedleak.wording import ENOUGH_DB
+from fedleak.untrusted import finite
+from fedleak.wording import ENOUGH_DB, fit_text
 
 #: Images beside each other in one round.
 COLUMNS = 6
@@ -206,6 +209,15 @@ def _worst(panel: Panel) -> float:
     return float(np.nanmean(values)) if values and not np.isnan(values).all() else 0.0
 
 
+def _caption(name: str, about: dict[str, Any]) -> str:
+    """Return what is said below the pictures of one update: whose, and how far they explain it."""
+    found = re.fullmatch(r"round-(\d{1,9})/client-(\d{1,9})", name)
+    where = f"round {int(found[1])}, update {int(found[2])}" if found else name
+    fit = finite(about.get("fit"))
+    told = "" if fit is None else f": fit {fit_text(fit)}"
+    return where + told + (", doubtful" if about.get("doubtful") is True else "")
+
+
 def attack_pictures(folder: Path, most: int = 12) -> tuple[list[tuple[str, str]], int]:
     """Return pictures that ``fedleak attack`` drew, as (name, URI), and how many there are."""
     paths = sorted((folder / "pictures").glob("*/*.png"))
@@ -218,5 +230,6 @@ def attack_pictures(folder: Path, most: int = 12) -> tuple[list[tuple[str, str]]
         except InvalidInputError:
             continue
         name = path.relative_to(folder / "pictures").with_suffix("").as_posix()
-        found.append((name, to_uri(image.numpy(), _WIDE)))
+        about = try_json(folder / "results" / f"{name}.json", [])
+        found.append((_caption(name, about), to_uri(image.numpy(), _WIDE)))
     return found, len(paths)

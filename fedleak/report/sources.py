@@ -24,7 +24,9 @@ LEAKAGE = (
 ROUNDS = ("round", "accuracy", "c_metric", "predicted_psnr_db", "bytes_sent")
 METRIC = ("round", "name", "kind", "unknowns", "rank", "deficiency", "weight")
 ATTACKS = ("round", "client", "image", "psnr_db", "ssim", "label_true", "label_inferred", "fit",
-           "status", "reason")  # fmt: skip
+           "certified", "defence", "status", "reason")  # fmt: skip
+#: Of these, what a table of leakage has no column for.
+_EVIDENCE = ("fit", "certified")
 _GROUP = ["scenario", "data", "model"]
 _ARM = ["defence", "strength"]
 EVALUATION = (
@@ -319,7 +321,7 @@ def _attacks(folder: Path) -> Source:
         settings = try_json(one / "attack.json", source.notes)
         source.about.setdefault("attack", settings)
         found = read_table(one / "attacks.csv", ATTACKS, source.notes)
-        leakage = found.reindex(columns=list(LEAKAGE)).assign(seed=0.0)
+        leakage = found.reindex(columns=[*LEAKAGE, *_EVIDENCE]).assign(seed=0.0)
         label = one.name if len(folders) > 1 else str(settings.get("attack", one.name))
         arms.append(Arm("?", "", _whole(leakage, source.notes), folders=[one], label=label))
     source.studies = [Study(folder.name, arms, {}, False)]

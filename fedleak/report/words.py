@@ -9,7 +9,7 @@ from typing import Any
 from fedleak.report.figures import Exposure, Figures
 from fedleak.report.sources import Arm, Source, Study
 from fedleak.untrusted import dig, finite
-from fedleak.wording import ENOUGH_DB, grade
+from fedleak.wording import ENOUGH_DB, EXPLAINED, fit_text, grade
 
 Judged = tuple[Arm, Figures]
 #: Between a number and its unit.
@@ -30,6 +30,10 @@ GLOSSARY = (
     ("PSNR", "closeness of an image to the true one, in dB (peak 1): above 40 nobody sees a "
              "difference, from about 20 it is recognisable, below 14 little is left; an estimate "
              "for natural images, so look at the pictures"),
+    ("fit", "the part of an update that the pictures leave unexplained: 0 nothing, 1 all; known "
+            "without the true images, and so all that a real server knows of its success"),
+    ("doubtful", "a picture was made, but the update shows something that was not declared, or a "
+                 "time limit cut the search short"),
     ("SSIM", "likeness in structure: 1 is the same image, 0 is none"),
     ("informed", "an attacker who knows which defence the clients use, and how strong it is"),
     ("unaware", "one who takes a defended update for an undefended one"),
@@ -92,11 +96,7 @@ def headline(arm: Arm, found: Figures, informed: bool = True) -> str:
         return f"{under(arm)}, no attack is on record: this folder says nothing about leakage."
     of_all = f"of {found.images} attacked image{'' if found.images == 1 else 's'}"
     if found.unscored:
-        made = found.unscored
-        return (
-            f"{start}reconstructed {made} {of_all}. The true images are not known here, so "
-            "nothing says how close they come."
-        )
+        return _untold(start, arm, found)
     if found.grades is None:
         if math.isnan(found.recognisable):
             return (
@@ -118,6 +118,77 @@ def headline(arm: Arm, found: Figures, informed: bool = True) -> str:
     if faint:
         return f"{start}got little more than an average image, {faint} {of_all} this way."
     return f"{start}recovered none {of_all}. With this attack: that is no proof of safety."
+
+
+def _untold(start: str, arm: Arm, found: Figures) -> str:
+    """Return the verdict where true images are missing: by what the updates say themselves."""
+    told, total = found.evidence, found.evidence.total
+    beside = ""
+    if scored := found.images - total:
+        seen = f"{found.seen} of {scored} images that can be compared with the true ones"
+        beside = f"{start}recovered {seen} well enough to be recognised. "
+        start = "Of the others, it "
+    rest = total - told.explained
+    if told.explained:
+        how = f"all {total} attacked images" if not rest and total > 1 else (
+            f"{told.explained} of {total} attacked image{'' if total == 1 else 's'}"
+        )  # fmt: skip
+        exactly = "" if told.counts[1] else "exactly "
+        it = "image" if told.explained == 1 else "images"
+        said = (
+            f"{beside}{start}reconstructed {how}, as far as can be told without the true ones: its "
+            f"pictures lead to {exactly}the updates that were sent"
+            f"{', but for a little' if told.counts[1] else ''}. Take them for the clients' {it}."
+        )
+        return f"{said} Of the other {rest}, it is not known what it learned." if rest else said
+    doubtful = told.counts[2] == total - told.counts[4]
+    why = "the pictures that it made are doubtful" if doubtful else (
+        f"the updates, defended by {told.noise}, do not prove the pictures that it made"
+        if told.noise
+        else "the pictures that it made explain too little of the updates"
+    )  # fmt: skip
+    where = under(arm) if not beside else f"{beside}Of the others"
+    return (
+        f"{where}, it is not known what the server learned of {images(total)}: there are no true "
+        f"ones to compare with, and {why}. That is no all-clear."
+    )
+
+
+def _evidence(found: Figures) -> list[tuple[str, str]]:
+    """Say what is known, and what is not, of images that no true ones can be compared with."""
+    told, said = found.evidence, []
+    if not told.total:
+        return said
+    how = "There are no true images here, as for any real server, so no closeness (PSNR) is given."
+    if not math.isnan(told.fit_median):
+        how += (
+            f" Instead, fit: the part of an update that the pictures leave unexplained, in the "
+            f"median {fit_text(told.fit_median)} (best {fit_text(told.fit_best)}, worst "
+            f"{fit_text(told.fit_worst)}; 0: nothing, 1: all)."
+        )
+    if told.certified:
+        how += f" {images(told.certified)} passed the attack's own proof."
+    said.append(("How it is known", how))
+    unknown = []
+    if told.explained:
+        unknown.append(
+            "Whether other pictures would lead to the same updates: rarely, where a network is "
+            "large and clients send all of it. If people or things can be seen, they were there."
+        )
+    if told.noise:
+        unknown.append(
+            f"How much {told.noise} hid: with it, a small fit proves nothing, as other pictures "
+            "fit as well."
+        )
+    if told.counts[3] and not told.noise:
+        unknown.append(
+            f"Whether {images(told.counts[3])} resemble the true ones: a fit of {EXPLAINED:g} or "
+            "more is that of a rough guess or of none, a wrong declaration (learning rate, number "
+            "of images, a defence) or a search that failed. Another attack may recover them."
+        )
+    if unknown:
+        said.append(("What is not known", " ".join(unknown)))
+    return said
 
 
 def _could(arm: Arm, found: Figures) -> str:
@@ -146,6 +217,9 @@ def details(arm: Arm, found: Figures) -> list[tuple[str, str]]:
         if not math.isnan(found.labels):
             how += f" The label, what an image shows, was inferred for {percent(found.labels)}."
         said.append(("How recognisable", how))
+    said += _evidence(found)
+    if found.doubtful:
+        said.append(("Doubtful", f"{images(found.doubtful)}; most often: {found.doubt or '–'}"))
     if found.clients:
         said.append(("From whom", _who(found)))
     if len(found.rounds) > 1 and not math.isnan(found.first_db):
@@ -154,15 +228,19 @@ def details(arm: Arm, found: Figures) -> list[tuple[str, str]]:
         said.append(("When", f"One round was attacked: round {found.rounds[0]}."))
     if could := _could(arm, found):
         said.append(("What more could be", could))
-    if found.reason and found.grades and found.grades[-1]:
-        lost = f"{images(found.grades[-1])}; the most frequent reason: {found.reason}"
-        said.append(("Not recovered", lost))
+    failed = found.grades[-1] if found.grades else found.evidence.counts[-1]
+    if found.reason and failed:
+        said.append(
+            ("Not recovered", f"{images(failed)}; the most frequent reason: {found.reason}")
+        )
     return said
 
 
 def _who(found: Figures) -> str:
     exposed: Sequence[Exposure] = found.exposed
     total = len(found.clients)
+    if found.evidence.total:
+        return _whose(found)
     if not exposed:
         return f"Of none of the {total} attacked clients was an image recognisable."
     if len(exposed) == total:
@@ -173,6 +251,27 @@ def _who(found: Figures) -> str:
         return f"All {total} attacked clients, with {each} each."
     first = ", ".join(f"client {c.client} ({c.recognisable})" for c in exposed[:3])
     return f"{len(exposed)} of {total} attacked clients; most of all {first}."
+
+
+def _whose(found: Figures) -> str:
+    """Say it where the true images are not known, and with them not who was spared."""
+    total, exposed = len(found.clients), found.exposed
+    if not exposed:
+        return f"Not known, for none of the {total} attacked clients." if total > 1 else (
+            "Not known."
+        )  # fmt: skip
+    counts = [c.recognisable + c.explained for c in exposed]
+    if len(exposed) == total:
+        least, most = min(counts), max(counts)
+        each = images(most) if most == least else f"{least} to {images(most)}"
+        if total == 1:
+            return f"The one attacked client, with {each}."
+        return f"All {total} attacked clients, with {each} each."
+    first = ", ".join(f"client {c.client} ({n})" for c, n in zip(exposed[:3], counts, strict=False))
+    return (
+        f"At least {len(exposed)} of {total} attacked clients, most of all {first}. Of the others "
+        "it is not known."
+    )
 
 
 def _when(found: Figures) -> str:

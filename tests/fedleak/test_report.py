@@ -439,17 +439,105 @@ def test_an_audit_alone_and_beside_a_run(tmp_path: Path) -> None:
     assert "gives no prediction" in report(tmp_path / "audit").words
 
 
-def test_an_attack_on_a_capture(tmp_path: Path) -> None:
+def make_attack(
+    folder: Path, fits: Sequence[float | str], defence: str = "", psnr: Sequence[Any] = ()
+) -> Path:
+    """Write an attack on a capture of clients with one image each; its truth is not known.
+
+    A ``fit`` that is a text is a failure ("failed") or doubtful, and with "certified" proved.
+    """
     from fedleak.report.sources import ATTACKS
 
-    folder = tmp_path / "captures" / "attacks" / "hybrid-1"
-    write_csv(folder / "attacks.csv", ATTACKS, [(1, "3+4", 0, "", "", "", 2, 0.1, "ok", "")])
+    rows = []
+    for n, fit in enumerate(fits):
+        status = fit if fit in ("failed", "doubtful") else "ok"
+        reason = {"failed": "no step converged", "doubtful": "several steps"}.get(str(status), "")
+        number = "" if status == "failed" else {"doubtful": 0.01, "certified": 0.9}.get(fit, fit)  # type: ignore[call-overload]
+        score = psnr[n] if n < len(psnr) else ""
+        true = "" if score == "" else 2
+        certified = 1 if fit == "certified" else 0
+        rows.append(
+            (1, f"{n + 70}", 0, score, "", true, 2, number, certified, defence, status, reason)
+        )
+    write_csv(folder / "attacks.csv", ATTACKS, rows)
     (folder / "attack.json").write_text(json.dumps({"attack": "hybrid", "options": {}}))
-    (tmp_path / "captures" / "manifest.json").write_text(json.dumps({"simulated": False}))
-    for where in (folder, tmp_path / "captures"):
-        text = report(where)
-        assert "The true images are not known here" in text.words
-        assert "Real updates" in text.words
+    (folder.parent.parent / "manifest.json").write_text(json.dumps({"simulated": False}))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("fits", "defence", "said", "not_said"),
+    [
+        ((1e-7, 2e-7, 4e-7), "", (
+            "With hybrid, the server reconstructed all 3 attacked images, as far as can be told "
+            "without the true ones: its pictures lead to exactly the updates that were sent. Take "
+            "them for the clients' images.",
+            "in the median 2e-7 (best 1e-7, worst 4e-7", "All 3 attacked clients, with 1 image",
+            "3 of 3 taken for recovered"), ("it is not known what it learned",)),
+        ((0.9, 0.95), "", (
+            "With hybrid, it is not known what the server learned of 2 images",
+            "explain too little of the updates. That is no all-clear.",
+            "Not known, for none of the 2 attacked clients.",
+            "Whether 2 images resemble the true ones"), ("Take them for",)),
+        ((1e-7, 0.9, "failed", "doubtful"), "", (
+            "reconstructed 1 of 4 attacked images", "Of the other 3, it is not known",
+            "At least 1 of 4 attacked clients, most of all client 70 (1). Of the others it is not "
+            "known.", "1 image; the most frequent reason: no step converged",
+            "1 image; most often: several steps", "1 or more of 4"), ()),
+        ((0.05, 1e-7), "", ("the updates that were sent, but for a little",), ("exactly",)),
+        (("certified", "certified"), "", (
+            "reconstructed all 2 attacked images", "2 images passed the attack's own proof"), ()),
+        ((1e-7, 1e-7), "noise:0.3", (
+            "it is not known what the server learned of 2 images",
+            "the updates, defended by noise:0.3, do not prove the pictures"), ("Take them for",)),
+        ((1e-7, 1e-7), "clip:1.0", ("reconstructed all 2 attacked images",), ("not prove",)),
+        (("doubtful",), "", ("the pictures that it made are doubtful. That is no all-clear",), ()),
+    ],
+)  # fmt: skip
+def test_of_a_capture_without_truth_unknown_is_not_none(
+    tmp_path: Path,
+    fits: Sequence[Any],
+    defence: str,
+    said: Sequence[str],
+    not_said: Sequence[str],
+) -> None:
+    folder = make_attack(tmp_path / "captures" / "attacks" / "hybrid-1", fits, defence)
+    text = report(folder)
+    for part in (*said, "There are no true images", "Real updates"):
+        assert part in text.words, (part, text.words)
+    for part in (*not_said, "Of none of the", "recognisable (at least 20 dB)", "0 % recognisable"):
+        assert part not in text.words, part
+    (arm,) = read_source(folder).studies[0].arms
+    assert math.isnan(figures(arm).recognisable)
+
+
+def test_a_capture_of_which_nothing_came_says_so(tmp_path: Path) -> None:
+    folder = make_attack(tmp_path / "captures" / "attacks" / "hybrid-1", ("failed", "failed"))
+    text = report(folder)
+    assert "recovered none of 2 attacked images. With this attack: that is no proof" in text.words
+    assert "Take them for" not in text.words
+
+
+def test_a_capture_whose_truth_is_known_in_part(tmp_path: Path) -> None:
+    folder = make_attack(
+        tmp_path / "captures" / "attacks" / "hybrid-1", (1e-7, 0.9, 1e-7, 0.8), "", (90.0, 8.0)
+    )
+    text = report(folder)
+    for part in (
+        "recovered 1 of 2 images that can be compared with the true ones well enough to be",
+        "Of the others, it reconstructed 1 of 2 attacked images",
+        "Of the other 1, it is not known", "1 at least",
+    ):  # fmt: skip
+        assert part in text.words, (part, text.words)
+
+
+def test_the_attacks_on_one_capture_beside_each_other(tmp_path: Path) -> None:
+    for name, fits in (("hybrid-1", (1e-7, 2e-7)), ("cosine-1", (0.9, 0.8))):
+        make_attack(tmp_path / "captures" / "attacks" / name, fits)
+    words = report(tmp_path / "captures").words
+    assert "2 of 2 taken for recovered" in words
+    assert "0 of 2 taken for recovered" in words
+    assert "Real updates" in words
 
 
 def test_refusals_name_the_folder_and_what_to_do(tmp_path: Path) -> None:
