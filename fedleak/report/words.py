@@ -133,12 +133,10 @@ def _untold(start: str, arm: Arm, found: Figures) -> str:
         how = f"all {total} attacked images" if not rest and total > 1 else (
             f"{told.explained} of {total} attacked image{'' if total == 1 else 's'}"
         )  # fmt: skip
-        exactly = "" if told.counts[1] else "exactly "
-        it = "image" if told.explained == 1 else "images"
+        how_far = "almost all that" if told.counts[1] else "exactly what"
         said = (
-            f"{beside}{start}reconstructed {how}, as far as can be told without the true ones: its "
-            f"pictures lead to {exactly}the updates that were sent"
-            f"{', but for a little' if told.counts[1] else ''}. Take them for the clients' {it}."
+            f"{beside}{start}reconstructed {how}, as far as can be told without the true ones: "
+            f"from its pictures follows {how_far} the clients sent."
         )
         return f"{said} Of the other {rest}, it is not known what it learned." if rest else said
     doubtful = told.counts[2] == total - told.counts[4]
@@ -165,6 +163,12 @@ def _evidence(found: Figures) -> list[tuple[str, str]]:
             f" Instead, fit: the part of an update that the pictures leave unexplained, in the "
             f"median {fit_text(told.fit_median)} (best {fit_text(told.fit_best)}, worst "
             f"{fit_text(told.fit_worst)}; 0: nothing, 1: all)."
+        )
+    if told.explained:
+        how += (
+            " A small fit is strong evidence: take these pictures for the clients' images."
+            if told.explained == told.total
+            else f" Where it is below {EXPLAINED:g}, take the pictures for the clients' images."
         )
     if told.certified:
         how += f" {images(told.certified)} passed the attack's own proof."

@@ -15,9 +15,11 @@ import pandas as pd
 import pytest
 import torch
 
-from fedleak.capture import CaptureWriter, Update
+from fedleak.capture import Capture, CaptureWriter, Update
+from fedleak.capture.jobs import Chunk, Result
 from fedleak.capture.run import Attacked, attack_capture
-from fedleak.capture.table import COLUMNS, summary
+from fedleak.capture.store import Results
+from fedleak.capture.table import COLUMNS, summary, write_table
 from fedleak.capture.truth import write_truth
 from fedleak.commands.app import main
 from fedleak.errors import FedleakError, InvalidInputError
@@ -357,3 +359,32 @@ def test_public_images_are_part_of_the_settings(capture: Path) -> None:
     assert (other.skipped, other.folder == first.folder) == (0, False)
     with pytest.raises(FedleakError):
         attack_capture(capture, options={**options, "public": str(public / "none")}, limit=1)
+
+
+def test_a_time_limit_ends_an_attack_with_what_there_is(
+    capture: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = iter(range(10**9))
+    monkeypatch.setattr("fedleak.deadline._now", lambda: float(next(now)))
+    cut = attack_capture(capture, "cosine", out=capture.parent / "cut", limit=1, seconds=5)
+    assert cut.table["status"].isin(("failed", "doubtful")).all()
+    assert cut.table["reason"].str.startswith("time: ").all()
+    assert json.loads((cut.folder / "attack.json").read_text())["seconds"] == 5
+    with pytest.raises(InvalidInputError, match=r"seconds 5\.0, now 0\.0"):
+        attack_capture(capture, "cosine", out=capture.parent / "cut", limit=1, seconds=0)
+    with pytest.raises(InvalidInputError, match="a time limit must be a number of seconds"):
+        attack_capture(capture, "cosine", seconds=-1)
+
+
+def test_what_an_attack_proved_and_allowed_for_is_in_the_table(tmp_path: Path) -> None:
+    make_capture(tmp_path / "captures")
+    capture, name = Capture(tmp_path / "captures"), f"{ROUND}0"
+    made = Result(name, np.zeros((2, *SHAPE)), (1, 2), 0.5, certified=(True, False))
+    stored = Results(tmp_path / "out", {}, SHAPE)
+    stored.save(Chunk((name,), "d"), [made])
+    found = stored.load(name, "d")
+    assert found is not None
+    assert found.certified == (True, False)
+    table = write_table(capture, "rows", {name: found}, tmp_path / "out")
+    assert table["certified"].tolist() == [1, 0]
+    assert table["defence"].isna().all()  # none is declared

@@ -56,7 +56,7 @@ def test_the_numbers_of_a_run(tmp_path: Path) -> None:
     (run,) = read_runs([make_run(tmp_path / "a")])
     found = summary(run, {})
     assert found["first"] == {
-        "round": 1, "psnr_db_median": 33.0, "psnr_db_worst": 35.0, "images": 2, "exact": 0,
+        "round": 1, "psnr_db_median": 33.0, "psnr_db_worst": 35.0, "images": 2, "scored": 2, "exact": 0,
     }  # fmt: skip
     assert found["last"]["psnr_db_median"] == 34.0
     assert (found["labels_right"], found["accuracy"], found["predicted_psnr_db"]) == (0.5, 0.75, 33)
@@ -216,3 +216,18 @@ def test_folders_around_runs_and_the_same_twice(tmp_path: Path) -> None:
         read_runs([tmp_path])
     with pytest.raises(InvalidInputError, match="given twice"):
         read_runs([tmp_path / "a", tmp_path / "a" / ".." / "a"])
+
+
+def test_what_is_not_known_is_neither_exact_nor_none(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "a")
+    table = pd.read_csv(folder / "leakage.csv")
+    table.assign(psnr_db="", label_true="").to_csv(folder / "leakage.csv", index=False)
+    words = ["compare", str(folder), "--out", str(tmp_path / "out")]
+    done = CliRunner().invoke(app, words, env={"COLUMNS": "200"})
+    assert done.exit_code == 0, done.output
+    assert done.stdout.count("not known") >= 4
+    assert "exact" not in done.stdout
+    assert "of 4 of 4 images the true one is not known" in done.stdout
+    (run,) = json.loads((tmp_path / "out" / "compare.json").read_text())["runs"]
+    assert run["labels_right"] is None
+    assert run["last"]["scored"] == 0

@@ -470,26 +470,27 @@ def make_attack(
     [
         ((1e-7, 2e-7, 4e-7), "", (
             "With hybrid, the server reconstructed all 3 attacked images, as far as can be told "
-            "without the true ones: its pictures lead to exactly the updates that were sent. Take "
-            "them for the clients' images.",
+            "without the true ones: from its pictures follows exactly what the clients sent.",
+            "take these pictures for the clients' images",
             "in the median 2e-7 (best 1e-7, worst 4e-7", "All 3 attacked clients, with 1 image",
             "3 of 3 taken for recovered"), ("it is not known what it learned",)),
         ((0.9, 0.95), "", (
             "With hybrid, it is not known what the server learned of 2 images",
             "explain too little of the updates. That is no all-clear.",
             "Not known, for none of the 2 attacked clients.",
-            "Whether 2 images resemble the true ones"), ("Take them for",)),
+            "Whether 2 images resemble the true ones"), ("for the clients' images",)),
         ((1e-7, 0.9, "failed", "doubtful"), "", (
             "reconstructed 1 of 4 attacked images", "Of the other 3, it is not known",
             "At least 1 of 4 attacked clients, most of all client 70 (1). Of the others it is not "
             "known.", "1 image; the most frequent reason: no step converged",
             "1 image; most often: several steps", "1 or more of 4"), ()),
-        ((0.05, 1e-7), "", ("the updates that were sent, but for a little",), ("exactly",)),
+        ((0.05, 1e-7), "", ("follows almost all that the clients sent.",), ("exactly what",)),
         (("certified", "certified"), "", (
             "reconstructed all 2 attacked images", "2 images passed the attack's own proof"), ()),
         ((1e-7, 1e-7), "noise:0.3", (
             "it is not known what the server learned of 2 images",
-            "the updates, defended by noise:0.3, do not prove the pictures"), ("Take them for",)),
+            "the updates, defended by noise:0.3, do not prove the pictures",
+        ), ("for the clients' images",)),
         ((1e-7, 1e-7), "clip:1.0", ("reconstructed all 2 attacked images",), ("not prove",)),
         (("doubtful",), "", ("the pictures that it made are doubtful. That is no all-clear",), ()),
     ],
@@ -515,7 +516,7 @@ def test_a_capture_of_which_nothing_came_says_so(tmp_path: Path) -> None:
     folder = make_attack(tmp_path / "captures" / "attacks" / "hybrid-1", ("failed", "failed"))
     text = report(folder)
     assert "recovered none of 2 attacked images. With this attack: that is no proof" in text.words
-    assert "Take them for" not in text.words
+    assert "for the clients' images" not in text.words
 
 
 def test_a_capture_whose_truth_is_known_in_part(tmp_path: Path) -> None:

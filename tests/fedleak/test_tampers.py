@@ -13,6 +13,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 from fedleak import LocalTraining, Observation, build_model, make_attack
+from fedleak.attacks import run_attack
 from fedleak.attacks.first_layer import FirstLayer
 from fedleak.errors import FedleakError, InvalidInputError, UnknownNameError, UnsupportedModelError
 from fedleak.quality import score_batch
@@ -316,3 +317,15 @@ def test_patterns_are_smooth_distinct_and_of_one_size() -> None:
     flat = torch.stack(found).flatten(1)
     assert torch.allclose(flat.abs().sum(1), torch.ones(12, dtype=torch.float64))
     assert torch.linalg.matrix_rank(flat) == 12
+
+
+@pytest.mark.parametrize(("attack", "tamper"), [("rows", "peel"), ("fished", "fishing")])
+def test_a_time_limit_is_kept(attack: str, tamper: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    images, labels = digits(16)
+    model = tampered(mlp(400), tamper, 16)
+    seen = Observation.from_gradient(model, gradient(model, images, labels), SHAPE, 16)
+    now = iter(range(10**9))
+    monkeypatch.setattr("fedleak.deadline._now", lambda: float(next(now)))
+    (cut,) = run_attack(make_attack(attack), [seen], 3)
+    assert cut.reason.startswith("time: ")
+    assert cut.reconstruction is None or cut.reconstruction.status == "doubtful"
