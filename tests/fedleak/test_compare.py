@@ -56,7 +56,8 @@ def test_the_numbers_of_a_run(tmp_path: Path) -> None:
     (run,) = read_runs([make_run(tmp_path / "a")])
     found = summary(run, {})
     assert found["first"] == {
-        "round": 1, "psnr_db_median": 33.0, "psnr_db_worst": 35.0, "images": 2, "scored": 2, "exact": 0,
+        "round": 1, "psnr_db_median": 33.0, "psnr_db_worst": 35.0, "images": 2, "scored": 2,
+        "exact": 0,
     }  # fmt: skip
     assert found["last"]["psnr_db_median"] == 34.0
     assert (found["labels_right"], found["accuracy"], found["predicted_psnr_db"]) == (0.5, 0.75, 33)
