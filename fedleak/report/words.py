@@ -261,7 +261,7 @@ def _whose(found: Figures) -> str:
     """Say it where the true images are not known, and with them not who was spared."""
     total, exposed = len(found.clients), found.exposed
     if not exposed:
-        return f"Not known, for none of the {total} attacked clients." if total > 1 else (
+        return f"It is not known for any of the {total} attacked clients." if total > 1 else (
             "Not known."
         )  # fmt: skip
     counts = [c.recognisable + c.explained for c in exposed]

@@ -477,7 +477,7 @@ def make_attack(
         ((0.9, 0.95), "", (
             "With hybrid, it is not known what the server learned of 2 images",
             "explain too little of the updates. That is no all-clear.",
-            "Not known, for none of the 2 attacked clients.",
+            "It is not known for any of the 2 attacked clients.",
             "Whether 2 images resemble the true ones"), ("for the clients' images",)),
         ((1e-7, 0.9, "failed", "doubtful"), "", (
             "reconstructed 1 of 4 attacked images", "Of the other 3, it is not known",

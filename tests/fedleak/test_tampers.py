@@ -327,5 +327,5 @@ def test_a_time_limit_is_kept(attack: str, tamper: str, monkeypatch: pytest.Monk
     now = iter(range(10**9))
     monkeypatch.setattr("fedleak.deadline._now", lambda: float(next(now)))
     (cut,) = run_attack(make_attack(attack), [seen], 3)
-    assert cut.reason.startswith("time: ")
+    assert "time: " in cut.reason
     assert cut.reconstruction is None or cut.reconstruction.status == "doubtful"
