@@ -154,7 +154,8 @@ def _untold(start: str, arm: Arm, found: Figures) -> str:
 
 def _evidence(found: Figures) -> list[tuple[str, str]]:
     """Say what is known, and what is not, of images that no true ones can be compared with."""
-    told, said = found.evidence, []
+    told = found.evidence
+    said: list[tuple[str, str]] = []
     if not told.total:
         return said
     how = "There are no true images here, as for any real server, so no closeness (PSNR) is given."
