@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from torch import Tensor
+
 from fedleak import deadline
 from fedleak.attacks.base import Reconstruction
 from fedleak.attacks.evidence import Evidence
@@ -24,8 +26,6 @@ _SHARE = 0.7
 
 def why_not(evidence: Evidence) -> str:
     """Return why the graph's rules do not cover an update; empty where they do."""
-    if evidence.images > 1:
-        return "the rules on the model's graph cover one image"
     if evidence.simulated is not None:
         return "the rules on the model's graph cover one step"
     if evidence.defended or evidence.rescales:
@@ -67,6 +67,7 @@ def solve(evidence: Evidence, prior: Prior) -> Reconstruction | str:
             images = match_images(knowledge, prior)
     except TimeLimitError as error:
         return str(error)
+    evidence = evidence.with_labels(_labels(evidence, knowledge))
     made = evidence.replay(images[None], evidence.labels).gradients
     rounding = {name: evidence.rounding(name) for name in gradient}
     proof = certify(knowledge, {n: g[0].detach() for n, g in made.items()}, rounding)
@@ -78,3 +79,11 @@ def solve(evidence: Evidence, prior: Prior) -> Reconstruction | str:
         **proof.details(),
     }
     return package(evidence, images[None], [details])[0]
+
+
+def _labels(evidence: Evidence, knowledge: Knowledge) -> Tensor:
+    """Return the labels, (1, B): those of a batch by the derivative by each image's logits."""
+    logits = knowledge.cotangents.get(knowledge.graph.logits)
+    if evidence.images == 1 or logits is None:
+        return evidence.labels
+    return logits.value.argmin(1)[None]

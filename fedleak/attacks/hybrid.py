@@ -178,6 +178,7 @@ class HybridAttack(Attack):
                 part = evidence.subset(torch.tensor([n], device=evidence.replay.device))
                 made = graphs.solve(part, self._prior(evidence))
             if isinstance(made, Reconstruction):
+                part = part.with_labels(made.labels[None].to(part.labels.device))
                 images = _snap(part, made.images[None].to(part.labels.device))
                 found[n] = replace(made, images=images[0].cpu(), fit=float(part.fit(images)[0]))
             else:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fedleak.graph.capture import Graph, Node
+from fedleak.graph.kernels.refusal import Refused
 from fedleak.graph.kinds import Kind
 
 #: Relative error that a client's float32 leaves in a value or derivative, at least.
@@ -73,7 +74,9 @@ class Knowledge:
     mended : set of str
         Edges above whose layers slopes were mended already.
     blind : set of str
-        Convolutions that the blind kernel was tried on.
+        Convolutions that the blind rule was tried on.
+    resolved : dict of str to (Tensor, Tensor, float) or Refused
+        What the blind kernel found of a convolution's inputs and cotangents, image by image.
     """
 
     graph: Graph
@@ -86,6 +89,7 @@ class Knowledge:
     short: dict[str, str] = field(default_factory=dict)
     mended: set[str] = field(default_factory=set)
     blind: set[str] = field(default_factory=set)
+    resolved: dict[str, tuple[Tensor, Tensor, float] | Refused] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for node in self.graph.nodes.values():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fedleak.graph.knowledge import Rule
-from fedleak.graph.rules import backward, blind, forward, gradient_rows, head, inverse
+from fedleak.graph.rules import backward, batches, blind, forward, gradient_rows, head, inverse
 
 #: In the order in which they are tried: what costs least first.
 RULES: dict[str, Rule] = {
@@ -12,5 +12,6 @@ RULES: dict[str, Rule] = {
     "inverse": inverse.apply,
     "backward": backward.apply,
     "gradient rows": gradient_rows.apply,
+    "batch": batches.apply,
     "blind convolution": blind.apply,
 }
