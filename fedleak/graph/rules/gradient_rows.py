@@ -7,7 +7,6 @@ Layers that take the same edge (a block's first convolution and its shortcut) ad
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -62,6 +61,8 @@ class System:
         assert gradient is not None
         if node.kind is Kind.DENSE:
             matrix, right = known.value.flatten(0, -2).mT, gradient
+        elif _patches(node):  # every offset sees pixels of its own: its rows are the same few
+            matrix, right = known.value.movedim(0, 1).flatten(1), gradient.flatten(1)
         else:
             shape = knowledge.graph.nodes[node.inputs[0]].shape
             geometry = Geometry.of(node.module, (shape[2], shape[3]))
@@ -108,7 +109,12 @@ def _layers(knowledge: Knowledge, edge: str) -> list[Node]:
 def _solve(knowledge: Knowledge, edge: str, layers: list[Node]) -> bool:
     """Find an edge's value; where rows contradict each other look for wrong masks."""
     shape = knowledge.graph.nodes[edge].shape
-    unknowns = math.prod(shape) // shape[1 if layers[0].kind is Kind.CONVOLUTION else -1]
+    if any(_patches(n) for n in layers):
+        k, m = layers[0].module.kernel_size
+        if shape[2] % k or shape[3] % m:
+            return _give_up(knowledge, layers, f"{layers[0].path}: patches leave a border open")
+        layers = layers[:1]  # its positions are not those of the others
+    unknowns = len(_positions(torch.empty(shape, device="meta"), layers[0]))
     names = ", ".join(n.path for n in layers)
     if unknowns > _MOST:
         return _give_up(knowledge, layers, f"{names}: {unknowns} positions, at most {_MOST}")
@@ -207,8 +213,23 @@ def least_squares(systems: list[System], used: list[Tensor]) -> tuple[Tensor, fl
     return value, sigma * float(inverse.square().mean().sqrt())
 
 
+def _patches(node: Node) -> bool:
+    """Return whether a convolution cuts its input into patches, as an embedding of patches does."""
+    if node.kind is not Kind.CONVOLUTION:
+        return False
+    kernel, module = node.module.kernel_size, node.module
+    whole = module.padding in ("valid", (0, 0)) and module.dilation == (1, 1)
+    return whole and module.stride == kernel and kernel != (1, 1)
+
+
 def _positions(value: Tensor, node: Node) -> Tensor:
-    """Return an edge's value by position, shape (positions, C_in)."""
+    """Return an edge's value by position, shape (positions, C_in), or (patches, C_in * pixels)."""
+    if _patches(node):
+        batch, channels, height, width = value.shape
+        k, m = node.module.kernel_size
+        rows, columns = height // k, width // m  # what is left over at the border is not seen
+        cut = value[..., : rows * k, : columns * m].reshape(batch, channels, rows, k, columns, m)
+        return cut.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(0, 2)
     return value.flatten(0, -2) if node.kind is Kind.DENSE else value.movedim(1, 3).flatten(0, 2)
 
 
@@ -217,4 +238,8 @@ def _arranged(value: Tensor, node: Node, shape: tuple[int, ...]) -> Tensor:
     if node.kind is Kind.DENSE:
         return value.reshape(shape)
     batch, channels, height, width = shape
+    if _patches(node):
+        k, m = node.module.kernel_size
+        cut = value.reshape(batch, height // k, width // m, channels, k, m)
+        return cut.permute(0, 3, 1, 4, 2, 5).reshape(shape)
     return value.reshape(batch, height, width, channels).movedim(3, 1)
