@@ -70,6 +70,13 @@ def vgg11() -> nn.Module:
     return model
 
 
+def vit() -> nn.Module:
+    """ViT-B/16 with a head that is drawn: torchvision's is zero, and then nothing below learns."""
+    model = zoo.vit_b_16(num_classes=10)
+    model.heads.head.reset_parameters()
+    return model
+
+
 def _small_stem(model: nn.Module) -> nn.Module:
     """Give a residual network the stem for 32x32 pixels: 3x3, no stride, no pool."""
     model.conv1, model.maxpool = nn.Conv2d(3, 64, 3, 1, 1, bias=False), nn.Identity()
@@ -93,7 +100,7 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], int]] = {
     "mobilenet-v2": (lambda: zoo.mobilenet_v2(num_classes=10), 32),
     "densenet121": (lambda: zoo.densenet121(num_classes=10), 32),
     "resnet18-224": (lambda: zoo.resnet18(num_classes=10), 224),
-    "vit-b-16": (lambda: zoo.vit_b_16(num_classes=10), 224),
+    "vit-b-16": (vit, 224),
 }
 COLUMNS = (
     "network", "mode", "defence", "informed", "attack", "images", "draw", "place", "psnr_db",
