@@ -204,3 +204,12 @@ def test_an_attack_and_a_defence_of_your_own(tmp_path: Path) -> None:
         images = printed(f"{command} --json")["images"]
         means.append(np.mean([i["psnr_db"] for i in images]))
     assert means[1] > means[0] + 6
+
+
+def test_a_server_that_is_not_honest(tmp_path: Path) -> None:
+    """``dishonest-server.md``: the whole batch comes back, and the lines for Flower run."""
+    script = "\n".join(blocks("dishonest-server.md", "python"))
+    said = run(sys.executable, "-c", script, cwd=tmp_path).stdout
+    exact, certified = map(int, re.findall(r"(\d+) of 64 images, (\d+) of them", said)[0])
+    assert exact == 64
+    assert certified >= 48

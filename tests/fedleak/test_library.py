@@ -75,7 +75,7 @@ def test_missing_data_gives_three_ways_out(tmp_path: Path) -> None:
         assert way in str(caught.value)
     with pytest.raises(DataUnavailableError, match="no folder"):
         load_data("folder", str(tmp_path / "nowhere"))
-    with pytest.raises(DataUnavailableError, match="cannot be read"):
+    with pytest.raises(DataUnavailableError, match="holds no folders"):
         load_data("folder", str(tmp_path))
     with pytest.raises(UnknownNameError, match="did you mean 'CIFAR10'"):
         load_data("cifar-10")
