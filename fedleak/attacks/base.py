@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from fedleak import deadline, memory
+from fedleak.attacks.suspicions.pixels import in_pixels
 from fedleak.deadline import Deadline
 from fedleak.errors import FedleakError, InvalidInputError
 from fedleak.observation import Observation
@@ -76,7 +77,10 @@ class Attack(ABC):
         for observation in observations:
             observation.threat.demand(self.needs(observation), f"attack {name!r}")
         results = self.reconstruct(observations)
-        return [replace(r, threat=o.threat) for r, o in zip(results, observations, strict=True)]
+        return [
+            replace(in_pixels(r, o), threat=o.threat)
+            for r, o in zip(results, observations, strict=True)
+        ]
 
     def needs(self, observation: Observation) -> set[str]:
         """Return what of :class:`ThreatModel` must be allowed to attack this observation."""

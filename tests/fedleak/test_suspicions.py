@@ -208,3 +208,61 @@ def test_noise_is_no_suspicion() -> None:
         result = attack(model, defend(gradient(model, x, y), parse_defence(defence), 0))
         assert result.status == "ok"
         assert "factor" not in result.details
+
+
+@pytest.mark.parametrize("name", ["linear", "hybrid"])
+@pytest.mark.parametrize("images", [1, 4])
+def test_images_that_clients_normalise_come_back_as_pixels(images: int, name: str) -> None:
+    x, y = digits(images)
+    model = net()
+    result = attack(model, gradient(model, (x - 0.5) / 0.5, y), images, name)
+    assert result.status == "ok"
+    assert any("mean 0.5 and std 0.5" in note for note in result.details["notes"])
+    assert worst(result, x, y) > 60
+
+
+@pytest.mark.parametrize(
+    ("mean", "std", "found"),
+    [
+        ((0.1307,), (0.3081,), "MNIST"),
+        ((0.0,), (1 / 255,), "0 to 255"),
+        ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225), "ImageNet"),
+        ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616), "0.247/"),
+        ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010), "0.2023/"),
+        ((0.3, 0.4, 0.5), (0.3, 0.2, 0.4), ""),
+        ((0.4,), (0.6,), ""),
+        ((0.5,), (0.3,), ""),
+    ],
+)
+def test_only_standard_normalisations_that_make_pixels_are_undone(
+    mean: tuple[float, ...], std: tuple[float, ...], found: str
+) -> None:
+    shape = (len(mean), 8, 8)
+    x = torch.randint(20, 230, (1, *shape), generator=torch.Generator().manual_seed(0)) / 255
+    offset, factor = (torch.tensor(v).reshape(-1, 1, 1) for v in (mean, std))
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64 * len(mean), 10)).double()
+    normalised = ((x - offset) / factor).double()
+    sent = gradient(model, normalised, torch.tensor([3]))
+    seen = Observation.from_gradient(model, sent, shape, 1)
+    (result,) = make_attack("linear")([seen])
+    if found:
+        (note,) = result.details["notes"]
+        assert found in note
+        assert result.status == "ok"
+        assert (result.images - x).abs().max() < 1e-4
+    else:
+        (doubt,) = result.doubts
+        assert "declare mean and std" in doubt
+        assert result.status == "doubtful"
+        assert (result.images - normalised).abs().max() < 1e-4
+
+
+def test_images_that_the_update_leaves_open_say_nothing_of_normalisation() -> None:
+    x, y = digits(1)
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(1, 2, 3, stride=2), nn.Tanh(), nn.Flatten(), nn.Linear(18, 10)
+    )  # fmt: skip
+    result = attack(model, gradient(model, x, y))
+    assert result.status == "ok"
+    assert "notes" not in result.details
