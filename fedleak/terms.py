@@ -13,6 +13,16 @@ from fedleak.threat import HONEST, ThreatModel
 Shared = Literal["gradient", "weights"]
 
 
+def needs_gradients(defence: DefenceSpec | None) -> None:
+    """Raise InvalidInputError for a defence that clients who share weights cannot apply."""
+    if defence is not None and defence.examples:
+        raise InvalidInputError(
+            f"defence {defence.label!r} clips the gradients of single images, and is known for "
+            "shared gradients only, not for weights; leave examples out, or the defence, which "
+            "then attacks as if it were unknown"
+        )
+
+
 @dataclass(frozen=True, kw_only=True)
 class Terms:
     """What is known of an update before its numbers are looked at.
@@ -66,6 +76,8 @@ class Terms:
                 f"defence {self.defence.label!r} is given, but the threat model does not let the "
                 "attacker know it; pass threat=ThreatModel(defence=True)"
             )
+        if self.shared == "weights":
+            needs_gradients(self.defence)
         for name in ("images", "clients"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:

@@ -30,7 +30,7 @@ from fedleak.modules import copied, unwrapped
 from fedleak.observation import Observation
 from fedleak.probe import probe
 from fedleak.status import Status
-from fedleak.terms import Shared, Terms
+from fedleak.terms import Shared, Terms, needs_gradients
 from fedleak.threat import HONEST, ThreatModel
 from fedleak.wording import clean_reason, fit_words
 
@@ -192,6 +192,8 @@ class MaliciousServer(DelegatingStrategy):
         self.input_shape = input_shape
         self.training, self.images = training, images
         self.defence = parse_defence(defence) if isinstance(defence, str) else defence
+        if isinstance(training, LocalTraining) and training.trains:
+            needs_gradients(self.defence)  # here, not in the first round
         self.threat = replace(threat, defence=self.defence is not None)
         self.labels_of = labels_of
         self.every, self.max_clients = every, max_clients

@@ -114,6 +114,8 @@ class Evidence:
         }
         rescales: str = "" if first.defence is None else first.defence.rescales
         replay = Replay(first.model, first.input_shape, device=where, client=first.training)
+        if first.defence is not None and first.images > 1:
+            replay = replay.clipped(first.defence.example_norm)
         seen = [Seen()] * len(observations)
         if not errors:
             gradient, seen, replay = examine(observations, gradient, replay)
@@ -274,7 +276,8 @@ class Evidence:
             self,
             gradient=of(self.gradient, factor),
             errors=of(self.errors, factor.abs()),
-            rescales="" if self.rescales == "update" else self.rescales,
+            # Where each image is clipped, a common factor is not the whole of it.
+            rescales="" if self.rescales == "update" and not self.replay.clip else self.rescales,
             seen=[a.and_(b) for a, b in zip(self.seen, found, strict=True)],
         )
         other.__dict__["_chain"], other.__dict__["silent"] = self._chain, self.silent

@@ -294,6 +294,7 @@ class HybridAttack(Attack):
         prior, count, batch = self._prior(evidence), len(evidence), evidence.images
         # The reverse pass keeps the weights of every client and step.
         kept = evidence.steps * (evidence.terms.clients if evidence.simulated else 1)
+        kept *= batch if evidence.replay.clip else 1
         parameters = kept * sum(p.numel() for p in evidence.replay.parameters.values())
         together = int(_PARAMETERS[evidence.replay.device.type] / max(parameters, 1))
         parts = torch.arange(count, device=evidence.replay.device).split(max(1, together))

@@ -24,6 +24,8 @@ MOST_JACOBIANS, _MATCHED = 3, 0.5
 #: Root mean square error, in units of known errors, above which the truth was not found: there
 #: it is 1.
 MISSED = 1.2
+#: How often the prior of a batch is halved where images miss more than the known errors.
+_WEAKER = 3
 #: Where values are known better than ``precision``: how much finer they count in the end.
 FINE = 1e-3
 #: Rows beyond which a Jacobian is not built.
@@ -110,6 +112,14 @@ def _quasi_newton(target: Target, prior: Prior, start: Tensor, steps: int, level
     u = 0.1 * torch.randn(size, generator=generator, dtype=torch.float64) * (batch > 1)
     u = F.pad(u, (0, target.hidden)).to(start).expand(count, -1).clone()
     u, _ = lbfgs(objective, u, steps)
+    for _ in range(_WEAKER if target.calibrated and batch > 1 and not target.hidden else 0):
+        # Known errors are 1 at the truth (Morozov's principle): else the prior counts too much.
+        missed = (target.misfit(images(u), level) > 1).unsqueeze(1)
+        if not bool(missed.any()):
+            break
+        errors = torch.where(missed, target.errors.minimum(errors) / 2, errors).clamp_min(level)
+        found, _ = lbfgs(objective, u, steps)
+        u = torch.where(missed, found, u)
     return Match(images(u).detach(), "l-bfgs", [str(prior)] * count, u[:, size:])
 
 

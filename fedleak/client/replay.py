@@ -13,6 +13,7 @@ from fedleak.client.loss import Loss
 from fedleak.client.training import LocalTraining
 from fedleak.modules import copied, in_precision, pure_copy, unwrapped
 from fedleak.probe import probe
+from fedleak.tensors import per_update
 
 Gradients = dict[str, Tensor]
 
@@ -58,6 +59,8 @@ class Replay:
     label_bias : str or None
         Name of the bias whose gradient has the label, ``exact_bias`` whether it is ``p - y``;
         see :class:`fedleak.probe.Probe`.
+    clip : float
+        Bound on the norm of every image's own gradient; 0: none.
 
     Raises
     ------
@@ -88,12 +91,19 @@ class Replay:
         self.input_shape, self.dtype, self.device = tuple(input_shape), dtype, torch.device(device)
         self.head, self.classes = found.head, self.loss.classes(found.outputs)
         self.label_bias, self.exact_bias = found.bias, found.exact
+        self.clip = 0.0
 
     def with_loss(self, loss: Loss) -> Replay:
         """Return the same client with another loss, in the place of a cross-entropy."""
         other = copy.copy(self)
         other.client, other.loss = replace(self.client, loss=loss), loss
         other.classes = loss.classes(self.classes)
+        return other
+
+    def clipped(self, norm: float) -> Replay:
+        """Return the same client, which clips the gradient of every single image (DP-SGD)."""
+        other = copy.copy(self)
+        other.clip = norm
         return other
 
     def _normalise(self, module: nn.Module, given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -127,6 +137,21 @@ class Replay:
         Replayed
             Of the loss of each batch.
         """
+        if not self.clip:
+            return self._batches(images, labels)
+        shape = images.shape[:2]
+        each = self._batches(images.flatten(0, 1)[:, None], labels.flatten(0, 1)[:, None])
+        norms = torch.stack([g.flatten(1).square().sum(1) for g in each.gradients.values()])
+        factor = (self.clip / norms.sum(0).clamp_min(1e-300).sqrt()).clamp(max=1.0)
+        mean = {
+            k: (per_update(factor, g) * g).unflatten(0, shape).mean(1)
+            for k, g in each.gradients.items()
+        }
+        inputs = None if each.head_input is None else each.head_input[:, 0].unflatten(0, shape)
+        return Replayed(mean, inputs)
+
+    def _batches(self, images: Tensor, labels: Tensor) -> Replayed:
+        """Return the gradients of whole batches."""
 
         def loss(
             parameters: Gradients, batch: Tensor, target: Tensor

@@ -82,7 +82,7 @@ class DP(Defence):
 
     @property
     def rescales(self) -> Literal["", "update", "tensor"]:
-        return "update" if self.examples <= 1 else ""
+        return "update"
 
     def contradiction(self, before: Sequence[Defence]) -> str:
         if before and self.examples:

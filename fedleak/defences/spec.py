@@ -91,6 +91,12 @@ class DefenceSpec:
         return first.examples if isinstance(first, DP) else 0
 
     @property
+    def example_norm(self) -> float:
+        """The bound on the norm of every single image's gradient; 0: none."""
+        first = self.parts[0] if self.parts else None
+        return first.clip if isinstance(first, DP) and first.examples else 0.0
+
+    @property
     def label(self) -> str:
         """The defence as one word, for file names and legends: ``noise-0.1``."""
         if self.name == "none":

@@ -15,6 +15,7 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp.strategy import Strategy
 
 from fedleak.attacks import LinearAttack, Reconstruction
+from fedleak.client.training import LocalTraining
 from fedleak.errors import InvalidInputError
 from fedleak.observation import Observation
 from fedleak.quality import score
@@ -360,6 +361,7 @@ def test_bad_settings() -> None:
         ({"threat": ThreatModel(labels=True)}, "name them by labels_of"),
         ({"threat": ThreatModel(defence=True)}, "name it by defence"),
         ({"every": 0}, "every"),
+        ({"defence": "dp:clip=1,noise=1,examples=4", "training": LocalTraining(0.1)}, "for weights"),
     ):
         with pytest.raises(InvalidInputError, match=words):
             attacker(described, flower.FedAvg(), **changes)
