@@ -361,7 +361,10 @@ def test_bad_settings() -> None:
         ({"threat": ThreatModel(labels=True)}, "name them by labels_of"),
         ({"threat": ThreatModel(defence=True)}, "name it by defence"),
         ({"every": 0}, "every"),
-        ({"defence": "dp:clip=1,noise=1,examples=4", "training": LocalTraining(0.1)}, "for weights"),
+        (
+            {"defence": "dp:clip=1,noise=1,examples=4", "training": LocalTraining(0.1)},
+            "for weights",
+        ),
     ):
         with pytest.raises(InvalidInputError, match=words):
             attacker(described, flower.FedAvg(), **changes)
