@@ -44,6 +44,11 @@ def _mean(psnr: list[float]) -> float:
     return sum(psnr) / len(psnr)
 
 
+def _bar(unaware: list[float], gain_db: float) -> float:
+    """Return what an informed attack must come to; from 100 dB on rounding decides who is ahead."""
+    return min(_mean(unaware) + gain_db, 100.0)
+
+
 @pytest.mark.parametrize(
     ("defence", "gain_db"),
     [
@@ -64,7 +69,7 @@ def test_informed_is_at_least_unaware(
     """
     unaware = reconstruct(model, *digits, defence=defence)
     informed = reconstruct(model, *digits, defence=defence, informed=True)
-    assert _mean(informed.psnr_db) >= _mean(unaware.psnr_db) + gain_db
+    assert _mean(informed.psnr_db) >= _bar(unaware.psnr_db, gain_db)
     assert [t.label_inferred for t in informed.trials] == digits[1]
     for trial in informed.trials:
         assert trial.reconstruction.threat is not None
@@ -88,7 +93,7 @@ def test_other_attacks_use_it_too(
 ) -> None:
     unaware = reconstruct(model, *digits, attack, defence)  # type: ignore[arg-type]
     informed = reconstruct(model, *digits, attack, defence, informed=True)  # type: ignore[arg-type]
-    assert _mean(informed.psnr_db) >= _mean(unaware.psnr_db) + gain_db
+    assert _mean(informed.psnr_db) >= _bar(unaware.psnr_db, gain_db)
 
 
 def test_a_model_that_is_no_chain(digits: tuple[Tensor, list[int]]) -> None:
@@ -107,7 +112,7 @@ def test_a_model_that_is_no_chain(digits: tuple[Tensor, list[int]]) -> None:
     for defence, gain in (("prune:0.9", 2), ("clip:0.5", 2)):
         unaware = reconstruct(net, *few, defence=defence)
         informed = reconstruct(net, *few, defence=defence, informed=True)
-        assert _mean(informed.psnr_db) >= _mean(unaware.psnr_db) + gain
+        assert _mean(informed.psnr_db) >= _bar(unaware.psnr_db, gain)
 
 
 def test_batches(model: nn.Module, digits: tuple[Tensor, list[int]]) -> None:
@@ -117,7 +122,7 @@ def test_batches(model: nn.Module, digits: tuple[Tensor, list[int]]) -> None:
         few = (digits[0][:2], digits[1][:2])
         unaware = reconstruct(model, *few, attack, defence, batch_size=2)
         informed = reconstruct(model, *few, attack, defence, batch_size=2, informed=True)
-        assert _mean(informed.psnr_db) >= _mean(unaware.psnr_db) + gain
+        assert _mean(informed.psnr_db) >= _bar(unaware.psnr_db, gain)
     trials = reconstruct(
         model, *few, attack, "dp:clip=9,noise=1e-4,examples=2", batch_size=2, informed=True
     )
