@@ -77,6 +77,8 @@ class Knowledge:
         Convolutions that the blind rule was tried on.
     resolved : dict of str to (Tensor, Tensor, float) or Refused
         What the blind kernel found of a convolution's inputs and cotangents, image by image.
+    contradicted : set of str
+        Layers whose gradient rows contradict each other: their cotangent is wrong somewhere.
     """
 
     graph: Graph
@@ -90,6 +92,7 @@ class Knowledge:
     mended: set[str] = field(default_factory=set)
     blind: set[str] = field(default_factory=set)
     resolved: dict[str, tuple[Tensor, Tensor, float] | Refused] = field(default_factory=dict)
+    contradicted: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         for node in self.graph.nodes.values():

@@ -57,8 +57,14 @@ def match_images(
     image = knowledge.value(knowledge.graph.image)
     if image is not None:
         return image
-    search = _Search(NearestTargets(knowledge), prior, watch)
+    nearest = NearestTargets(knowledge)
+    search = _Search(nearest, prior, watch)
     u = search.finish(search.descend(search.start(), steps))
+    if search.misfit(u) > _MATCHED and nearest.layers:
+        values = _Search(NearestTargets(knowledge, rows=False), prior, watch)
+        alone = values.finish(u)
+        if values.misfit(alone) < _MATCHED:
+            return values.images(alone).detach()
     below = BelowTargets.of(knowledge)
     if search.misfit(u) < _MATCHED or below is None or deadline.passed():
         return search.images(u).detach()

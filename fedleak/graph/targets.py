@@ -62,10 +62,18 @@ class NearestTargets(Targets):
     """Values of edges, and gradients of layers below whose cotangent is known.
 
     Such a gradient is linear in the layer's input: all of it is continuous in the images.
+
+    Parameters
+    ----------
+    knowledge : Knowledge
+    rows : bool
+        Whether gradients count. What checks their cotangents may be short of rows, so that a
+        mask may be wrong there; values were checked.
     """
 
-    def __init__(self, knowledge: Knowledge):
+    def __init__(self, knowledge: Knowledge, rows: bool = True):
         edges, self.layers = frontier(knowledge)
+        self.layers = self.layers if rows else []
         tensors, errors = [], []
         for node in self.layers:
             for name in node.parameters:
@@ -138,7 +146,9 @@ def frontier(knowledge: Knowledge) -> tuple[list[str], list[Node]]:
         if node.kind in (Kind.CONVOLUTION, Kind.DENSE, Kind.SCALE) and node.parameters:
             sent = all(p in knowledge.gradient for p in node.parameters)
             alone = not any(p in graph.shared for p in node.parameters)
-            if node.name in knowledge.cotangents and sent and alone:
+            # A wrong mask is in the cotangents of the layer and of the scale above it.
+            wrong = knowledge.contradicted & {node.name, *node.inputs}
+            if node.name in knowledge.cotangents and sent and alone and not wrong:
                 layers.append(node)
         if knowledge.value(node.name) is not None:
             edges.append(node.name)

@@ -129,7 +129,7 @@ def _solve(knowledge: Knowledge, edge: str, layers: list[Node]) -> bool:
         bound = max(_FACTOR, _TOGETHER * worst)
         used = [u & (s.residuals(value) <= bound) for s, u in zip(systems, used, strict=True)]
         if _rows(systems, used) < _REDUNDANT * unknowns:
-            return _give_up(knowledge, layers, f"{names}: gradient rows contradict each other")
+            return _contradiction(knowledge, layers)
         value, error = least_squares(systems, used)
     size = float(value.square().mean().sqrt())
     error = max(error, ROUNDING * size)
@@ -144,7 +144,7 @@ def _solve(knowledge: Knowledge, edge: str, layers: list[Node]) -> bool:
         mended = [mend(knowledge, s.node, found, w) for s, w in zip(systems, wrong, strict=True)]
         if new and any(mended):
             return True
-        return _give_up(knowledge, layers, f"{names}: gradient rows contradict each other")
+        return _contradiction(knowledge, layers)
     if rows >= _REDUNDANT * unknowns:
         knowledge.checked |= {n.name for n in layers}
     else:
@@ -155,6 +155,12 @@ def _solve(knowledge: Knowledge, edge: str, layers: list[Node]) -> bool:
 def _give_up(knowledge: Knowledge, layers: list[Node], why: str) -> bool:
     knowledge.short.update({n.name: why for n in layers})
     return True
+
+
+def _contradiction(knowledge: Knowledge, layers: list[Node]) -> bool:
+    knowledge.contradicted |= {n.name for n in layers}
+    names = ", ".join(n.path for n in layers)
+    return _give_up(knowledge, layers, f"{names}: gradient rows contradict each other")
 
 
 def _rows(systems: list[System], used: list[Tensor]) -> int:
