@@ -99,8 +99,19 @@ def reconstruct(
     _console.print(table)
     mean = sum(trials.psnr_db) / len(trials.psnr_db)
     _console.print(f"mean {number(mean)} dB in {trials.seconds:.1f} s", highlight=False)
-    for note in _notes(trials.trials[0].reconstruction):
+    # Each batch has one reconstruction, and what is said of several is said once.
+    results = {id(t.reconstruction): t.reconstruction for t in trials.trials}.values()
+    said = [note for result in results for note in _seen(result)]
+    for note in dict.fromkeys([*said, *_notes(trials.trials[0].reconstruction)]):
         _console.print(note, highlight=False, soft_wrap=True)
+
+
+def _seen(result: Reconstruction) -> Iterator[str]:
+    """Say what the update shows that is not as declared: doubted, or taken into account."""
+    for doubt in result.doubts:
+        yield f"Doubtful: {doubt}."
+    for note in result.details.get("notes", ()):
+        yield f"Seen, and taken into account: {note}."
 
 
 def _notes(result: Reconstruction) -> Iterator[str]:
@@ -125,5 +136,6 @@ def _notes(result: Reconstruction) -> Iterator[str]:
     if result.fit > 0.5:
         yield (
             f"fit {result.fit:.2g}: the reconstruction explains little of the update. More "
-            "--option steps=, another --prior, or the protocol may not be as declared."
+            "--option steps=, or another --prior, may do better; else the client is another than "
+            "was declared."
         )

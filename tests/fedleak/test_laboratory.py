@@ -75,6 +75,26 @@ def test_command_line(
     assert (folder / "out" / "reconstructions.png").is_file()
 
 
+def test_what_an_update_shows_is_printed(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Clipping is found and said, once for all images; signs are a doubt."""
+    base = ["fedleak", "reconstruct", "--model", "cnn2-v1", "--images", str(folder), "--limit", "1",
+            "--attack", "linear"]  # fmt: skip
+    for defence, words in (
+        ("clip:0.1", "Seen, and taken into account: the update is 0.0"),
+        ("sign:1", "Doubtful: 100% of the update's entries are of one size"),
+    ):
+        monkeypatch.setattr(sys, "argv", [*base, "--defence", defence])
+        main()
+        assert capsys.readouterr().out.count(words) == 1
+    monkeypatch.setattr(sys, "argv", [*base, "--defence", "sign:1", "--json"])
+    main()
+    (image,) = json.loads(capsys.readouterr().out)["images"]
+    assert image["status"] == "doubtful"
+    assert len(image["doubts"]) == 1
+
+
 @pytest.mark.parametrize(
     ("extra", "words"),
     [

@@ -201,6 +201,25 @@ def test_the_same_image_twice_is_said() -> None:
     assert "some of which are alike" in outcome.reason
 
 
+@pytest.mark.parametrize("shared", ["gradient", "weights"])
+def test_far_more_images_were_declared_than_there_are(shared: str) -> None:
+    """More than the head tells apart: the rank of its gradient says what there is."""
+    model, many = net(), 40
+    for true in (1, 4, many):
+        sent = gradient(model, *digits(true))
+        local = LocalTraining(0.1, batch_size=many)
+        if shared == "gradient":
+            seen = Observation.from_gradient(model, sent, SHAPE, many)
+        else:
+            weights = {k: p.detach() - 0.1 * sent[k] for k, p in model.named_parameters()}
+            seen = Observation.from_weights(model, weights, local, SHAPE)
+        (outcome,) = run_attack(make_attack("hybrid", steps=2), [seen])
+        assert outcome.reconstruction is not None, outcome.reason
+        status, doubts = outcome.reconstruction.status, outcome.reconstruction.doubts
+        assert status == ("ok" if true == many else "doubtful")
+        assert true == many or f"rank {true}, and that of {many} images 9" in doubts[0]
+
+
 def test_noise_is_no_suspicion() -> None:
     """Of a server that does not know of it: nothing is said of the loss."""
     model, (x, y) = net(), digits(1)

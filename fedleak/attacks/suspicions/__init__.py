@@ -5,8 +5,8 @@ weights in the place of a gradient) is a *note*, and the attack goes on with it;
 *doubt*, and the reconstruction is ``doubtful``.
 """
 
-from fedleak.attacks.suspicions.head import one_image
+from fedleak.attacks.suspicions.head import far_fewer, one_image
 from fedleak.attacks.suspicions.replies import alike, mistaken
 from fedleak.attacks.suspicions.seen import Seen, by_factor
 
-__all__ = ["Seen", "alike", "by_factor", "mistaken", "one_image"]
+__all__ = ["Seen", "alike", "by_factor", "far_fewer", "mistaken", "one_image"]

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from fedleak.attacks.suspicions.head import one_image
+from fedleak.attacks.suspicions.head import far_fewer, one_image
 from fedleak.attacks.suspicions.replies import alike, mistaken
 from fedleak.attacks.suspicions.seen import Seen
 from fedleak.client.replay import Replay
@@ -62,7 +62,13 @@ def _one(observation: Observation, own: Gradients, replay: Replay) -> tuple[Grad
             )
             own, seen = other, seen.and_(Seen(notes=(note,)))
     head = replay.head
-    if seen.doubts or head is None or terms.images > 1 or terms.steps > 1:
+    if seen.doubts or head is None:
+        return own, seen
+    if terms.images > 1 and f"{head}.weight" in own:
+        of_sent = float(replay.parameters[f"{head}.weight"].square().mean().sqrt())
+        rounding = 0.0 if scale is None else WEIGHT * of_sent / scale
+        return own, seen.and_(far_fewer(own[f"{head}.weight"], terms.images, rounding))
+    if terms.images > 1 or terms.steps > 1:
         return own, seen
     weight, bias = own.get(f"{head}.weight"), own.get(f"{head}.bias")
     if weight is None or bias is None:

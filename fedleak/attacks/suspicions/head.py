@@ -20,6 +20,43 @@ _LEAST, _MOST = 1e-5, 0.02
 #: How near a label of binary cross-entropy must come to 0 or 1.
 _BINARY = 1e-3
 
+#: Relative size of singular values that are rounding, and how far they are below the others.
+_NO_IMAGE, _DROP = 1e-5, 1e-2
+
+
+def far_fewer(gradient: Tensor, images: int, rounding: float) -> Seen:
+    """See that far fewer images are behind an update than were declared.
+
+    The rank of the head's gradient ``E^T X`` is that of the least of images, features that are
+    not zero, and classes less one; half of that is far below it. Asked of batches that the head
+    does not tell apart: of others more is said.
+
+    Parameters
+    ----------
+    gradient : Tensor, shape (classes, features)
+        Of the head's weight.
+    images : int
+        As declared.
+    rounding : float
+        Standard deviation of the rounding of its entries.
+    """
+    active = int((gradient != 0).any(0).sum())
+    most = min(len(gradient) - 1, active)
+    if images <= most or most < 2:
+        return Seen()
+    values = torch.linalg.svdvals(gradient)
+    floor = rounding * (len(gradient) ** 0.5 + active**0.5)
+    small = values <= (_NO_IMAGE * values[0]).clamp_min(2 * floor)
+    rank = int((~small).sum())
+    if not 0 < 2 * rank <= most or float(values[rank]) > _DROP * float(values[rank - 1]):
+        return Seen()
+    return Seen(
+        doubts=(
+            f"the head's gradient has rank {rank}, and that of {images} images {most}: it is that "
+            f"of {rank}, or the others are alike or have no loss; {images} were declared",
+        )
+    )
+
 
 def one_image(
     gradient: Tensor,
