@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -246,6 +247,9 @@ def summary(
             {
                 "file": str(file),
                 "psnr_db": t.quality.psnr_db if t.quality.mse else None,
+                "psnr_fitted_db": (
+                    t.quality.psnr_fitted_db if math.isfinite(t.quality.psnr_fitted_db) else None
+                ),
                 "ssim": t.quality.ssim,
                 "mse": t.quality.mse,
                 "label_true": t.label,

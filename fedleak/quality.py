@@ -13,6 +13,9 @@ from scipy.optimize import linear_sum_assignment
 from skimage.metrics import structural_similarity
 from torch import Tensor
 
+#: Mean squared error, of a peak of 1, that is rounding of the fit of brightness and contrast.
+_ROUNDING = 1e-20
+
 
 @dataclass(frozen=True)
 class Quality:
@@ -26,11 +29,15 @@ class Quality:
         Structural similarity; NaN where the images are too small for it.
     mse : float
         Mean squared error.
+    psnr_fitted_db : float
+        PSNR after the best brightness and contrast of each channel, which tell nobody what is
+        to be seen, and which normalisation layers may leave open; never below ``psnr_db``.
     """
 
     psnr_db: float
     ssim: float
     mse: float
+    psnr_fitted_db: float = math.nan
 
 
 def score(reconstruction: Tensor, truth: Tensor, data_range: float = 1.0) -> Quality:
@@ -48,7 +55,8 @@ def score(reconstruction: Tensor, truth: Tensor, data_range: float = 1.0) -> Qua
     Returns
     -------
     Quality
-        PSNR in dB (infinite when equal), SSIM, and the mean squared error.
+        PSNR in dB (infinite when equal), SSIM, the mean squared error, and the PSNR after the
+        best brightness and contrast of each channel.
 
     Raises
     ------
@@ -74,7 +82,19 @@ def score(reconstruction: Tensor, truth: Tensor, data_range: float = 1.0) -> Qua
                 x.numpy(), y.numpy(), data_range=data_range, channel_axis=0, win_size=window
             )
         )
-    return Quality(psnr, ssim, mse)
+    off = torch.mean((_fitted(reconstruction, y, data_range) - y) ** 2).item()
+    fitted = math.inf if off < _ROUNDING * data_range**2 else 10 * math.log10(data_range**2 / off)
+    return Quality(psnr, ssim, mse, max(psnr, fitted))
+
+
+def _fitted(reconstruction: Tensor, truth: Tensor, data_range: float) -> Tensor:
+    """Return ``a x + b`` nearest to the truth, ``a >= 0`` and ``b`` of each channel, clamped."""
+    x = reconstruction.detach().double().cpu().flatten(1)
+    y = truth.flatten(1)
+    centre = x.mean(1, keepdim=True)
+    x, of_y = x - centre, y.mean(1, keepdim=True)
+    a = (x * (y - of_y)).sum(1, keepdim=True) / x.square().sum(1, keepdim=True).clamp_min(1e-300)
+    return (a.clamp_min(0) * x + of_y).clamp(0.0, data_range).reshape(truth.shape)
 
 
 @dataclass(frozen=True, eq=False)

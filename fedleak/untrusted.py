@@ -27,6 +27,7 @@ TEXT = {
 _RANGES: tuple[tuple[str, float, float], ...] = (
     ("round", 0, 1e9), ("seed", 0, 2**31), ("image", 0, 1e12), ("accuracy", 0, 1),
     ("identified", 0, 1), ("label_accuracy", 0, 1), ("psnr_db", -1e4, math.inf),
+    ("psnr_fitted_db", -1e4, math.inf),
     ("predicted_psnr_db", -1e4, math.inf), ("ssim", -2, 2), ("label_", -1, 2**31),
     ("", -1e15, 1e15),
 )  # fmt: skip

@@ -36,8 +36,9 @@ from simulations.prediction import UpdatePrediction
 from simulations.scenario import Scenario
 
 LEAKAGE = (
-    "round", "client", "image", "attack", "defence", "strength", "psnr_db", "predicted_psnr_db",
-    "ssim", "mse", "label_true", "label_inferred", "seconds", "status", "reason",
+    "round", "client", "image", "attack", "defence", "strength", "psnr_db", "psnr_fitted_db",
+    "predicted_psnr_db", "ssim", "mse", "label_true", "label_inferred", "seconds", "status",
+    "reason",
 )  # fmt: skip
 ROUNDS = (
     "round", "accuracy", "loss", "c_metric", "c_normalised", "predicted_psnr_db", "cramer_rao_db",

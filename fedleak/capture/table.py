@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,8 @@ from fedleak.quality import score_batch
 from fedleak.status import most_frequent, reconstructed
 
 COLUMNS = (
-    "round", "client", "image", "attack", "psnr_db", "ssim", "mse", "label_true",
-    "label_inferred", "fit", "certified", "defence", "seconds", "status", "reason",
+    "round", "client", "image", "attack", "psnr_db", "psnr_fitted_db", "ssim", "mse",
+    "label_true", "label_inferred", "fit", "certified", "defence", "seconds", "status", "reason",
 )  # fmt: skip
 #: Images in the overview.
 _SHOWN = 8
@@ -109,8 +110,7 @@ def _scored(truth: Truth, result: Result) -> Iterator[tuple[Row, tuple[Any, Any,
             yield row | missing, None
             continue
         quality = one.quality
-        row |= {"psnr_db": quality.psnr_db, "ssim": quality.ssim, "mse": quality.mse}
-        row |= {"label_inferred": one.label_inferred}
+        row |= asdict(quality) | {"label_inferred": one.label_inferred}
         if result.certified:  # which is whose is not kept by the score
             row["certified"] = int(all(result.certified))
         yield row, (true.numpy(), one.image.numpy(), quality.psnr_db)

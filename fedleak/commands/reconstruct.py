@@ -116,6 +116,8 @@ def _seen(result: Reconstruction) -> Iterator[str]:
 
 def _notes(result: Reconstruction) -> Iterator[str]:
     """Say what limits a reconstruction, as far as the attacker knows it."""
+    for note in result.details.get("notes", ()):
+        yield f"{note[:1].upper()}{note[1:]}."
     if result.details.get("why_not_linear"):
         yield f"Matched as a whole: {result.details['why_not_linear']}."
     if head := result.details.get("head"):

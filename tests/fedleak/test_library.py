@@ -21,6 +21,20 @@ from fedleak.quality import match, score
 from fedleak.registry import Registry
 
 
+def test_brightness_and_contrast_are_fitted() -> None:
+    y = torch.rand(3, 8, 8, generator=torch.Generator().manual_seed(0))
+    scale, offset = torch.tensor([0.3, 5.0, 1.0]), torch.tensor([0.4, -2.0, 0.1])
+    found = score(y * scale[:, None, None] + offset[:, None, None], y)
+    assert found.psnr_db < 15
+    assert found.psnr_fitted_db > 100
+    assert score(y, y).psnr_fitted_db == math.inf
+    flat = score(torch.full_like(y, 0.5), y)  # a grey image becomes the mean, and no more
+    spread = float(y.double().flatten(1).var(1, correction=0).mean())
+    assert flat.psnr_fitted_db == pytest.approx(-10 * math.log10(spread))
+    negative = score(1 - y, y)
+    assert negative.psnr_fitted_db == pytest.approx(-10 * math.log10(spread))
+
+
 def test_import_needs_neither_flower_nor_ray() -> None:
     code = (
         "import sys, fedleak, fedleak.attacks, fedleak.metric, fedleak.defences, fedleak.models, "
