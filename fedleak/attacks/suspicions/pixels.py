@@ -53,6 +53,8 @@ def in_pixels(result: Reconstruction, observation: Observation) -> Reconstructio
     observation : Observation
         What it was made of.
     """
+    if not result.images.numel():  # an attack may leave out what it cannot tell
+        return result
     low, high = float(result.images.min()), float(result.images.max())
     if not result.fit < _EXPLAINED or not (low < -_OUTSIDE or high > 1 + _OUTSIDE):
         return result
