@@ -66,6 +66,14 @@ class Tamper(ABC):
         """
 
 
+def changed_state(model: nn.Module, changed: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return a copy of a model's state with some entries in the place of its own."""
+    state = {k: v.detach().clone() for k, v in model.state_dict().items()}
+    for name, value in changed.items():
+        state[name] = value.to(state[name]).contiguous()
+    return state
+
+
 #: Classes of tampers. Their constructor arguments are the options a user may set.
 TAMPERS: Registry[type[Tamper]] = Registry("tamper", "fedleak.tampers")
 

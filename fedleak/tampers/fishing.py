@@ -10,8 +10,7 @@ from torch import Tensor, nn
 
 from fedleak.attacks.fished import head_name
 from fedleak.errors import InvalidInputError
-from fedleak.tampers.base import TAMPERS, Tamper
-from fedleak.tampers.hidden import _state
+from fedleak.tampers.base import TAMPERS, Tamper, changed_state
 
 
 @TAMPERS.register("fishing")
@@ -70,4 +69,4 @@ class Fishing(Tamper):
         kept[label] = weight[label]
         bias = torch.full((len(weight),), float(self.margin))
         bias[label] = 0.0
-        return _state(model, {f"{name}.weight": kept, f"{name}.bias": bias})
+        return changed_state(model, {f"{name}.weight": kept, f"{name}.bias": bias})

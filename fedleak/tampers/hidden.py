@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fedleak.attacks.first_layer import FirstLayer
 from fedleak.errors import InvalidInputError, UnsupportedModelError
 from fedleak.priors import Prior, make_prior
-from fedleak.tampers.base import TAMPERS, Tamper
+from fedleak.tampers.base import TAMPERS, Tamper, changed_state
 
 _NORMAL = torch.distributions.Normal(0.0, 1.0)
 
@@ -52,13 +52,6 @@ class _Hidden(Tamper):
         column = (1 - 2 * (outputs % 2)) * (1 + outputs / (2 * len(outputs)))
         column = column * self.logits / max(typical, 1e-300)
         return {f"{layer.second}.weight": column.unsqueeze(1).expand_as(weight).to(weight.dtype)}
-
-
-def _state(model: nn.Module, changed: dict[str, Tensor]) -> dict[str, Tensor]:
-    state = {k: v.detach().clone() for k, v in model.state_dict().items()}
-    for name, value in changed.items():
-        state[name] = value.to(state[name]).contiguous()
-    return state
 
 
 @TAMPERS.register("peel")
@@ -120,7 +113,7 @@ class Peel(_Hidden):
         changed = self._second(model, layer, typical)
         changed[f"{layer.first}.weight"] = torch.cat(rows)
         changed[f"{layer.first}.bias"] = -torch.cat(thresholds)
-        return _state(model, changed)
+        return changed_state(model, changed)
 
 
 @TAMPERS.register("imprint")
@@ -193,7 +186,7 @@ class Trap(_Hidden):
         weight = torch.where(positive, ratio.unsqueeze(1) * sizes, -sizes) * self.scale / pixels
         changed = {f"{layer.first}.weight": weight}
         changed[f"{layer.first}.bias"] = torch.zeros(layer.units)
-        return _state(model, changed)
+        return changed_state(model, changed)
 
 
 def _ratios(sizes: Tensor, positive: Tensor, prior: Prior, quantile: float) -> Tensor:
