@@ -34,7 +34,7 @@ class GalleryAttack(Attack):
         evidence = Evidence.gather(observations, self.device)  # infers the labels
         if evidence.images > 1:
             raise InvalidInputError("attack 'gallery' looks for single images, not for batches")
-        channels, *size = evidence.input_shape
+        channels, *size = evidence.terms.input_shape
         files, images = read_images([Path(self.gallery)], channels, size=size)
         fits = []
         for image in images.to(evidence.replay.device).double():
