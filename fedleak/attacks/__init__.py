@@ -14,8 +14,8 @@ from fedleak.attacks.first_layer import RowsAttack
 from fedleak.attacks.fished import FishedAttack
 from fedleak.attacks.hybrid import HybridAttack
 from fedleak.attacks.linear import LinearAttack
-from fedleak.attacks.matching import CosineAttack, DLGAttack, IDLGAttack
-from fedleak.attacks.paper import PaperHybridAttack
+from fedleak.attacks.published.gradient_matching import CosineAttack, DLGAttack, IDLGAttack
+from fedleak.attacks.published.hybrid_paper import PaperHybridAttack
 
 __all__ = [
     "ATTACKS",

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from fedleak import events
-from fedleak.attacks import informed
 from fedleak.attacks.fit import compare, compare_signs, silent_tensors
-from fedleak.attacks.inference import head_of, observed_labels
-from fedleak.attacks.statistics import received_statistics
+from fedleak.attacks.head import informed
+from fedleak.attacks.head.stacked import head_of, observed_labels
 from fedleak.attacks.suspicions import Seen
 from fedleak.attacks.suspicions.examination import examine
+from fedleak.attacks.targets.statistics import received_statistics
 from fedleak.client.local_replay import LocalReplay
 from fedleak.client.loss import CanonicalLoss, Loss
 from fedleak.client.replay import Replay

@@ -13,14 +13,13 @@ import torch
 from torch import Tensor
 
 from fedleak import deadline
-from fedleak.attacks import graphs, packaging, shared_rows
+from fedleak.attacks import on_graph, packaging
 from fedleak.attacks.base import ATTACKS, Attack, Reconstruction
-from fedleak.attacks.batches import account
-from fedleak.attacks.demix import Demixed
 from fedleak.attacks.evidence import Evidence
 from fedleak.attacks.first_layer import whole_batch
-from fedleak.attacks.heads import HeadSolution, demix_heads, of_batches
-from fedleak.attacks.joint import Match, match
+from fedleak.attacks.head.account import account
+from fedleak.attacks.head.batch import Demixed
+from fedleak.attacks.head.single import HeadSolution, demix_heads, of_batches
 from fedleak.attacks.linear import (
     CLEAN,
     LinearSolution,
@@ -29,9 +28,11 @@ from fedleak.attacks.linear import (
     solve_layer,
     solve_recursively,
 )
-from fedleak.attacks.local import module_target, with_order
-from fedleak.attacks.targets import ChainTarget, Target
-from fedleak.attacks.whole_update import UpdateTarget
+from fedleak.attacks.prior_matching import Match, match
+from fedleak.attacks.targets import shared_rows
+from fedleak.attacks.targets.base import ChainTarget, Target
+from fedleak.attacks.targets.local_training import module_target, with_order
+from fedleak.attacks.targets.whole_update import UpdateTarget
 from fedleak.errors import InvalidInputError, UnsupportedModelError
 from fedleak.images import read_images
 from fedleak.observation import Observation
@@ -146,7 +147,7 @@ class HybridAttack(Attack):
             return self._solve_graphs(evidence, match_module)
         if evidence.images == 1:
             solve_chain = partial(self._solve_chain, heads=None)
-            if graphs.flat(evidence):
+            if on_graph.flat(evidence):
                 return self._solve_graphs(evidence, solve_chain)
             return solve_chain(evidence)
         results = []
@@ -169,14 +170,14 @@ class HybridAttack(Attack):
 
         Of the two the one that fits the gradient better is returned.
         """
-        if graphs.why_not(evidence):
+        if on_graph.why_not(evidence):
             return otherwise(evidence)
         found: dict[int, Reconstruction] = {}
         open_, why = [], ""
         for n in range(len(evidence)):
             with deadline.part(1 / (len(evidence) - n)):
                 part = evidence.subset(torch.tensor([n], device=evidence.replay.device))
-                made = graphs.solve(part, self._prior(evidence))
+                made = on_graph.solve(part, self._prior(evidence))
             if isinstance(made, Reconstruction):
                 part = part.with_labels(made.labels[None].to(part.labels.device))
                 images = _snap(part, made.images[None].to(part.labels.device))

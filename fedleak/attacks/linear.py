@@ -10,9 +10,9 @@ from torch import Tensor
 
 from fedleak.attacks import packaging
 from fedleak.attacks.base import ATTACKS, Attack, Reconstruction
-from fedleak.attacks.batches import account
 from fedleak.attacks.evidence import Evidence
-from fedleak.attacks.heads import CLEAN, HeadSolution, demix_heads, of_batches, solve_head
+from fedleak.attacks.head.account import account
+from fedleak.attacks.head.single import CLEAN, HeadSolution, demix_heads, of_batches, solve_head
 from fedleak.attacks.solution import LayerSolution, LinearSolution, pick
 from fedleak.observation import Observation
 from fedleak.systems import Above

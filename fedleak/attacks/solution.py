@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from fedleak.attacks.demix import Demixed
+from fedleak.attacks.head.batch import Demixed
 from fedleak.systems import Layer
 from fedleak.tensors import rms
 

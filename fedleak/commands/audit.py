@@ -15,8 +15,8 @@ from rich.table import Table
 from fedleak.commands.console import PlainConsole, display, number
 from fedleak.errors import InvalidInputError
 from fedleak.files import make_private, write_atomically
-from fedleak.metric.auditing import Audit
-from fedleak.metric.auditing import audit as run
+from fedleak.metric.audit import Audit
+from fedleak.metric.audit import audit as run
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -1,6 +1,6 @@
 """The security metric: how solvable each layer's linear system is, and what that leaks in dB."""
 
-from fedleak.metric.auditing import Audit, audit
+from fedleak.metric.audit import Audit, audit
 from fedleak.metric.c_metric import (
     LayerRank,
     SecurityMetric,

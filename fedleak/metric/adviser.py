@@ -18,9 +18,9 @@ from fedleak.metric.attribution import (
     pruned_errors,
     relative_errors,
 )
+from fedleak.metric.jacobian_rows import Block
 from fedleak.metric.posterior import Information, posterior
 from fedleak.metric.reference import Reference
-from fedleak.metric.rows import Block
 
 #: Fractions of each tensor that are tried.
 SHARES = (0.5, 0.7, 0.9, 0.95, 0.99, 0.999)

@@ -13,9 +13,9 @@ from torch import Tensor
 from fedleak.client.replay import Gradients
 from fedleak.defences import DefenceSpec, defend
 from fedleak.metric.groups import Group, group_layers
+from fedleak.metric.jacobian_rows import Block
 from fedleak.metric.posterior import Information, decibels
 from fedleak.metric.reference import Reference
-from fedleak.metric.rows import Block
 
 #: Relative error of every gradient, at least: sums of squares in float64 resolve no less.
 LEVEL = 1e-4

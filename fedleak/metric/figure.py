@@ -13,7 +13,7 @@ import seaborn as sns
 from matplotlib.axes import Axes
 
 from fedleak.metric.attribution import NOISED, PRUNED
-from fedleak.metric.auditing import Audit
+from fedleak.metric.audit import Audit
 from fedleak.plots import save
 
 _COLUMNS = 8

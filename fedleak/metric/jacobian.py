@@ -19,7 +19,7 @@ from torch.func import functional_call, grad, jvp, vmap
 
 from fedleak.client.replay import Gradients, Replay
 from fedleak.metric.derivatives import derivable
-from fedleak.metric.rows import (
+from fedleak.metric.jacobian_rows import (
     Bias,
     Block,
     Direct,

@@ -10,7 +10,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from fedleak.metric.rows import Block
+from fedleak.metric.jacobian_rows import Block
 from fedleak.solvers.gaussian import cholesky
 
 #: Error, relative to the prior's precision, up to which the normal equations will do.

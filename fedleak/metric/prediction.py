@@ -14,10 +14,10 @@ from dataclasses import replace
 import torch
 
 from fedleak.errors import InvalidInputError
+from fedleak.metric.jacobian_rows import Block
 from fedleak.metric.matrix_free import estimate
 from fedleak.metric.posterior import Posterior, Prediction, posterior
 from fedleak.metric.reference import Reference
-from fedleak.metric.rows import Block
 from fedleak.priors import GaussianPrior, Prior
 
 #: The prior of natural images of about 32 pixels: see ``GaussianPrior`` for the terms.

@@ -11,7 +11,7 @@ from fedleak.client.replay import Gradients, Replay
 from fedleak.defences import DefenceSpec, defend, parse_defence
 from fedleak.errors import InvalidInputError
 from fedleak.metric.jacobian import UpdateJacobian
-from fedleak.metric.rows import Block
+from fedleak.metric.jacobian_rows import Block
 from fedleak.precision import DERIVATIVE, UNIT
 from fedleak.priors.synthetic import dead_leaves
 

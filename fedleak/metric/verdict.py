@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fedleak.metric.attribution import LayerLeak
-from fedleak.metric.auditing import Audit
+from fedleak.metric.audit import Audit
 from fedleak.wording import grade
 
 #: Numerical uncertainty in dB beyond which a prediction says nothing.

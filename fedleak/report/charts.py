@@ -14,8 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from fedleak.plots import compress, front
-from fedleak.report.figures import Figures
-from fedleak.report.marks import (
+from fedleak.report.chart_styles import (
     MOST_LINES,
     SHAPES,
     Legend,
@@ -24,6 +23,7 @@ from fedleak.report.marks import (
     named,
     write_names,
 )
+from fedleak.report.numbers import Figures
 from fedleak.report.sources import Arm
 from fedleak.report.svg import BAND, FAINT, INK, chart
 from fedleak.report.words import decibels, percent

@@ -17,7 +17,7 @@ from fedleak.errors import InvalidInputError
 from fedleak.files import write_atomically
 from fedleak.provenance import now
 from fedleak.report import words
-from fedleak.report.audited import Audited, audited, layers
+from fedleak.report.chart_styles import looks
 from fedleak.report.charts import (
     Chart,
     accuracy_chart,
@@ -26,9 +26,9 @@ from fedleak.report.charts import (
     predicted_chart,
 )
 from fedleak.report.evidence import EVIDENCE
-from fedleak.report.figures import GRADES, Figures, figures
 from fedleak.report.files import to_toml
-from fedleak.report.marks import looks
+from fedleak.report.layers import Audited, audited, layers
+from fedleak.report.numbers import GRADES, Figures, figures
 from fedleak.report.pictures import BUDGET, Gallery, Tile, attack_pictures, gallery
 from fedleak.report.sources import Arm, Source, Study, read_source
 from fedleak.untrusted import dig

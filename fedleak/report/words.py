@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from fedleak.report.figures import Exposure, Figures
+from fedleak.report.numbers import Exposure, Figures
 from fedleak.report.sources import Arm, Source, Study
 from fedleak.untrusted import dig, finite
 from fedleak.wording import ENOUGH_DB, EXPLAINED, fit_text, grade

@@ -17,7 +17,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 from fedleak import LocalTraining, Observation, Reconstruction, laboratory, make_attack
-from fedleak.attacks.labels import label_candidates
+from fedleak.attacks.head.labels import label_candidates
 from fedleak.client import (
     LOSSES,
     OPTIMISERS,

@@ -16,10 +16,10 @@ from fedleak.errors import InvalidInputError
 from fedleak.metric import jacobian as jacobian_module
 from fedleak.metric import matrix_free
 from fedleak.metric.jacobian import UpdateJacobian
+from fedleak.metric.jacobian_rows import Block
 from fedleak.metric.posterior import Information, posterior
 from fedleak.metric.prediction import natural_prior, predict
 from fedleak.metric.reference import make_references
-from fedleak.metric.rows import Block
 from fedleak.models import conv_chain
 
 SHAPE = (4, 5, 6)

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from fedleak import make_attack
 from fedleak.attacks import HybridAttack
 from fedleak.attacks.evidence import Evidence
-from fedleak.attacks.joint import match
-from fedleak.attacks.local import LocalTarget, Shuffles
-from fedleak.attacks.targets import ModuleTarget
+from fedleak.attacks.prior_matching import match
+from fedleak.attacks.targets.base import ModuleTarget
+from fedleak.attacks.targets.local_training import LocalTarget, Shuffles
 from fedleak.client.local_replay import LocalReplay, typical_on_the_way
 from fedleak.client.replay import Replay
 from fedleak.client.training import LocalTraining

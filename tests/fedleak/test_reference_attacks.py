@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from fedleak.attacks import Evidence, LinearAttack, make_attack, run_attack
 from fedleak.attacks.base import placed
 from fedleak.attacks.linear import solve_recursively
-from fedleak.attacks.objectives import cosine_distance, squared_distance, total_variation
+from fedleak.attacks.published.objectives import cosine_distance, squared_distance, total_variation
 from fedleak.defences import DefenceSpec, defend
 from fedleak.errors import InvalidInputError, UnsupportedModelError
 from fedleak.models import build_model

@@ -20,8 +20,8 @@ from typer.testing import CliRunner
 from fedleak.commands.app import app
 from fedleak.errors import FedleakError, InvalidInputError
 from fedleak.report import pictures
-from fedleak.report.figures import GRADES, figures, ranges
 from fedleak.report.files import read_table, to_toml
+from fedleak.report.numbers import GRADES, figures, ranges
 from fedleak.report.page import NAME, render, write_report
 from fedleak.report.pictures import COLUMNS, ROUNDS, gallery, read_round, spread, to_uri
 from fedleak.report.sources import LEAKAGE, Arm, read_source

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fedleak.attacks.whole_update import HeadRows
+from fedleak.attacks.targets.whole_update import HeadRows
 from fedleak.data import load_data
 from fedleak.laboratory import reconstruct
 from fedleak.models import build_model

@@ -18,7 +18,7 @@ from fedleak.attacks import HybridAttack
 from fedleak.capture.update import load_sent
 from fedleak.commands.app import main
 from fedleak.errors import FedleakError, InvalidUpdateError
-from fedleak.metric.auditing import audit
+from fedleak.metric.audit import audit
 from fedleak.modules import renamed, unwrapped
 from fedleak.observation import Observation
 from fedleak.probe import probe

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from fedleak.attacks.demix import Demixed
+from fedleak.attacks.head.batch import Demixed
 from fedleak.attacks.suspicions.seen import Seen, by_factor
 from fedleak.client.loss import Loss
 

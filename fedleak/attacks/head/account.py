@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from fedleak.attacks.demix import Demixed
 from fedleak.attacks.evidence import Evidence
-from fedleak.attacks.heads import demix_heads
+from fedleak.attacks.head.batch import Demixed
+from fedleak.attacks.head.single import demix_heads
 from fedleak.attacks.suspicions.batch import of_another_loss, of_another_number, one_batch
 from fedleak.client.loss import PLAIN, BinaryCrossEntropy, CrossEntropy
 

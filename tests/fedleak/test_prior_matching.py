@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from fedleak.attacks import HybridAttack, LinearAttack, Reconstruction
 from fedleak.attacks.evidence import Evidence
-from fedleak.attacks.joint import match
-from fedleak.attacks.labels import infer_labels
+from fedleak.attacks.head.labels import infer_labels
 from fedleak.attacks.linear import solve_recursively
-from fedleak.attacks.targets import ChainTarget, ModuleTarget
+from fedleak.attacks.prior_matching import match
+from fedleak.attacks.targets.base import ChainTarget, ModuleTarget
 from fedleak.defences import DefenceSpec, defend
 from fedleak.errors import UnsupportedModelError
 from fedleak.models import conv_chain

@@ -15,7 +15,7 @@ from fedleak import events
 from fedleak.attacks.base import ATTACKS, Attack, Reconstruction
 from fedleak.attacks.evidence import Evidence
 from fedleak.attacks.linear import package, solve_recursively
-from fedleak.attacks.objectives import total_variation
+from fedleak.attacks.published.objectives import total_variation
 from fedleak.errors import InvalidInputError, UnsupportedModelError
 from fedleak.observation import Observation
 from fedleak.systems import Affine, Chain, Layer

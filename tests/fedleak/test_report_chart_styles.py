@@ -7,7 +7,7 @@ import pytest
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
-from fedleak.report.marks import looks, named, write_names
+from fedleak.report.chart_styles import looks, named, write_names
 from fedleak.report.sources import Arm
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fedleak.attacks.evidence import Evidence
 from fedleak.attacks.linear import LinearSolution
-from fedleak.attacks.statistics import batch_statistics
+from fedleak.attacks.targets.statistics import batch_statistics
 from fedleak.tensors import per_update
 
 #: Relative error at which values count, at least, where there is no Jacobian, and where evidence

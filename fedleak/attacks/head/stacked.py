@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fedleak.attacks import informed
-from fedleak.attacks.labels import NO_HEAD, infer_labels
+from fedleak.attacks.head import informed
+from fedleak.attacks.head.labels import NO_HEAD, infer_labels
 from fedleak.client.local_replay import typical_on_the_way
 from fedleak.client.loss import PLAIN, CanonicalLoss
 from fedleak.client.replay import Replay

@@ -15,13 +15,13 @@ from torch import Tensor, nn
 
 from fedleak import laboratory
 from fedleak.attacks import HybridAttack, LinearAttack
-from fedleak.attacks.demix import Demixed, demix
 from fedleak.attacks.evidence import Evidence
-from fedleak.attacks.heads import _normals, demix_heads, forward_constraint
-from fedleak.attacks.labels import label_candidates
+from fedleak.attacks.head.batch import Demixed, demix
+from fedleak.attacks.head.equations import Mixture
+from fedleak.attacks.head.labels import label_candidates
+from fedleak.attacks.head.single import _normals, demix_heads, forward_constraint
 from fedleak.attacks.linear import solve_layer
-from fedleak.attacks.mixture import Mixture
-from fedleak.attacks.shared_rows import match_batch
+from fedleak.attacks.targets.shared_rows import match_batch
 from fedleak.client.training import LocalTraining
 from fedleak.data import load_data
 from fedleak.defences import DefenceSpec, defend
@@ -352,7 +352,7 @@ def test_a_batchs_layer_is_solved_as_its_dense_system() -> None:
 
 def test_shared_rows_are_conditioned_on_as_in_one_dense_system() -> None:
     """Against the posterior mean of all images of a batch in one vector."""
-    from fedleak.attacks.heads import of_batches
+    from fedleak.attacks.head.single import of_batches
     from fedleak.attacks.linear import solve_recursively
 
     model = build_model("cnn2-v2", (1, 8, 8), 10, seed=0)

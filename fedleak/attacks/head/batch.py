@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from fedleak import deadline
-from fedleak.attacks import demix_scale
-from fedleak.attacks.labels import label_candidates
-from fedleak.attacks.mixture import Constraint, Mixture, rows_rms
+from fedleak.attacks.head import factor
+from fedleak.attacks.head.equations import Constraint, Mixture, rows_rms
+from fedleak.attacks.head.labels import label_candidates
 from fedleak.client.loss import PLAIN, CanonicalLoss
 from fedleak.precision import NOISY
 
@@ -276,7 +276,7 @@ class _Batch:
         Where rounding hides the images, the factor may still be found: then not ``solved``.
         """
         best: Demixed | None = None
-        for t, labels, m in demix_scale.search(
+        for t, labels, m in factor.search(
             self.bias, self.candidates, lambda t, y: self.problem(y, t), self.images, signs
         ):
             if abs(t - 1) < _AS_IT_IS and signs != (1,):

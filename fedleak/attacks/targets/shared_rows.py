@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from fedleak.attacks.evidence import Evidence
-from fedleak.attacks.joint import Match, posterior
 from fedleak.attacks.linear import LinearSolution, row_deviations
-from fedleak.attacks.targets import Target
+from fedleak.attacks.prior_matching import Match, posterior
+from fedleak.attacks.targets.base import Target
 from fedleak.priors import Prior
 from fedleak.priors.gaussian import DENSE_UNKNOWNS
 from fedleak.systems import Affine, Rows

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fedleak import deadline
-from fedleak.attacks.mixture import Mixture, damped
+from fedleak.attacks.head.equations import Mixture, damped
 
 #: Mean probability, over a batch, that the model does not give to its own labels: tried in turn.
 _MISSED = (0.9, 0.8, 0.7, 0.6, 0.95, 0.5, 0.4, 0.3, 0.2, 0.1, 0.05, 0.02, 0.01, 3e-3, 1e-3)

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from fedleak.attacks.evidence import Evidence
-from fedleak.attacks.joint import Match
-from fedleak.attacks.targets import ModuleTarget, SignTarget, Target, without_silent
+from fedleak.attacks.prior_matching import Match
+from fedleak.attacks.targets.base import ModuleTarget, SignTarget, Target, without_silent
 from fedleak.client.training import LocalTraining
 
 

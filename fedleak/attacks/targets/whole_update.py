@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fedleak.attacks.evidence import Evidence
 from fedleak.attacks.linear import LinearSolution
-from fedleak.attacks.targets import Target
+from fedleak.attacks.targets.base import Target
 from fedleak.precision import GRADIENT
 from fedleak.tensors import rms
 

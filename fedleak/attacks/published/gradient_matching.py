@@ -14,8 +14,8 @@ from torch import Tensor
 from fedleak import events
 from fedleak.attacks.base import ATTACKS, Attack, Reconstruction
 from fedleak.attacks.evidence import Evidence
-from fedleak.attacks.objectives import cosine_distance, squared_distance, total_variation
 from fedleak.attacks.packaging import package
+from fedleak.attacks.published.objectives import cosine_distance, squared_distance, total_variation
 from fedleak.client.local_replay import LocalReplay
 from fedleak.client.replay import Gradients, Replay
 from fedleak.errors import InvalidInputError

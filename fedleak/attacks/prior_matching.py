@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fedleak.attacks.targets import QUASI_LEVEL, Target
+from fedleak.attacks.targets.base import QUASI_LEVEL, Target
 from fedleak.errors import TimeLimitError
 from fedleak.priors import Prior
 from fedleak.priors.gaussian import DENSE_UNKNOWNS

@@ -11,11 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fedleak.attacks import informed
-from fedleak.attacks.demix import Demixed, demix
 from fedleak.attacks.evidence import Evidence
-from fedleak.attacks.inference import head_of, typical_probabilities
-from fedleak.attacks.mixture import Constraint
+from fedleak.attacks.head import informed
+from fedleak.attacks.head.batch import Demixed, demix
+from fedleak.attacks.head.equations import Constraint
+from fedleak.attacks.head.stacked import head_of, typical_probabilities
 from fedleak.client.loss import CanonicalLoss, Loss
 from fedleak.errors import UnsupportedModelError
 from fedleak.precision import FORWARD, GRADIENT, SOFTMAX_MOST

@@ -1,0 +1,1 @@
+"""Attacks as their papers describe them: what ours are compared with."""
