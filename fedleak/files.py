@@ -11,6 +11,7 @@ import io
 import json
 import os
 import stat
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +106,11 @@ def read_json(path: Path, most: int = TEXT) -> Any:
         if not level:
             return found
     raise ValueError("it is nested too deep")
+
+
+def to_json(values: Mapping[str, Any]) -> bytes:
+    """Return readable JSON."""
+    return (json.dumps(values, indent=1) + "\n").encode()
 
 
 def write_atomically(path: Path, content: bytes, durable: bool = False) -> None:

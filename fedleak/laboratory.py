@@ -15,13 +15,13 @@ from torch import Tensor, nn
 from fedleak.attacks import Attack, Reconstruction, attack_for
 from fedleak.client.compute import example_gradients, gradient
 from fedleak.client.loss import PLAIN
+from fedleak.client.probe import probe
 from fedleak.client.training import LocalTraining
 from fedleak.defences import DefenceSpec, defend, defend_examples, parse_defence
 from fedleak.errors import FedleakError, InvalidInputError
 from fedleak.images import read_images
 from fedleak.modules import copied, sentence, unwrapped
 from fedleak.observation import Observation
-from fedleak.probe import probe
 from fedleak.quality import Quality, score_batch
 
 __all__ = ["Trial", "Trials", "labels_of", "read_images", "reconstruct", "summary"]

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 from fedleak.client.loss import PLAIN
 from fedleak.client.optimiser import SGD
+from fedleak.client.probe import probe
 from fedleak.client.training import LocalTraining
 from fedleak.defences import DefenceSpec
 from fedleak.errors import InvalidInputError, InvalidUpdateError
 from fedleak.modules import renamed, unwrapped
-from fedleak.probe import probe
 from fedleak.terms import Terms, WithTerms
 from fedleak.threat import ThreatModel
 
@@ -76,7 +76,7 @@ class Observation(WithTerms):
         Raises
         ------
         InvalidInputError, UnsupportedModelError
-            If the model is none that is attacked; see :func:`fedleak.probe.probe`.
+            If the model is none that is attacked; see :func:`fedleak.client.probe.probe`.
         InvalidUpdateError
             If a parameter is missing, misshapen or not finite, or all of them are zero. What
             is frozen, unused or known to be withheld may be missing.

@@ -20,6 +20,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from fedleak.files import write_atomically
+from fedleak.results.format import LEAKAGE, ROUNDS
 from fedleak.status import reconstructed
 from fedleak.wording import CEILING_DB, ENOUGH_DB, INDISTINGUISHABLE, defence_words
 
@@ -50,8 +51,8 @@ def plot_run(folder: Path, arms: Sequence[Path] | None = None) -> list[Path]:
     list of Path
         The pictures drawn; none where nothing was reconstructed.
     """
-    leakage = pd.read_csv(folder / "leakage.csv")
-    rounds = pd.read_csv(folder / "rounds.csv")
+    leakage = pd.read_csv(folder / LEAKAGE.file)
+    rounds = pd.read_csv(folder / ROUNDS.file)
     made = []
     if not rounds.empty:
         made.append(leakage_vs_rounds(leakage, rounds, folder / "leakage_vs_rounds.png"))
@@ -266,7 +267,7 @@ def _first_round(arm: Path) -> tuple[str, dict[tuple[int, int, int], Picture]]:
         (number, int(client), int(image)): (truth, made, float(psnr))
         for client, image, truth, made, psnr in zip(*fields, strict=True)
     }
-    table = pd.read_csv(arm / "leakage.csv", nrows=1)
+    table = pd.read_csv(arm / LEAKAGE.file, nrows=1)
     return _label(table["defence"][0], table["strength"][0]), images
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from fedleak.errors import InvalidInputError, UnknownNameError
 from fedleak.events import take_over
 from fedleak.lock import only_writer
+from fedleak.results.format import LEAKAGE, ROUNDS, ROUNDS_OF_ARMS
 from fedleak.stopping import terminable
 from simulations.scenario import Defence, Scenario
 
@@ -151,7 +152,7 @@ def _run_arms(
             write_about(folder, {**about, **ended(error)})
             raise
         finally:
-            combine([a for a in arms[:count] if (a.out / "rounds.csv").is_file()], folder)
+            combine([a for a in arms[:count] if (a.out / ROUNDS.file).is_file()], folder)
     write_about(folder, {**about, **ended()})
     return arms
 
@@ -250,9 +251,9 @@ def combine(arms: list[Arm], folder: Path) -> None:
         return
     leakage, rounds = [], []
     for arm in arms:
-        leakage.append(pd.read_csv(arm.out / "leakage.csv"))
-        table = pd.read_csv(arm.out / "rounds.csv")
+        leakage.append(pd.read_csv(arm.out / LEAKAGE.file))
+        table = pd.read_csv(arm.out / ROUNDS.file)
         rounds.append(table.assign(defence=arm.defence.name, strength=arm.defence.strength))
-    pd.concat(leakage).to_csv(folder / "leakage.csv", index=False)
-    pd.concat(rounds).to_csv(folder / "rounds.csv", index=False)
+    LEAKAGE.write(folder, pd.concat(leakage))
+    ROUNDS_OF_ARMS.write(folder, pd.concat(rounds))
     plot_run(folder, [arm.out for arm in arms])

@@ -6,53 +6,40 @@ the attack made of them. Nothing flows back from here to the attack.
 
 from __future__ import annotations
 
-import csv
 import errno
-import io
 import json
 import math
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-import numpy as np
 from torch import Tensor, nn
 
 from fedleak.capture import CaptureWriter, Update
 from fedleak.capture.truth import write_truth
 from fedleak.errors import InvalidInputError
-from fedleak.files import flush, make_private, private, read_json, write_atomically
+from fedleak.files import flush, make_private, read_json, write_atomically
 from fedleak.lock import is_empty
 from fedleak.metric import SecurityMetric
 from fedleak.provenance import commit, now, package_versions
 from fedleak.quality import score_batch
+from fedleak.results.folder import clear
+from fedleak.results.format import CAPTURES, LEAKAGE, METRIC, RECONSTRUCTIONS, ROUNDS, RUN, plain
+from fedleak.results.pictures import Key, Picture, write_round
 from fedleak.stopping import Terminated
 from fedleak.strategies import Leak
 from simulations.partition import client_images, training_data
 from simulations.prediction import UpdatePrediction
 from simulations.scenario import Scenario
 
-LEAKAGE = (
-    "round", "client", "image", "attack", "defence", "strength", "psnr_db", "psnr_fitted_db",
-    "predicted_psnr_db", "ssim", "mse", "label_true", "label_inferred", "seconds", "status",
-    "reason",
-)  # fmt: skip
-ROUNDS = (
-    "round", "accuracy", "loss", "c_metric", "c_normalised", "predicted_psnr_db", "cramer_rao_db",
-    "clients", "failures", "bytes_sent", "seconds_train", "seconds_attack",
-)  # fmt: skip
-METRIC = ("round", "name", "kind", "unknowns", "rank", "deficiency", "weight", "exact")
 #: Errors of a disk, or an allowance on it, that is full.
 FULL = (errno.ENOSPC, errno.EDQUOT)
-#: Folder of the captured updates, in that of the run.
-CAPTURES = "captures"
 #: What a run writes; ``overwrite`` removes these and nothing else.
 OUTPUTS = (
-    "leakage.csv", "rounds.csv", "metric.csv", "run.json", "leakage_vs_rounds.png",
-    "reconstructions.png", "reconstructions", CAPTURES, "tensorboard", "mlruns",
+    LEAKAGE.file, ROUNDS.file, METRIC.file, RUN, "leakage_vs_rounds.png",
+    "reconstructions.png", RECONSTRUCTIONS, CAPTURES, "tensorboard", "mlruns",
 )  # fmt: skip
 
 
@@ -109,7 +96,7 @@ def _clear(out: Path, overwrite: bool) -> None:
             "the earlier run with --overwrite"
         )
     try:
-        about = read_json(out / "run.json")
+        about = read_json(out / RUN)
         arms = [str(a) for a in about["arms"]]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InvalidInputError(
@@ -117,12 +104,7 @@ def _clear(out: Path, overwrite: bool) -> None:
             "--overwrite leaves it alone; choose another with --out"
         ) from error
     for folder in [out, *(out / Path(arm).name for arm in arms)]:
-        for name in OUTPUTS:
-            path = folder / name
-            if path.is_dir():
-                shutil.rmtree(path)
-            else:
-                path.unlink(missing_ok=True)
+        clear(folder, OUTPUTS)
 
 
 def about_run(scenario: Scenario, engine: str) -> dict[str, Any]:
@@ -144,7 +126,7 @@ def about_run(scenario: Scenario, engine: str) -> dict[str, Any]:
 
 def write_about(out: Path, about: Mapping[str, Any]) -> None:
     """Write ``run.json``; in the place of the old one where the disk is full."""
-    text, file = (json.dumps(about, indent=2) + "\n").encode(), out / "run.json"
+    text, file = (json.dumps(about, indent=2) + "\n").encode(), out / RUN
     try:
         write_atomically(file, text, durable=True)
     except OSError as error:
@@ -175,18 +157,12 @@ class Recorder:
         self.predict: UpdatePrediction | None = None
         self._predicted: list[float] = []
         self._attack_seconds = 0.0
-        self._pictures: list[tuple[int, int, np.ndarray, np.ndarray, float]] = []
+        self._pictures: list[tuple[Key, Picture]] = []
         self._about = about_run(scenario, engine)
         make_private(out)
         write_about(self.out, self._about)
-        tables = {"leakage.csv": LEAKAGE, "rounds.csv": ROUNDS, "metric.csv": METRIC}
-        for name, columns in tables.items():
-            self._append(name, columns)
-
-    def _append(self, name: str, row: Any) -> None:
-        path = self.out / name
-        with open(path, "a", newline="", encoding="utf-8", opener=private) as file:
-            csv.writer(file).writerow(row)
+        for table in (LEAKAGE, ROUNDS, METRIC):
+            table.start(out)
 
     def labels_of(self, server_round: int, node: int) -> list[int]:
         """Return a client's labels, for a server whose threat model grants them."""
@@ -212,7 +188,7 @@ class Recorder:
         }
         self._images += len(rows)
         for row in rows:
-            self._append("leakage.csv", [{**same, **row}.get(c, "") for c in LEAKAGE])
+            LEAKAGE.append(self.out, {**same, **row})
 
     def _score(self, leak: Leak, clients: list[int]) -> list[dict[str, Any]]:
         """Return what is known of each image, by column.
@@ -233,7 +209,7 @@ class Recorder:
             row = {
                 "client": client,
                 "image": image,
-                "predicted_psnr_db": _plain(psnr),
+                "predicted_psnr_db": plain(psnr),
                 "label_true": one.label,
             }
             if one.image is None or one.quality is None:
@@ -244,8 +220,9 @@ class Recorder:
                          "status": leak.status, "reason": leak.reason})  # fmt: skip
             right = one.label_inferred == one.label
             self._scored.append((one.quality.psnr_db, one.quality.ssim, right))
-            picture = (true.numpy(), one.image.float().numpy(), one.quality.psnr_db)
-            self._pictures.append((client, image, *picture))
+            made_of_it = one.image.float().numpy()
+            picture = Picture(true.numpy(), made_of_it, one.quality.psnr_db)
+            self._pictures.append(((client, image), picture))
         return rows
 
     def truth(
@@ -266,7 +243,7 @@ class Recorder:
         """Write the reconstructions of one round, the metric of each layer, and its row."""
         self._write_pictures(number)
         for layer in metric.layers if metric else ():
-            self._append("metric.csv", [number, *(getattr(layer, c) for c in METRIC[1:])])
+            METRIC.append(self.out, {**vars(layer), "round": number})
         values = {
             **row,
             "round": number,
@@ -277,31 +254,19 @@ class Recorder:
             "seconds_attack": f"{self._attack_seconds:.4f}",
         }
         # Last, and on the disk: a round that has its row has all the rest of it.
-        for name in ("leakage.csv", "metric.csv"):
-            flush(self.out / name)
-        self._append("rounds.csv", [_plain(values[c]) for c in ROUNDS])
-        flush(self.out / "rounds.csv")
+        for table in (LEAKAGE, METRIC):
+            flush(self.out / table.file)
+        ROUNDS.append(self.out, {c: plain(values[c]) for c in ROUNDS.columns})
+        flush(self.out / ROUNDS.file)
         scores = self._scores()
         self._attack_seconds, self._predicted = 0.0, []
         self._images, self._scored = 0, []
         return scores
 
     def _write_pictures(self, number: int) -> None:
-        if not self._pictures:
-            return
-        clients, ids, truth, made, psnr = zip(*self._pictures, strict=True)
-        content = io.BytesIO()
-        np.savez_compressed(
-            content,
-            client=np.array(clients),
-            image=np.array(ids),
-            truth=np.stack(truth),
-            reconstruction=np.stack(made),
-            psnr_db=np.array(psnr),
-        )
-        file = self.out / "reconstructions" / f"round-{number:04d}.npz"
-        write_atomically(file, content.getvalue(), durable=True)
-        self._pictures = []
+        if self._pictures:
+            write_round(self.out, number, self._pictures)
+            self._pictures = []
 
     def _scores(self) -> RoundScores:
         psnr, ssim, right = zip(*self._scored, strict=True) if self._scored else ((), (), ())
@@ -367,9 +332,3 @@ def ended(error: BaseException | None = None) -> dict[str, Any]:
     elif error is not None:
         status, reason = "failed", f"{type(error).__name__}: {error}"
     return {"status": status, "reason": reason, "finished": now()}
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, float):
-        return "" if math.isnan(value) else round(value, 6)
-    return value

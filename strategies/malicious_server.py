@@ -23,12 +23,12 @@ from fedleak.attacks import Attack, Outcome, Reconstruction, make_attack
 from fedleak.capture import CaptureWriter, Update
 from fedleak.capture.update import load_sent
 from fedleak.client.loss import PLAIN
+from fedleak.client.probe import probe
 from fedleak.client.training import LocalTraining
 from fedleak.defences import DefenceSpec, parse_defence
 from fedleak.errors import FedleakError, InvalidInputError, InvalidUpdateError, UnknownNameError
 from fedleak.modules import copied, unwrapped
 from fedleak.observation import Observation
-from fedleak.probe import probe
 from fedleak.status import Status
 from fedleak.terms import Shared, Terms, needs_gradients
 from fedleak.threat import HONEST, ThreatModel

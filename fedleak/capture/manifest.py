@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-import json
 import math
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -358,11 +357,6 @@ def problems(error: ValidationError) -> str:
         for e in error.errors()
     ]
     return "; ".join(listed[:3])
-
-
-def to_json(values: Mapping[str, Any]) -> bytes:
-    """Return readable JSON."""
-    return (json.dumps(values, indent=1) + "\n").encode()
 
 
 def sha256(content: bytes) -> str:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import math
-import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,19 +15,16 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from fedleak.capture.jobs import Chunk, Result, Retry
-from fedleak.capture.manifest import sha256, to_json
-from fedleak.errors import InvalidInputError
-from fedleak.files import TEXT, read_bytes, read_json, tensors, write_atomically
+from fedleak.capture.manifest import sha256
+from fedleak.files import TEXT, read_bytes, tensors, to_json, write_atomically
 from fedleak.images import png
-from fedleak.lock import is_empty
+from fedleak.results.folder import Kind, claim
+from fedleak.results.format import ATTACK, ATTACKS
 from fedleak.wording import clean_reason
 
-SETTINGS = "attack.json"
-TABLE = "attacks.csv"
 OVERVIEW = "reconstructions.png"
 _RESULTS, _PICTURES = "results", "pictures"
-#: What an attack writes; ``overwrite`` removes these and nothing else.
-WRITTEN = (SETTINGS, TABLE, OVERVIEW, _RESULTS, _PICTURES)
+KIND = Kind("attack", ATTACK, (ATTACK, ATTACKS.file, OVERVIEW, _RESULTS, _PICTURES))
 #: Pictures are drawn at least this high, in pixels.
 _HEIGHT = 64
 
@@ -75,43 +70,7 @@ class Results:
         overwrite: bool = False,
     ):
         self.folder, self.shape = folder, shape
-        stored = folder / SETTINGS
-        settings = json.loads(json.dumps(settings, default=str))
-        try:
-            if stored.is_file() and overwrite:
-                self._clear()
-            elif stored.is_file():
-                self._compare(stored, settings)
-            elif not is_empty(folder):
-                raise InvalidInputError(
-                    f"--out {str(folder)!r} is not empty and holds no attack; use another"
-                )
-            write_atomically(stored, to_json(settings))
-        except OSError as error:
-            raise InvalidInputError(f"--out {str(folder)!r} cannot be used: {error}") from error
-
-    def _clear(self) -> None:
-        for name in WRITTEN:
-            path = self.folder / name
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path)
-            else:
-                path.unlink(missing_ok=True)
-
-    def _compare(self, stored: Path, settings: Mapping[str, Any]) -> None:
-        try:
-            before = dict(read_json(stored))
-        except (OSError, ValueError, TypeError) as error:
-            raise InvalidInputError(
-                f"{str(stored)!r} cannot be read ({error}); use another --out, or --overwrite"
-            ) from error
-        other = [k for k in {**before, **settings} if before.get(k) != settings.get(k)]
-        if other:
-            listed = "; ".join(f"{k} {before.get(k)!r}, now {settings.get(k)!r}" for k in other)
-            raise InvalidInputError(
-                f"{str(self.folder)!r} was made with other settings ({listed}); use another "
-                "--out, or --overwrite to start again"
-            )
+        claim(folder, KIND, settings, overwrite=overwrite)
 
     def load(self, name: str, digest: str) -> Result | None:
         """Return a stored result; None where there is none, of this chunk, whole."""

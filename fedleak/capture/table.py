@@ -13,17 +13,13 @@ import torch
 
 from fedleak.capture.jobs import Result
 from fedleak.capture.reader import Capture, round_of
-from fedleak.capture.store import OVERVIEW, TABLE
+from fedleak.capture.store import OVERVIEW
 from fedleak.capture.truth import Truth, read_truth
 from fedleak.errors import FedleakError, InvalidInputError, InvalidUpdateError
-from fedleak.files import write_atomically
 from fedleak.quality import score_batch
+from fedleak.results.format import ATTACKS
 from fedleak.status import most_frequent, reconstructed
 
-COLUMNS = (
-    "round", "client", "image", "attack", "psnr_db", "psnr_fitted_db", "ssim", "mse",
-    "label_true", "label_inferred", "fit", "certified", "defence", "seconds", "status", "reason",
-)  # fmt: skip
 #: Images in the overview.
 _SHOWN = 8
 
@@ -47,14 +43,14 @@ def write_table(
     Returns
     -------
     DataFrame
-        With :data:`COLUMNS`, one row for each image; ``client`` and ``image`` are those of
-        the simulation, or else the node and the place in the update. ``certified`` is 1 where
-        the attack's own test proved the image, ``defence`` what the attack allowed for.
+        ``attacks.csv``, one row for each image; ``client`` and ``image`` are those of the
+        simulation, or else the node and the place in the update. ``certified`` is 1 where the
+        attack's own test proved the image, ``defence`` what the attack allowed for.
     """
     rows: list[Row] = []
     pictures: list[tuple[Any, Any, float]] = []
     for name, result in results.items():
-        base = dict.fromkeys(COLUMNS, "") | {
+        base = {
             "round": round_of(name), "attack": attack, "seconds": round(result.seconds, 4),
             "fit": "" if result.fit is None else result.fit,
             "defence": _defence(capture, name),
@@ -65,11 +61,10 @@ def write_table(
             rows.append(base | row)
             if picture is not None and len(pictures) < _SHOWN:
                 pictures.append(picture)
-    table = pd.DataFrame(rows, columns=list(COLUMNS))
-    write_atomically(folder / TABLE, table.to_csv(index=False).encode())
+    ATTACKS.write(folder, rows)
     _overview(pictures, attack, capture.manifest.simulated, folder)
     # As anybody reads it: numbers are numbers, and what is unknown is NaN.
-    return pd.read_csv(folder / TABLE)
+    return pd.read_csv(folder / ATTACKS.file)
 
 
 def _rows(

@@ -16,11 +16,10 @@ from fedleak.capture.manifest import (
     describe_model,
     sha256,
     spec_of,
-    to_json,
 )
 from fedleak.capture.update import Update
 from fedleak.errors import InvalidInputError
-from fedleak.files import flush, write_atomically
+from fedleak.files import flush, to_json, write_atomically
 from fedleak.provenance import now, package_versions
 from fedleak.wording import clean_reason
 

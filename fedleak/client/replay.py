@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
 from fedleak.client.loss import Loss
+from fedleak.client.probe import probe
 from fedleak.client.training import LocalTraining
 from fedleak.modules import copied, in_precision, pure_copy, unwrapped
-from fedleak.probe import probe
 from fedleak.tensors import per_update
 
 Gradients = dict[str, Tensor]
@@ -58,14 +58,14 @@ class Replay:
         Number of labels.
     label_bias : str or None
         Name of the bias whose gradient has the label, ``exact_bias`` whether it is ``p - y``;
-        see :class:`fedleak.probe.Probe`.
+        see :class:`fedleak.client.probe.Probe`.
     clip : float
         Bound on the norm of every image's own gradient; 0: none.
 
     Raises
     ------
     InvalidInputError, UnsupportedModelError
-        As :func:`fedleak.probe.probe`.
+        As :func:`fedleak.client.probe.probe`.
     """
 
     def __init__(

@@ -21,7 +21,7 @@ from fedleak.wording import clean, json_ready
 if TYPE_CHECKING:
     import pandas as pd
 
-    from fedleak.runs import Run
+    from fedleak.results.runs import Run
 
 _console = PlainConsole()
 #: More lines than this cannot be told apart; letters of a name in the picture.
@@ -38,7 +38,7 @@ def compare(
     json_: Annotated[bool, typer.Option("--json", help="Print one JSON object")] = False,
 ) -> None:
     """Put runs beside each other: leakage, accuracy, and what differs between their scenarios."""
-    from fedleak.runs import differences, read_runs
+    from fedleak.results.runs import differences, read_runs
 
     with display("comparing"):
         found = read_runs(runs)

@@ -14,6 +14,7 @@ from rich.table import Table
 
 from fedleak.commands.console import PlainConsole, display, near, number, say_report
 from fedleak.events import emit
+from fedleak.results.format import LEAKAGE, ROUNDS
 from fedleak.status import most_frequent, reconstructed
 
 if TYPE_CHECKING:
@@ -109,8 +110,8 @@ def _closing_table(scenario: Scenario, arms: list[Arm]) -> None:
         table.add_column(column, justify=side, no_wrap=not narrow)  # type: ignore[arg-type]
     doubts: dict[str, str] = {}
     for arm in arms:
-        leakage = pd.read_csv(arm.out / "leakage.csv")
-        rounds = pd.read_csv(arm.out / "rounds.csv")
+        leakage = pd.read_csv(arm.out / LEAKAGE.file)
+        rounds = pd.read_csv(arm.out / ROUNDS.file)
         ok = leakage[reconstructed(leakage)]
         median = ok.groupby("round")["psnr_db"].median()
         labelled = ok.dropna(subset="label_true")

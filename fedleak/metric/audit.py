@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fedleak import events
+from fedleak.client.probe import probe
 from fedleak.defences import DefenceSpec, parse_defence
 from fedleak.errors import FedleakError, InvalidInputError
 from fedleak.metric.adviser import Advice, advise
@@ -25,7 +26,6 @@ from fedleak.metric.redesign import redesign
 from fedleak.metric.reference import Reference, demand_judged, make_references
 from fedleak.modules import unwrapped
 from fedleak.priors import Prior
-from fedleak.probe import probe
 from fedleak.wording import json_ready
 
 #: Unknowns of a batch above which one reference must do.

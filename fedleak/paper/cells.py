@@ -24,10 +24,6 @@ from fedleak.errors import FedleakError, InvalidInputError
 SLOW = frozenset({"cosine", "dlg", "hybrid-paper", "idlg"})
 #: Every network's logits.
 CLASSES = 10
-COLUMNS = (
-    "network", "attack", "options", "image", "psnr_db", "ssim", "fit", "label_true",
-    "label_inferred", "seconds", "images_together", "status", "reason",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -26,11 +26,11 @@ from fedleak.report.charts import (
     predicted_chart,
 )
 from fedleak.report.evidence import EVIDENCE
-from fedleak.report.files import to_toml
 from fedleak.report.layers import Audited, audited, layers
 from fedleak.report.numbers import GRADES, Figures, figures
 from fedleak.report.pictures import BUDGET, Gallery, Tile, attack_pictures, gallery
 from fedleak.report.sources import Arm, Source, Study, read_source
+from fedleak.report.toml import to_toml
 from fedleak.untrusted import dig
 from fedleak.wording import fit_text, in_order
 
@@ -204,7 +204,7 @@ def _known(value: float) -> float:
 
 def _shape(study: Study) -> tuple[int, ...] | None:
     """Return the shape of the images, from the first file of pictures."""
-    from fedleak.report.pictures import files_by_round, read_round
+    from fedleak.results.pictures import files_by_round, read_round
 
     for arm in study.arms:
         for path in (p for f in arm.folders[:1] for p in list(files_by_round(f).values())[:1]):

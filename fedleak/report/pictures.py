@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import base64
-import io
 import math
 import re
-import zipfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,11 +12,11 @@ from typing import Any
 
 import numpy as np
 
-from fedleak import files
 from fedleak.errors import InvalidInputError
 from fedleak.images import png, read_image
-from fedleak.report.files import try_json
 from fedleak.report.sources import Arm
+from fedleak.results.pictures import Key, Picture, files_by_round, read_round
+from fedleak.results.reading import try_json
 from fedleak.untrusted import finite
 from fedleak.wording import ENOUGH_DB, fit_text
 
@@ -30,20 +28,6 @@ ROUNDS, BUDGET = 24, 2_500_000
 _SIDE = 96
 #: The same of pictures that ``fedleak attack`` drew: several images in a row.
 _WIDE = 1200
-#: A file that unpacks to more bytes is not read.
-_BYTES = 1 << 30
-_FIELDS = ("client", "image", "truth", "reconstruction", "psnr_db")
-
-Key = tuple[int, int]
-
-
-@dataclass(frozen=True, eq=False)
-class Picture:
-    """One reconstructed image and its truth, as arrays (C, H, W)."""
-
-    truth: np.ndarray
-    made: np.ndarray
-    psnr_db: float
 
 
 @dataclass(frozen=True)
@@ -71,39 +55,6 @@ class Gallery:
     panels: tuple[Panel, ...]
     start: int
     left_out: str
-
-
-def files_by_round(folder: Path) -> dict[int, Path]:
-    """Return the files of reconstructions by their round."""
-    found = {}
-    for path in sorted((folder / "reconstructions").glob("round-*.npz")):
-        if match := re.fullmatch(r"round-(\d{1,9})\.npz", path.name):
-            found[int(match[1])] = path
-    return found
-
-
-def read_round(path: Path, notes: list[str]) -> dict[Key, Picture]:
-    """Read one round's pictures by client and image; none, and a note, of a damaged file."""
-    try:
-        content = files.read_bytes(path, files.TABLE)
-        with zipfile.ZipFile(io.BytesIO(content)) as packed:
-            if sum(part.file_size for part in packed.infolist()) > _BYTES:
-                raise ValueError(f"it unpacks to more than {_BYTES >> 20} MB")
-        with np.load(io.BytesIO(content), allow_pickle=False) as stored:
-            client, image, truth, made, psnr = (stored[k] for k in _FIELDS)
-        count = len(client)
-        if truth.ndim != 4 or truth.shape != made.shape or truth.shape[1] not in (1, 3):
-            raise ValueError(f"arrays of shapes {truth.shape} and {made.shape} are no images")
-        if not (len(image) == len(psnr) == len(truth) == count):
-            raise ValueError("its arrays differ in length")
-        return {
-            (int(c), int(i)): Picture(np.asarray(t, float), np.asarray(m, float), float(p))
-            for c, i, t, m, p in zip(client, image, truth, made, psnr, strict=True)
-        }
-    except Exception as error:  # of damaged archives and arrays, readers raise anything
-        why = str(error).replace(str(path), path.name)
-        notes.append(f"{path.parent.parent.name}/reconstructions/{path.name} is damaged: {why}")
-        return {}
 
 
 def to_uri(image: np.ndarray, side: int = _SIDE) -> str:

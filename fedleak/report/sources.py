@@ -10,35 +10,34 @@ from typing import Any, Literal
 import pandas as pd
 
 from fedleak.errors import InvalidInputError
-from fedleak.report.files import read_json, read_table, try_json
-from fedleak.runs import INFORMED, UNAWARE, finished_cells, judged_side, predicted
+from fedleak.results.folder import settings_in
+from fedleak.results.format import (
+    ATTACK,
+    ATTACKS,
+    AUDIT,
+    EVALUATION,
+    EVALUATION_ROUNDS,
+    INFORMED,
+    LEAKAGE,
+    METRIC,
+    ROUNDS,
+    ROUNDS_OF_ARMS,
+    RUN,
+    SWEEP,
+    UNAWARE,
+    Table,
+)
+from fedleak.results.reading import read_json, try_json, try_table
+from fedleak.results.runs import finished_cells, judged_side, predicted
 from fedleak.status import STATUSES
 from fedleak.untrusted import dig, finite, within
 from fedleak.wording import RECOGNISABLE, clean, defence_words, strength_words
 
 Kind = Literal["run", "evaluation", "attack", "audit"]
-LEAKAGE = (
-    "round", "client", "image", "defence", "strength", "psnr_db", "predicted_psnr_db", "ssim",
-    "label_true", "label_inferred", "status", "reason",
-)  # fmt: skip
-ROUNDS = ("round", "accuracy", "c_metric", "predicted_psnr_db", "bytes_sent")
-METRIC = ("round", "name", "kind", "unknowns", "rank", "deficiency", "weight")
-ATTACKS = ("round", "client", "image", "psnr_db", "ssim", "label_true", "label_inferred", "fit",
-           "certified", "defence", "status", "reason")  # fmt: skip
 #: Of these, what a table of leakage has no column for.
 _EVIDENCE = ("fit", "certified")
 _GROUP = ["scenario", "data", "model"]
 _ARM = ["defence", "strength"]
-EVALUATION = (
-    *_GROUP, "defence", "strength", "seed", "accuracy", "images", "psnr_db_median_unaware",
-    "psnr_db_median_informed", "psnr_db_worst_informed", "identified_informed",
-    "label_accuracy_informed", "failed_informed", "c_metric", "predicted_psnr_db",
-    "epsilon", "bytes_sent", "status", "reason",
-)  # fmt: skip
-EVALUATION_ROUNDS = (
-    *_GROUP, "defence", "strength", "seed", "round", "accuracy", "psnr_db_informed",
-    "psnr_db_unaware", "predicted_psnr_db",
-)  # fmt: skip
 
 
 @dataclass(eq=False)
@@ -107,8 +106,8 @@ class Source:
         return self.about.get("simulated") if "simulated" in self.about else None
 
 
-def _nothing(columns: tuple[str, ...]) -> pd.DataFrame:
-    return pd.DataFrame(columns=["seed", *(c for c in columns if c != "seed")])
+def _nothing(table: Table) -> pd.DataFrame:
+    return pd.DataFrame(columns=["seed", *(c for c in table.columns if c != "seed")])
 
 
 def read_source(folder: Path) -> Source:
@@ -126,17 +125,17 @@ def read_source(folder: Path) -> Source:
             "or audit (--out) has written"
         )
     present = {p.name for p in folder.iterdir()}
-    if present & {"evaluation.csv", "sweep.json"}:
+    if present & {EVALUATION.file, SWEEP}:
         source = _evaluation(folder)
-    elif present & {"run.json", "leakage.csv"}:
+    elif present & {RUN, LEAKAGE.file}:
         source = _run(folder)
-    elif "attacks.csv" in present or (folder / "attacks").is_dir():
+    elif ATTACKS.file in present or (folder / "attacks").is_dir():
         source = _attacks(folder)
-    elif "audit.json" in present:
-        return Source("audit", folder.name, folder, audit=read_json(folder / "audit.json"))
+    elif AUDIT in present:
+        return Source("audit", folder.name, folder, audit=read_json(folder / AUDIT))
     else:
         raise InvalidInputError(_none_of_these(folder))
-    for path in (folder / "audit.json", folder / "audit" / "audit.json"):
+    for path in (folder / AUDIT, folder / "audit" / AUDIT):
         if path.is_file() and source.audit is None:
             source.audit = try_json(path, source.notes) or None
     source.notes = list(dict.fromkeys(source.notes))
@@ -144,7 +143,7 @@ def read_source(folder: Path) -> Source:
 
 
 def _none_of_these(folder: Path) -> str:
-    made = ("run.json", "sweep.json", "attacks.csv", "audit.json")
+    made = (RUN, SWEEP, ATTACKS.file, AUDIT)
     below = sorted({p.parent.name for name in made for p in folder.glob(f"*/{name}")})
     hint = f"; these folders in it do: {', '.join(below[:8])}" if below else ""
     return (
@@ -156,7 +155,7 @@ def _none_of_these(folder: Path) -> str:
 
 def _run(folder: Path) -> Source:
     source = Source("run", folder.name, folder)
-    source.about = try_json(folder / "run.json", source.notes)
+    source.about = try_json(folder / RUN, source.notes)
     scenario = dig(source.about, "scenario", default={})
     names = dig(source.about, "arms", default=[])
     listed = [str(n) for n in names] if isinstance(names, list) else []
@@ -177,13 +176,13 @@ def _run(folder: Path) -> Source:
 
 
 def _run_arm(folder: Path, notes: list[str], about: dict[str, Any] | None = None) -> Arm:
-    about = try_json(folder / "run.json", notes) if about is None else about
+    about = try_json(folder / RUN, notes) if about is None else about
     seed = finite(about.get("seed")) or 0
-    leakage = read_table(folder / "leakage.csv", LEAKAGE, notes).assign(seed=seed)
-    rounds = read_table(folder / "rounds.csv", ROUNDS, notes).assign(seed=seed)
+    leakage = try_table(folder, LEAKAGE, notes).assign(seed=seed)
+    rounds = try_table(folder, ROUNDS, notes).assign(seed=seed)
     metric = _nothing(METRIC)
-    if (folder / "metric.csv").is_file():
-        metric = read_table(folder / "metric.csv", METRIC, notes).assign(seed=seed)
+    if (folder / METRIC.file).is_file():
+        metric = try_table(folder, METRIC, notes).assign(seed=seed)
     name = dig(about, "scenario", "defence", "name")
     strength = dig(about, "scenario", "defence", "strength", default="")
     if name is None and len(leakage):
@@ -205,9 +204,8 @@ def _whole(leakage: pd.DataFrame, notes: list[str]) -> pd.DataFrame:
 
 def _combined(folder: Path, notes: list[str]) -> list[Arm]:
     """Return the arms of a run of which only the common tables are left."""
-    leakage = _whole(read_table(folder / "leakage.csv", LEAKAGE, notes), notes).assign(seed=0)
-    columns = (*ROUNDS, "defence", "strength")
-    rounds = read_table(folder / "rounds.csv", columns, notes).assign(seed=0)
+    leakage = _whole(try_table(folder, LEAKAGE, notes), notes).assign(seed=0)
+    rounds = try_table(folder, ROUNDS_OF_ARMS, notes).assign(seed=0)
     keys = pd.concat([leakage[["defence", "strength"]], rounds[["defence", "strength"]]])
     return [
         Arm(key[0], key[1], _rows_of(leakage, key), _rows_of(rounds, key))
@@ -221,9 +219,9 @@ def _rows_of(table: pd.DataFrame, key: tuple[str, str]) -> pd.DataFrame:
 
 def _evaluation(folder: Path) -> Source:
     source = Source("evaluation", folder.name, folder)
-    source.about = try_json(folder / "sweep.json", source.notes)
-    table = read_table(folder / "evaluation.csv", EVALUATION, source.notes)
-    per_round = read_table(folder / "rounds.csv", EVALUATION_ROUNDS, source.notes)
+    source.about = try_json(folder / SWEEP, source.notes)
+    table = try_table(folder, EVALUATION, source.notes)
+    per_round = try_table(folder, EVALUATION_ROUNDS, source.notes)
     cells = list(_cells(folder, source.notes))
     threshold = finite(dig(source.about, "sweep", "threshold_db"))
     if threshold is not None and threshold != RECOGNISABLE and not cells:
@@ -260,7 +258,7 @@ def _cells(folder: Path, notes: list[str]) -> Iterator[Cell]:
     """Yield what each cell is of, its run.json, and the folder of the informed attacker."""
     for cell in finished_cells(folder):
         run = judged_side(cell)
-        about = try_json(run / "run.json", notes)
+        about = try_json(run / RUN, notes)
         s = dig(about, "scenario", default={})
         keys = (("name",), ("data", "name"), ("model", "name"), ("defence", "name"))
         strength = str(dig(s, "defence", "strength", default=""))
@@ -298,15 +296,15 @@ def _cell_arm(
 
 def _add_predictions(run: Arm, notes: list[str]) -> None:
     """Take the predictions from the unaware attacker's table: one serves both attackers."""
-    beside = run.folders[0].parent / UNAWARE / "leakage.csv"
-    if run.folders[0].name == INFORMED and beside.is_file():
-        run.leakage = predicted(run.leakage, read_table(beside, LEAKAGE, notes))
+    beside = run.folders[0].parent / UNAWARE
+    if run.folders[0].name == INFORMED and (beside / LEAKAGE.file).is_file():
+        run.leakage = predicted(run.leakage, try_table(beside, LEAKAGE, notes))
 
 
 def _attacks(folder: Path) -> Source:
     """Read one attack on a capture, or a capture with the attacks in it."""
     source = Source("attack", folder.name, folder)
-    own = (folder / "attacks.csv").is_file()
+    own = (folder / ATTACKS.file).is_file()
     folders = [folder] if own else sorted(p.parent for p in folder.glob("attacks/*/attacks.csv"))
     if not folders:
         raise InvalidInputError(
@@ -318,10 +316,10 @@ def _attacks(folder: Path) -> Source:
         source.about = {"simulated": manifest.get("simulated"), "capture": manifest.get("model")}
     arms = []
     for one in folders:
-        settings = try_json(one / "attack.json", source.notes)
+        settings = settings_in(try_json(one / ATTACK, source.notes))
         source.about.setdefault("attack", settings)
-        found = read_table(one / "attacks.csv", ATTACKS, source.notes)
-        leakage = found.reindex(columns=[*LEAKAGE, *_EVIDENCE]).assign(seed=0.0)
+        found = try_table(one, ATTACKS, source.notes)
+        leakage = found.reindex(columns=[*LEAKAGE.columns, *_EVIDENCE]).assign(seed=0.0)
         label = one.name if len(folders) > 1 else str(settings.get("attack", one.name))
         arms.append(Arm("?", "", _whole(leakage, source.notes), folders=[one], label=label))
     source.studies = [Study(folder.name, arms, {}, False)]

@@ -10,9 +10,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from fedleak.capture.manifest import to_json
-from fedleak.files import flush, write_atomically
-from fedleak.runs import CELLS, DONE, INFORMED, UNAWARE
+from fedleak.files import flush, to_json, write_atomically
+from fedleak.results.format import CELLS, DONE, INFORMED, UNAWARE
 from simulations.engines import quiet_flower, run_inline
 from simulations.evaluation.sweep import Cell
 from simulations.scenario import Scenario

@@ -15,9 +15,9 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
 from fedleak.plots import compress, front, plt, save
-from fedleak.report.pictures import read_round
-from fedleak.runs import CELLS, INFORMED, UNAWARE
-from fedleak.untrusted import read_table
+from fedleak.results.format import CELLS, EVALUATION, EVALUATION_ROUNDS, INFORMED, LEAKAGE, UNAWARE
+from fedleak.results.pictures import read_round
+from fedleak.results.reading import read_table
 from fedleak.wording import CEILING_DB, ENOUGH_DB, strength_words
 from simulations.evaluation.sweep import Cell
 
@@ -45,8 +45,8 @@ def plot_evaluation(folder: Path, cells: Sequence[Cell]) -> list[Path]:
     list of Path
         The pictures drawn.
     """
-    table = read_table(folder / "evaluation.csv")
-    rounds = read_table(folder / "rounds.csv")
+    table = read_table(folder / EVALUATION.file)
+    rounds = read_table(folder / EVALUATION_ROUNDS.file)
     table = table[table["status"] == "ok"]
     groups = list(table.groupby(_GROUP, sort=False))
     made: list[Path] = []
@@ -284,7 +284,7 @@ def _tiles(folder: Path, cells: Sequence[Cell]) -> Iterator[tuple[str, list[Show
 
 
 def _last_of_first_client(run: Path) -> tuple[np.ndarray, np.ndarray, float] | None:
-    leakage = read_table(run / "leakage.csv")
+    leakage = read_table(run / LEAKAGE.file)
     if leakage["round"].isna().all():
         return None
     stored = run / "reconstructions" / f"round-{int(leakage['round'].max()):04d}.npz"

@@ -11,18 +11,19 @@ from typing import Any
 import pandas as pd
 
 from fedleak import workers
-from fedleak.capture.manifest import to_json
 from fedleak.errors import InvalidInputError
 from fedleak.events import emit
-from fedleak.files import write_atomically
-from fedleak.lock import is_empty, only_writer
+from fedleak.lock import only_writer
 from fedleak.provenance import commit, now, package_versions
+from fedleak.results.folder import Kind, claim
+from fedleak.results.format import EVALUATION, EVALUATION_ROUNDS, SWEEP
 from fedleak.workers import Engine, OnProgress
 from simulations.evaluation.cell import Outcome, clear_interrupted, finished, run_cell
 from simulations.evaluation.sweep import Cell, Sweep
-from simulations.evaluation.table import COLUMNS, ROUND_COLUMNS, Row, cell_rows, failed_row
+from simulations.evaluation.table import Row, cell_rows, failed_row
 
-TABLE, ROUNDS, ABOUT = "evaluation.csv", "rounds.csv", "sweep.json"
+#: Cells are found by what they are of: another sweep may use the same folder.
+KIND = Kind("evaluation", SWEEP, ())
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,7 +84,8 @@ def evaluate(
     cells = _checked(sweep, confirmed)
     folder = (Path(out) if out is not None else Path("results/runs") / sweep.name).absolute()
     with only_writer(folder):
-        _prepare(folder, sweep)
+        claim(folder, KIND, record=_about(sweep))
+        clear_interrupted(folder)
         book = _Book(folder, sweep, cells)
         skipped = len(book.rows)
         todo = [c for c in cells if c.key not in book.rows]
@@ -100,7 +102,7 @@ def evaluate(
         from simulations.evaluation.plots import plot_evaluation  # seaborn takes seconds to import
 
         plot_evaluation(folder, [c for c in cells if finished(folder, c) is not None])
-        return Evaluated(folder, pd.read_csv(folder / TABLE), skipped)
+        return Evaluated(folder, pd.read_csv(folder / EVALUATION.file), skipped)
 
 
 def _checked(sweep: Sweep, confirmed: bool) -> list[Cell]:
@@ -118,23 +120,14 @@ def _checked(sweep: Sweep, confirmed: bool) -> list[Cell]:
     return cells
 
 
-def _prepare(folder: Path, sweep: Sweep) -> None:
-    try:
-        if not is_empty(folder) and not (folder / ABOUT).is_file():
-            raise InvalidInputError(
-                f"--out {str(folder)!r} is not empty and holds no evaluation; use another"
-            )
-        about = {
-            "sweep": sweep.model_dump(mode="json"),
-            "simulated": True,
-            "started": now(),
-            "versions": package_versions(),
-            "commit": commit(),
-        }
-        write_atomically(folder / ABOUT, to_json(about))
-    except OSError as error:
-        raise InvalidInputError(f"--out {str(folder)!r} cannot be used: {error}") from error
-    clear_interrupted(folder)
+def _about(sweep: Sweep) -> dict[str, Any]:
+    return {
+        "sweep": sweep.model_dump(mode="json"),
+        "simulated": True,
+        "started": now(),
+        "versions": package_versions(),
+        "commit": commit(),
+    }
 
 
 def _run(
@@ -184,7 +177,5 @@ class _Book:
     def write(self) -> None:
         found = [self.rows[c.key] for c in self.cells if c.key in self.rows]
         rounds: list[Any] = [row for _, rows in found for row in rows]
-        for name, rows, columns in ((TABLE, [row for row, _ in found], COLUMNS),
-                                    (ROUNDS, rounds, ROUND_COLUMNS)):  # fmt: skip
-            text = pd.DataFrame(rows, columns=list(columns)).to_csv(index=False)
-            write_atomically(self.folder / name, text.encode())
+        EVALUATION.write(self.folder, [row for row, _ in found])
+        EVALUATION_ROUNDS.write(self.folder, rounds)

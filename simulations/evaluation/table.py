@@ -10,28 +10,22 @@ from typing import Any
 import pandas as pd
 
 from fedleak.defences.accountant import epsilon
-from fedleak.runs import CELLS, INFORMED, UNAWARE
+from fedleak.results.format import (
+    CELLS,
+    EVALUATION,
+    EVALUATION_ROUNDS,
+    INFORMED,
+    LEAKAGE,
+    OF_ATTACKER,
+    ROUNDS,
+    UNAWARE,
+    plain,
+)
+from fedleak.results.reading import read_table
 from fedleak.status import STATUSES, most_frequent, reconstructed
-from fedleak.untrusted import read_table
 from simulations.evaluation.cell import Outcome
 from simulations.evaluation.sweep import Cell, Sweep
 
-_ATTACKED = (
-    "psnr_db_median", "psnr_db_worst", "ssim_median", "ssim_worst", "identified", "label_accuracy",
-    "failed",
-)  # fmt: skip
-COLUMNS = (
-    "scenario", "data", "model", "defence", "strength", "seed", "rounds", "accuracy", "loss",
-    "images",
-    *(f"{name}_{who}" for name in _ATTACKED for who in (UNAWARE, INFORMED)),
-    "c_metric", "predicted_psnr_db", "cramer_rao_db", "epsilon", "bytes_sent", "seconds",
-    "status", "reason",
-)  # fmt: skip
-#: Of each attacked round of a cell.
-ROUND_COLUMNS = (
-    "scenario", "data", "model", "defence", "strength", "seed", "round", "accuracy",
-    "psnr_db_unaware", "psnr_db_informed", "predicted_psnr_db",
-)  # fmt: skip
 #: Columns of the tables of a cell, without which it is run again.
 _NEEDED = (
     "round",
@@ -43,7 +37,6 @@ _NEEDED = (
     "status",
 )
 _OF_ROUNDS = ("round", "accuracy", "loss", "c_metric", "cramer_rao_db", "bytes_sent")
-_DIGITS = 6
 
 Row = dict[str, Any]
 
@@ -59,7 +52,7 @@ def describe(cell: Cell) -> Row:
 
 def failed_row(cell: Cell, outcome: Outcome) -> Row:
     """Return the row of a cell that did not finish."""
-    return dict.fromkeys(COLUMNS, "") | describe(cell) | {
+    return dict.fromkeys(EVALUATION.columns, "") | describe(cell) | {
         "rounds": cell.scenario.federation.rounds, "status": "failed", "reason": outcome.reason,
     }  # fmt: skip
 
@@ -82,17 +75,17 @@ def cell_rows(out: Path, cell: Cell, outcome: Outcome, sweep: Sweep) -> tuple[Ro
         If its tables cannot be read, or are not whole.
     """
     folder, scenario = out / CELLS / cell.key, cell.scenario
-    rounds = read_table(folder / UNAWARE / "rounds.csv")
-    unaware = read_table(folder / UNAWARE / "leakage.csv")
+    rounds = read_table(folder / UNAWARE / ROUNDS.file)
+    unaware = read_table(folder / UNAWARE / LEAKAGE.file)
     informed = unaware  # no defence: there is nothing more to know
     if (folder / INFORMED).is_dir():
-        informed = read_table(folder / INFORMED / "leakage.csv")
+        informed = read_table(folder / INFORMED / LEAKAGE.file)
     if not all(_is_whole(t, rounds, scenario.federation.rounds) for t in (unaware, informed)):
         raise ValueError(f"the tables of {str(folder)!r} are not whole")
     attacked: Row = {}
     for who, leakage in ((UNAWARE, unaware), (INFORMED, informed)):
         found = _attacked(leakage, sweep.threshold_db)
-        attacked |= {f"{name}_{who}": found[name] for name in _ATTACKED}
+        attacked |= {f"{name}_{who}": found[name] for name in OF_ATTACKER}
     last = rounds.iloc[-1]
     spec, number = scenario.defence.spec, scenario.federation.rounds
     private = epsilon(spec, number, delta=sweep.delta)
@@ -111,7 +104,7 @@ def cell_rows(out: Path, cell: Cell, outcome: Outcome, sweep: Sweep) -> tuple[Ro
         "reason": _most_frequent(pd.concat([unaware, informed])),
     }  # fmt: skip
     by_round = _by_round(cell, rounds, unaware, informed)
-    return {c: _plain(row[c]) for c in COLUMNS}, by_round
+    return {c: plain(row[c]) for c in EVALUATION.columns}, by_round
 
 
 def _is_whole(leakage: pd.DataFrame, rounds: pd.DataFrame, count: int) -> bool:
@@ -157,15 +150,9 @@ def _by_round(
             "psnr_db_informed": known["psnr_db"].median(),
             "predicted_psnr_db": group["predicted_psnr_db"].median(),
         }
-        rows.append({c: _plain(row[c]) for c in ROUND_COLUMNS})
+        rows.append({c: plain(row[c]) for c in EVALUATION_ROUNDS.columns})
     return rows
 
 
 def _most_frequent(leakage: pd.DataFrame) -> str:
     return most_frequent(leakage, "failed") or most_frequent(leakage, "doubtful")
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, float):
-        return "" if math.isnan(value) else round(float(value), _DIGITS)
-    return value

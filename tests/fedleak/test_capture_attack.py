@@ -19,11 +19,12 @@ from fedleak.capture import Capture, CaptureWriter, Update
 from fedleak.capture.jobs import Chunk, Result
 from fedleak.capture.run import Attacked, attack_capture
 from fedleak.capture.store import Results
-from fedleak.capture.table import COLUMNS, summary, write_table
+from fedleak.capture.table import summary, write_table
 from fedleak.capture.truth import write_truth
 from fedleak.commands.app import main
 from fedleak.errors import FedleakError, InvalidInputError
 from fedleak.models import build_model
+from fedleak.results.format import ATTACKS
 from fedleak.terms import Terms
 from tests.fedleak.test_capture import SHAPE, gradient_of, images, make_capture
 
@@ -60,7 +61,7 @@ def test_a_table_pictures_and_the_attacks_settings(capture: Path) -> None:
     seen: list[tuple[int, int]] = []
     found = attack_capture(capture, "linear", on_progress=lambda *now: seen.append(now), together=4)
     assert found.folder.parent == capture / "attacks"
-    assert tuple(found.table.columns) == COLUMNS
+    assert tuple(found.table.columns) == ATTACKS.columns
     assert (found.table["status"] == "ok").all()
     assert found.table["psnr_db"].min() > 60
     assert (found.table["label_true"] == found.table["label_inferred"]).all()
@@ -70,7 +71,7 @@ def test_a_table_pictures_and_the_attacks_settings(capture: Path) -> None:
     assert seen == [(0, 10), (4, 10), (5, 10), (9, 10), (10, 10)]
     assert len(list(found.folder.glob("pictures/round-*/client-*.png"))) == 10
     assert (found.folder / "reconstructions.png").read_bytes()[:4] == b"\x89PNG"
-    about = json.loads((found.folder / "attack.json").read_text())
+    about = json.loads((found.folder / "attack.json").read_text())["settings"]
     assert (about["attack"], about["model"], about["threads"]) == ("linear", "cnn2-v1", 1)
     again = attack_capture(capture, "linear", together=4)
     assert (again.folder, again.skipped) == (found.folder, 10)
@@ -369,7 +370,7 @@ def test_a_time_limit_ends_an_attack_with_what_there_is(
     cut = attack_capture(capture, "cosine", out=capture.parent / "cut", limit=1, seconds=5)
     assert cut.table["status"].isin(("failed", "doubtful")).all()
     assert cut.table["reason"].str.startswith("time: ").all()
-    assert json.loads((cut.folder / "attack.json").read_text())["seconds"] == 5
+    assert json.loads((cut.folder / "attack.json").read_text())["settings"]["seconds"] == 5
     with pytest.raises(InvalidInputError, match=r"seconds 5\.0, now 0\.0"):
         attack_capture(capture, "cosine", out=capture.parent / "cut", limit=1, seconds=0)
     with pytest.raises(InvalidInputError, match="a time limit must be a number of seconds"):

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from fedleak.commands.app import app
 from fedleak.commands.compare import draw, summary
 from fedleak.errors import InvalidInputError
-from fedleak.runs import differences, read_runs
+from fedleak.results.runs import differences, read_runs
 
 LEAKAGE = ("round", "client", "image", "psnr_db", "predicted_psnr_db", "label_true",
            "label_inferred", "status", "reason")  # fmt: skip

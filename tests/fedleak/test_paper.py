@@ -21,9 +21,10 @@ from fedleak.commands.app import main
 from fedleak.errors import InvalidInputError, UnknownNameError
 from fedleak.observation import Observation
 from fedleak.paper import photographs
-from fedleak.paper.cells import COLUMNS, Images, parse_attack, pictures_of, run_cell
+from fedleak.paper.cells import Images, parse_attack, pictures_of, run_cell
 from fedleak.paper.comparison import compare
 from fedleak.paper.tables import cell_text, mean_and_width
+from fedleak.results.format import PAPER
 
 NETWORK = "cnn2-v1"
 
@@ -112,7 +113,7 @@ def test_public_images_reach_a_learned_prior(monkeypatch: pytest.MonkeyPatch) ->
 def test_comparison_is_written_and_resumed(tmp_path: Path, images: Images) -> None:
     out = tmp_path / "paper"
     table = _run(out, images, "linear", "cosine:steps=3")
-    assert tuple(table.columns) == COLUMNS
+    assert tuple(table.columns) == PAPER.columns
     assert list(table["image"]) == ["cat", "coffee", "cat"]  # the slow attack has one image
     assert list(table["options"]) == ["", "", "steps=3"]
     assert list(table["images_together"]) == [2, 2, 1]

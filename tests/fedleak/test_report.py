@@ -19,13 +19,16 @@ from typer.testing import CliRunner
 
 from fedleak.commands.app import app
 from fedleak.errors import FedleakError, InvalidInputError
-from fedleak.report import pictures
-from fedleak.report.files import read_table, to_toml
 from fedleak.report.numbers import GRADES, figures, ranges
 from fedleak.report.page import NAME, render, write_report
-from fedleak.report.pictures import COLUMNS, ROUNDS, gallery, read_round, spread, to_uri
-from fedleak.report.sources import LEAKAGE, Arm, read_source
+from fedleak.report.pictures import COLUMNS, ROUNDS, gallery, spread, to_uri
+from fedleak.report.sources import Arm, read_source
+from fedleak.report.toml import to_toml
 from fedleak.report.words import decibels, headline, percent
+from fedleak.results import pictures
+from fedleak.results.format import LEAKAGE
+from fedleak.results.pictures import read_round
+from fedleak.results.reading import try_table
 from fedleak.wording import defence_words
 
 EVIL = '"><img src=x onerror=alert(1)><script>alert(1)</script>'
@@ -218,12 +221,12 @@ def test_what_the_metric_leaves_open_is_said(tmp_path: Path) -> None:
 
 
 def make_evaluation(folder: Path, rows: Sequence[dict[str, Any]]) -> Path:
-    from fedleak.report.sources import EVALUATION, EVALUATION_ROUNDS
+    from fedleak.results.format import EVALUATION, EVALUATION_ROUNDS
 
     base = {"scenario": "demo", "data": "digits", "model": "cnn2-v2", "images": 10, "status": "ok"}
-    table = [[{**base, **row}.get(c, "") for c in EVALUATION] for row in rows]
-    write_csv(folder / "evaluation.csv", EVALUATION, table)
-    write_csv(folder / "rounds.csv", EVALUATION_ROUNDS, [])
+    table = [[{**base, **row}.get(c, "") for c in EVALUATION.columns] for row in rows]
+    write_csv(folder / "evaluation.csv", EVALUATION.columns, table)
+    write_csv(folder / "rounds.csv", EVALUATION_ROUNDS.columns, [])
     about = {"simulated": True, "sweep": {"name": "mine", "seeds": [0, 1]}}
     (folder / "sweep.json").write_text(json.dumps(about))
     return folder
@@ -446,7 +449,7 @@ def make_attack(
 
     A ``fit`` that is a text is a failure ("failed") or doubtful, and with "certified" proved.
     """
-    from fedleak.report.sources import ATTACKS
+    from fedleak.results.format import ATTACKS
 
     rows = []
     for n, fit in enumerate(fits):
@@ -456,10 +459,12 @@ def make_attack(
         score = psnr[n] if n < len(psnr) else ""
         true = "" if score == "" else 2
         certified = 1 if fit == "certified" else 0
-        rows.append(
-            (1, f"{n + 70}", 0, score, "", true, 2, number, certified, defence, status, reason)
-        )
-    write_csv(folder / "attacks.csv", ATTACKS, rows)
+        rows.append({
+            "round": 1, "client": n + 70, "image": 0, "psnr_db": score, "label_true": true,
+            "label_inferred": 2, "fit": number, "certified": certified, "defence": defence,
+            "status": status, "reason": reason,
+        })  # fmt: skip
+    ATTACKS.write(folder, rows)
     (folder / "attack.json").write_text(json.dumps({"attack": "hybrid", "options": {}}))
     (folder.parent.parent / "manifest.json").write_text(json.dumps({"simulated": False}))
     return folder
@@ -598,8 +603,8 @@ def test_words_of_defences() -> None:
 
 def test_tables_have_the_columns_asked_for(tmp_path: Path) -> None:
     notes: list[str] = []
-    found = read_table(tmp_path / "x.csv", LEAKAGE, notes)
-    assert list(found.columns) == list(LEAKAGE)
+    found = try_table(tmp_path, LEAKAGE, notes)
+    assert list(found.columns) == list(LEAKAGE.columns)
     assert notes
     assert read_round(tmp_path / "round-0001.npz", notes) == {}
 

@@ -9,8 +9,9 @@ import pytest
 
 from fedleak.files import read_json
 from fedleak.report.page import write_report
-from fedleak.runs import read_runs
-from fedleak.untrusted import finite, read_table
+from fedleak.results.reading import read_table
+from fedleak.results.runs import read_runs
+from fedleak.untrusted import finite
 
 
 def test_numbers_that_no_run_has_written(tmp_path: Path) -> None:

@@ -16,12 +16,12 @@ from torch.nn.utils import parametrizations
 from fedleak import laboratory
 from fedleak.attacks import HybridAttack
 from fedleak.capture.update import load_sent
+from fedleak.client.probe import probe
 from fedleak.commands.app import main
 from fedleak.errors import FedleakError, InvalidUpdateError
 from fedleak.metric.audit import audit
 from fedleak.modules import renamed, unwrapped
 from fedleak.observation import Observation
-from fedleak.probe import probe
 from fedleak.threat import LocalTraining
 
 SHAPE = (1, 6, 6)

@@ -167,7 +167,7 @@ def test_a_stopped_run_says_what_is_kept(
     [
         ("fedleak.models.build_model", ["audit", "--model", "cnn2-v2"]),
         ("fedleak.laboratory.read_images", ["reconstruct", "--model", "m", "--images", "."]),
-        ("fedleak.runs.read_runs", ["compare", "a", "b"]),
+        ("fedleak.results.runs.read_runs", ["compare", "a", "b"]),
         ("fedleak.report.page.write_report", ["report", "a"]),
     ],
 )

@@ -14,8 +14,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from fedleak import files
 from fedleak.errors import InvalidInputError
 from fedleak.lock import only_writer
+from fedleak.results.format import ROUNDS, Table
 from fedleak.stopping import Terminated, terminable
 from simulations import recorder
 from simulations.engines import simulate
@@ -72,14 +74,14 @@ def test_a_round_that_has_its_row_has_its_pictures(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Killed while the pictures of the second round are written."""
-    real = recorder.write_atomically
+    real = files.write_atomically
 
     def killed(path: Path, *content: Any, **options: Any) -> None:
         if path.name == "round-0002.npz":
             raise KeyboardInterrupt
         real(path, *content, **options)
 
-    monkeypatch.setattr(recorder, "write_atomically", killed)
+    monkeypatch.setattr(files, "write_atomically", killed)
     with pytest.raises(KeyboardInterrupt):
         simulate(small(), tmp_path)
     assert pd.read_csv(tmp_path / "rounds.csv")["round"].tolist() == [1]
@@ -92,18 +94,18 @@ def test_what_a_finished_round_wrote_is_on_the_disk(
 ) -> None:
     """Flushed before the row that says so, which is flushed too."""
     order: list[str] = []
-    real_flush, real_append = recorder.flush, recorder.Recorder._append
+    real_flush, real_append = recorder.flush, Table.append
 
     def flush(path: Path) -> None:
         order.append(f"flush {path.name}")
         real_flush(path)
 
-    def append(self: Any, name: str, row: Any) -> None:
-        order.append(name)
-        real_append(self, name, row)
+    def append(self: Table, folder: Path, row: Any) -> None:
+        order.append(self.file)
+        real_append(self, folder, row)
 
     monkeypatch.setattr(recorder, "flush", flush)
-    monkeypatch.setattr(recorder.Recorder, "_append", append)
+    monkeypatch.setattr(Table, "append", append)
     simulate(small(1), tmp_path)
     row = len(order) - 1 - order[::-1].index("rounds.csv")
     last = max(i for i, name in enumerate(order) if name in ("leakage.csv", "metric.csv"))
@@ -115,7 +117,7 @@ def test_a_full_disk_is_a_message_and_finished_rounds_stay(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     full = False
-    real, real_writer = recorder.write_atomically, csv.writer
+    real, real_writer = files.write_atomically, csv.writer
 
     class Writer:
         def __init__(self, file: Any):
@@ -123,7 +125,7 @@ def test_a_full_disk_is_a_message_and_finished_rounds_stay(
 
         def writerow(self, row: Any) -> None:
             nonlocal full
-            full = full or (row[0] == 2 and len(row) == len(recorder.ROUNDS))
+            full = full or (row[0] == 2 and len(row) == len(ROUNDS.columns))
             if full:
                 raise OSError(errno.ENOSPC, "No space left on device")
             self.real.writerow(row)
@@ -133,8 +135,9 @@ def test_a_full_disk_is_a_message_and_finished_rounds_stay(
             raise OSError(errno.ENOSPC, "No space left on device")
         real(path, *content, **options)
 
-    monkeypatch.setattr(recorder.csv, "writer", Writer)
-    monkeypatch.setattr(recorder, "write_atomically", write)
+    monkeypatch.setattr(csv, "writer", Writer)
+    for module in (files, recorder):
+        monkeypatch.setattr(module, "write_atomically", write)
     with pytest.raises(InvalidInputError, match=r"the disk is full.*kept"):
         simulate(small(), tmp_path)
     assert about(tmp_path)["status"] == "failed"

@@ -21,12 +21,12 @@ from fedleak.commands.app import app
 from fedleak.defences import parse_defence
 from fedleak.errors import FedleakError, InvalidInputError
 from fedleak.lock import only_writer
+from fedleak.results.format import EVALUATION
 from fedleak.workers import _call
 from simulations.engines import simulate
 from simulations.evaluation import cell as cell_module
 from simulations.evaluation.run import evaluate
 from simulations.evaluation.sweep import SHIPPED, Sweep, load_sweep
-from simulations.evaluation.table import COLUMNS
 from simulations.task import cpu_threads
 from simulations.traffic import Traffic, entry_bits
 
@@ -52,7 +52,7 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, pd.DataFrame]:
 
 def test_a_row_for_each_cell_and_seed(done: tuple[Path, pd.DataFrame]) -> None:
     out, table = done
-    assert tuple(table.columns) == COLUMNS
+    assert tuple(table.columns) == EVALUATION.columns
     assert (table["status"] == "ok").all()
     assert table["defence"].tolist() == ["none"] * 2 + ["noise"] * 2 + ["dp"] * 2 + ["prune"] * 2
     assert table["seed"].tolist() == [0, 1] * 4
@@ -80,7 +80,9 @@ def test_a_row_for_each_cell_and_seed(done: tuple[Path, pd.DataFrame]) -> None:
 def test_strength_zero_is_no_defence_bit_for_bit(done: tuple[Path, pd.DataFrame]) -> None:
     _, table = done
     none, zero = (table[table["defence"] == d].reset_index() for d in ("none", "noise"))
-    numbers = [c for c in COLUMNS if c not in ("defence", "strength", "seconds", "reason")]
+    numbers = [
+        c for c in EVALUATION.columns if c not in ("defence", "strength", "seconds", "reason")
+    ]
     pd.testing.assert_frame_equal(none[numbers], zero[numbers])
 
 

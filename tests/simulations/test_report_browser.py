@@ -235,7 +235,7 @@ def test_it_can_be_read_without_javascript(browser: Any, drawn: Path) -> None:
         assert page.locator("table.arms tbody tr").count() == 4
         assert "With JavaScript, a slider shows the other 1 rounds" in page.inner_text("body")
         page.locator("summary").first.click()
-        assert page.locator("details[open] table").first.is_visible()
+        page.locator("details[open] table").first.wait_for()  # visible, or a timeout
 
 
 def test_points_have_titles(browser: Any, drawn: Path) -> None:

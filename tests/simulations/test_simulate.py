@@ -18,9 +18,9 @@ import torch
 
 from fedleak.errors import FedleakError, InvalidInputError
 from fedleak.models import build_model
+from fedleak.results.format import LEAKAGE, ROUNDS
 from simulations.engines import simulate
 from simulations.partition import client_batches, client_images
-from simulations.recorder import LEAKAGE, ROUNDS
 from simulations.scenario import load_scenario
 
 SMALL = ["federation.clients=4", "federation.rounds=3", "data.max_test_images=50"]
@@ -37,8 +37,8 @@ def test_a_run_leaves_tables_pictures_and_provenance(tmp_path: Path) -> None:
     (arm,) = simulate(described, tmp_path / "run", on_progress=lambda a, p: seen.append(p))
     leakage, rounds, about = _tables(tmp_path / "run")
     assert arm.out == tmp_path / "run"
-    assert tuple(leakage.columns) == LEAKAGE
-    assert tuple(rounds.columns) == ROUNDS
+    assert tuple(leakage.columns) == LEAKAGE.columns
+    assert tuple(rounds.columns) == ROUNDS.columns
     assert len(leakage) == 12
     assert (leakage["status"] == "ok").all()
     assert leakage["psnr_db"].median() > 60

@@ -12,20 +12,12 @@ import pandas as pd
 
 from fedleak.errors import InvalidInputError, nearest
 from fedleak.files import read_json
+from fedleak.results.format import CELLS, DONE, INFORMED, LEAKAGE, ROUNDS, RUN, SWEEP, UNAWARE
+from fedleak.results.reading import demand_table
 from fedleak.status import STATUSES
-from fedleak.untrusted import dig, read_table
+from fedleak.untrusted import dig
 from fedleak.wording import clean
 
-#: Of an evaluation: the folder of its cells, what says that one is finished, and in each cell the
-#: folders of both attackers; the informed one's is missing where there is no defence to know of.
-CELLS, DONE, UNAWARE, INFORMED = "cells", "cell.json", "unaware", "informed"
-#: Columns without which nothing can be said.
-_NEEDED = {
-    "leakage.csv": ("round", "psnr_db", "status"),
-    "rounds.csv": ("round", "accuracy"),
-}
-#: Columns of later versions, and what is missing where they are.
-_LATER = ("predicted_psnr_db",)
 #: Letters of a defence's name in a file that somebody else may have written.
 _LETTERS = 200
 #: Of a scenario, but not what a run was made of: names, and what is an arm of its own.
@@ -102,7 +94,7 @@ def _read(folder: Path, name: str) -> Iterator[Run]:
         raise InvalidInputError(
             f"there is no folder {str(folder)!r}{nearest(folder.name, beside[:20])}"
         )
-    if (folder / "sweep.json").is_file():
+    if (folder / SWEEP).is_file():
         yield from _evaluation(folder, name)
         return
     about = _about(folder)
@@ -112,7 +104,7 @@ def _read(folder: Path, name: str) -> Iterator[Run]:
     if not arms:
         yield _arm(folder, name, about)
         return
-    missing = [a for a in arms if not (folder / a / "run.json").is_file()]
+    missing = [a for a in arms if not (folder / a / RUN).is_file()]
     gap = (f"{name}: not run yet: {', '.join(missing)}",) if missing else ()
     there = [a for a in arms if a not in missing]
     if not there:
@@ -127,7 +119,7 @@ def _read(folder: Path, name: str) -> Iterator[Run]:
 
 def _about(folder: Path) -> dict[str, Any]:
     """Read ``run.json``."""
-    path = folder / "run.json"
+    path = folder / RUN
     if not path.is_file():
         below = sorted(p.parent.name for p in folder.glob("*/run.json"))
         inside = f"; there are runs in it: {', '.join(below[:10])}" if below else ""
@@ -147,41 +139,14 @@ def _about(folder: Path) -> dict[str, Any]:
     return dict(about)
 
 
-def _table(folder: Path, name: str) -> tuple[pd.DataFrame, list[str]]:
-    """Read a table, and say what it lacks."""
-    path = folder / name
-    try:
-        table = read_table(path)
-    except FileNotFoundError as error:
-        raise InvalidInputError(
-            f"{str(path)!r} is missing; run the scenario again with --overwrite"
-        ) from error
-    except (OSError, ValueError) as error:  # pandas' own errors are ValueErrors
-        raise InvalidInputError(
-            f"{str(path)!r} cannot be read ({error}); remove what is not of fedleak in it, or "
-            "run the scenario again with --overwrite"
-        ) from error
-    lacking = [c for c in _NEEDED[name] if c not in table]
-    if lacking:
-        raise InvalidInputError(
-            f"{str(path)!r} has no column {lacking[0]!r}; it is not of a run, or of a version "
-            "too old: run the scenario again"
-        )
-    # A run that was killed may have left half a line.
-    table = table.dropna(subset=["round"]).astype({"round": int})
-    return table, [c for c in _LATER if c not in table]
-
-
 def _arm(folder: Path, name: str, about: Mapping[str, Any]) -> Run:
     """Read one training, up to its last finished round."""
-    leakage, lacking = _table(folder, "leakage.csv")
-    rounds, more = _table(folder, "rounds.csv")
+    leakage, lacking = demand_table(folder, LEAKAGE)
+    rounds, more = demand_table(folder, ROUNDS)
     label = clean(_defence(about["scenario"].get("defence")))
     who, gaps = f"{name}, {label}", []
     for column in {*lacking, *more}:
         gaps.append(f"{who}: no {column} (written by an earlier version)")
-    leakage, rounds = (t.reindex(columns=[*t, *(c for c in _LATER if c not in t)])
-                       for t in (leakage, rounds))  # fmt: skip
     rounds = rounds.dropna(subset=["accuracy"])
     unfinished = ~leakage["round"].isin(rounds["round"])
     wanted = dig(about, "scenario", "federation", "rounds", default="?")
@@ -205,7 +170,7 @@ def _evaluation(folder: Path, name: str) -> Iterator[Run]:
     # Undefended first: all else is held against it.
     for cell in sorted(finished_cells(folder), key=lambda c: not c.name.startswith("none")):
         seen = judged_side(cell)
-        if not (seen / "run.json").is_file():
+        if not (seen / RUN).is_file():
             continue
         about = _about(seen)
         run = _predicted(_arm(seen, name, about), cell / UNAWARE)
@@ -230,7 +195,7 @@ def _evaluation(folder: Path, name: str) -> Iterator[Run]:
 
 
 def _predicted(run: Run, unaware: Path) -> Run:
-    if run.folder == unaware or not (unaware / "run.json").is_file():
+    if run.folder == unaware or not (unaware / RUN).is_file():
         return run
     other = _arm(unaware, run.name, _about(unaware))
     return replace(run, leakage=predicted(run.leakage, other.leakage), rounds=other.rounds)
