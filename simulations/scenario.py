@@ -112,6 +112,9 @@ class Training(_Section):
     norm: Literal["", "train", "eval"] = Field(
         "", description="statistics of normalisation layers: of the batch, or running; empty: train"
     )
+    max_norm: float = Field(
+        0.0, ge=0, description="norm that the gradient of each step is cut to; 0: none"
+    )
     threads: int = Field(
         1, ge=1, le=1024, description="CPU threads of one client; fixed for repeatability"
     )
@@ -143,6 +146,7 @@ class Training(_Section):
             mean=_numbers(self.mean),
             std=_numbers(self.std),
             norm=self.norm,
+            max_norm=self.max_norm,
         )
         return declared.as_gradient() if plain else declared
 

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from fedleak.client.optimiser import clipped
 from fedleak.client.training import LocalTraining
 from fedleak.modules import logits_of
 
@@ -39,7 +40,7 @@ def gradient(
     found = torch.autograd.grad(
         value, list(trained.values()), materialize_grads=True, allow_unused=True
     )
-    return dict(zip(trained, found, strict=True)), value.item()
+    return dict(zip(trained, clipped(found, client.max_norm), strict=True)), value.item()
 
 
 @contextmanager
@@ -116,5 +117,7 @@ def train(
             )
             loss = loss + proximal_mu / 2 * away
         loss.backward()
+        if training.max_norm:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), training.max_norm)
         optimiser.step()
     return sum(losses) / len(losses)

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.func import functional_call, grad, vmap
 
 from fedleak.client.loss import CanonicalLoss
+from fedleak.client.optimiser import clipped
 from fedleak.client.replay import Gradients, Replay, Replayed
 from fedleak.client.training import LocalTraining
 
@@ -113,7 +114,8 @@ class LocalReplay:
         def step(x: Tensor, y: Tensor, shares: Tensor, *state: Tensor) -> tuple[Tensor, ...]:
             old, kept = state[: len(names)], state[len(names) :]
             made = gradients(dict(zip(names, old, strict=True)), x, y, shares)
-            new, fresh = optimiser.step(old, [made[n] for n in names], kept, rate, number)
+            steps = clipped([made[n] for n in names], self.training.max_norm, each=True)
+            new, fresh = optimiser.step(old, steps, kept, rate, number)
             return (*new, *fresh)
 
         return step

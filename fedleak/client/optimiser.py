@@ -14,6 +14,29 @@ from torch import Tensor
 from fedleak.errors import InvalidInputError
 from fedleak.registry import Registry
 
+#: Added to a norm by ``torch.nn.utils.clip_grad_norm_``.
+_BESIDE_NORM = 1e-6
+
+
+def clipped(gradients: Sequence[Tensor], max_norm: float, each: bool = False) -> list[Tensor]:
+    """Scale gradients down to a Euclidean norm over all of them, where they are above it.
+
+    Parameters
+    ----------
+    gradients : sequence of Tensor
+    max_norm : float
+        0 for none.
+    each : bool
+        Whether the first dimension counts clients, each with a norm of its own.
+    """
+    if not max_norm:
+        return list(gradients)
+    parts = [g.flatten(1 if each else 0).square().sum(-1) for g in gradients]
+    # Where all is 0 the root has no derivative.
+    norm = torch.stack(parts).sum(0).clamp_min(1e-300 if parts[0].dtype == torch.float64 else 1e-38)
+    factor = (max_norm / (norm.sqrt() + _BESIDE_NORM)).clamp(max=1.0)
+    return [g * factor.reshape(-1, *[1] * (g.ndim - 1)) if each else g * factor for g in gradients]
+
 
 class Optimiser(ABC):
     """How a client moves its weights by gradients.

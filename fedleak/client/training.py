@@ -51,6 +51,14 @@ class LocalTraining:
     norm : {"", "train", "eval"}
         Whether batch and instance normalisation take the statistics of the batch (``train``) or
         the running ones; empty: as the mode of the model is.
+    max_norm : float
+        Euclidean norm that the gradient of every step is cut to, over all parameters (as
+        ``torch.nn.utils.clip_grad_norm_`` does); 0 for none. How large it was before is not
+        known: where one step is behind an update, that is a factor, found as any other.
+
+    Clients that accumulate the gradients of ``k`` batches before a step take batches of
+    ``k * batch_size``: declare that size. Where they do not divide the sum by ``k`` the update is
+    ``k`` times as large, a factor that is found.
     """
 
     learning_rate: LearningRate = 1.0
@@ -64,6 +72,7 @@ class LocalTraining:
     mean: tuple[float, ...] = field(default=(), kw_only=True)
     std: tuple[float, ...] = field(default=(), kw_only=True)
     norm: Mode = field(default="", kw_only=True)
+    max_norm: float = field(default=0.0, kw_only=True)
 
     def __post_init__(self) -> None:
         for name, least in (("batch_size", 1), ("epochs", 1)):
@@ -83,6 +92,8 @@ class LocalTraining:
                 raise InvalidInputError(f"learning_rate must be a number, not {rate!r}")
             if not math.isfinite(rate) or rate <= 0:
                 raise InvalidInputError(f"learning_rate ({rate}) must be above 0")
+        if not _is_number(self.max_norm) or not 0 <= self.max_norm < math.inf:
+            raise InvalidInputError(f"max_norm must be a number from 0, not {self.max_norm!r}")
         rates = (self.momentum, self.weight_decay)
         if not all(math.isfinite(r) and r >= 0 for r in rates):
             raise InvalidInputError(
@@ -256,7 +267,7 @@ class LocalTraining:
         """
         left = LocalTraining(
             optimiser=self.told_rule, loss=self.loss, reply="gradient", mean=self.mean,
-            std=self.std, norm=self.norm,
+            std=self.std, norm=self.norm, max_norm=self.max_norm,
         )  # fmt: skip
         return None if left == LocalTraining(reply="gradient") else left
 

@@ -155,12 +155,16 @@ def test_pure_steps_are_those_of_torch(rule: Optimiser) -> None:
         assert torch.allclose(a, c, atol=1e-12)
 
 
+@pytest.mark.parametrize("max_norm", [0.0, 0.5])
 @pytest.mark.parametrize("rule", RULES, ids=str)
-def test_the_replay_of_local_training_is_what_clients_compute(rule: Optimiser) -> None:
+def test_the_replay_of_local_training_is_what_clients_compute(
+    rule: Optimiser, max_norm: float
+) -> None:
     images, labels = digits(*range(4))
     client = LocalTraining(
-        0.01, 2, 2, optimiser=rule, loss=CrossEntropy(0.1, WEIGHTS), mean=(0.5,), std=(0.25,)
-    )
+        0.01, 2, 2, optimiser=rule, loss=CrossEntropy(0.1, WEIGHTS), mean=(0.5,), std=(0.25,),
+        max_norm=max_norm,
+    )  # fmt: skip
     model = network().double()
     trained = copy.deepcopy(model)
     x = images.double()
@@ -209,6 +213,33 @@ def test_declared_losses_leak_as_any(loss: str | Loss, places: tuple[int, ...]) 
     assert result.labels.sort().values.tolist() == sorted(places)
     assert min(found) > 135
     assert result.fit < 1e-6
+
+
+@pytest.mark.parametrize(
+    "client",
+    [
+        LocalTraining(reply="gradient", max_norm=0.1),  # of one step: a factor
+        LocalTraining(0.1, 2, 2, max_norm=0.5),  # of several: replayed
+    ],
+    ids=str,
+)
+def test_steps_that_are_cut_to_a_norm(client: LocalTraining) -> None:
+    assert client == LocalTraining(**client.to_dict())
+    result, found = leaked(network(), *digits(0, 1, 2, 3), client)
+    assert min(found) > 100
+    assert result.fit < 1e-5
+
+
+def test_the_gradient_of_a_client_has_its_norm() -> None:
+    client = LocalTraining(reply="gradient", max_norm=0.1)
+    whole, _ = gradient(network(), *digits(0, 1))
+    cut, _ = gradient(network(), *digits(0, 1), client)
+    norm = torch.cat([g.flatten() for g in whole.values()]).norm()
+    assert norm > 0.2
+    for name, g in whole.items():
+        assert torch.allclose(cut[name], g * (0.1 / norm), rtol=1e-4)
+    with pytest.raises(InvalidInputError, match="max_norm must be a number from 0, not -1"):
+        LocalTraining(max_norm=-1)
 
 
 @pytest.mark.parametrize("label", [0, 1])
