@@ -138,7 +138,7 @@ def score_batch(
     """
     pairs: dict[int, int] = {}
     if images is not None:
-        pairs = {true: made for made, true in match(images, truth)}
+        pairs = {true: made for made, true in pair(images, truth)}
     out = []
     for place, (true, label) in enumerate(zip(truth, truth_labels.tolist(), strict=True)):
         if images is None or labels is None or place not in pairs:
@@ -150,7 +150,7 @@ def score_batch(
     return out
 
 
-def match(reconstructions: Tensor, truth: Tensor) -> list[tuple[int, int]]:
+def pair(reconstructions: Tensor, truth: Tensor) -> list[tuple[int, int]]:
     """Pair reconstructions with true images so that the total squared error is least.
 
     A batch comes back in any order; this is the Hungarian method.

@@ -15,8 +15,8 @@ from typing import Any, Generic, Literal, TypeVar
 from fedleak.errors import InvalidInputError, UnknownNameError
 
 #: ``local`` is this process, or several of this machine.
-Engine = Literal["local", "ray"]
-ENGINES = ("local", "ray")
+JobEngine = Literal["local", "ray"]
+JOB_ENGINES = ("local", "ray")
 #: ``on_progress(finished, all)``, in items; first with those that were done already.
 OnProgress = Callable[[int, int], None]
 #: Seconds that an idle process has to end by itself.
@@ -35,8 +35,8 @@ def check_engine(engine: str, jobs: int) -> None:
     """
     if jobs < 1:
         raise InvalidInputError(f"jobs must be at least 1, not {jobs}")
-    if engine not in ENGINES:
-        raise UnknownNameError("engine", engine, ENGINES)
+    if engine not in JOB_ENGINES:
+        raise UnknownNameError("engine", engine, JOB_ENGINES)
     if engine == "ray" and jobs > 1:
         raise InvalidInputError("jobs are processes here; with engine 'ray', Ray decides")
 

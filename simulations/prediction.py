@@ -19,7 +19,7 @@ from fedleak.defences import defend
 from fedleak.errors import FedleakError, UnsupportedModelError
 from fedleak.metric.jacobian import Block, UpdateJacobian
 from fedleak.metric.posterior import decibels, posterior
-from fedleak.metric.prediction import DENSE_UNKNOWNS, NATURAL, predict
+from fedleak.metric.prediction import DENSE_PREDICTION, NATURAL, predict
 from fedleak.metric.reference import Reference, demand_judged, entry_errors
 from fedleak.precision import UNIT
 from fedleak.priors import GaussianPrior
@@ -90,7 +90,7 @@ class UpdatePrediction:
         if first:
             self._last, self._information = None, []
         mode = self.scenario.metric.predict
-        few = unknowns <= EVERY_CLIENT or (first and unknowns <= DENSE_UNKNOWNS)
+        few = unknowns <= EVERY_CLIENT or (first and unknowns <= DENSE_PREDICTION)
         return mode == "all" or (mode == "auto" and few)
 
     def _predict(

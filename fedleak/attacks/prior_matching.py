@@ -12,7 +12,7 @@ from torch import Tensor
 from fedleak.attacks.targets.base import QUASI_LEVEL, Target
 from fedleak.errors import TimeLimitError
 from fedleak.priors import Prior
-from fedleak.priors.gaussian import DENSE_UNKNOWNS
+from fedleak.priors.gaussian import DENSE_PRIOR
 from fedleak.solvers import Gaussian, GaussNewton, Measurements, cgls, lbfgs
 
 #: Quasi-Newton steps before the first Jacobian is taken, and the relative error at which the
@@ -29,7 +29,7 @@ _WEAKER = 3
 #: Where values are known better than ``precision``: how much finer they count in the end.
 FINE = 1e-3
 #: Rows beyond which a Jacobian is not built.
-DENSE_ROWS = 3 * DENSE_UNKNOWNS
+DENSE_ROWS = 3 * DENSE_PRIOR
 #: Memory for Jacobians and covariances at once, in entries: it sets how many updates are
 #: solved together.
 _ENTRIES = {"cpu": 3e7, "cuda": 2e9}
@@ -75,7 +75,7 @@ def match(
         Relative error at which a value counts as matched, at least.
     """
     n, m = batch * math.prod(prior.shape), target.values.shape[1]
-    dense = target.dense and n <= DENSE_UNKNOWNS and m <= DENSE_ROWS
+    dense = target.dense and n <= DENSE_PRIOR and m <= DENSE_ROWS
     if target.linear and prior.gaussian and not dense:
         return _least_squares(target, prior, start, precision)
     if not prior.gaussian or batch > 1 or not dense or target.hidden:

@@ -23,7 +23,7 @@ from fedleak.errors import InvalidInputError
 from fedleak.files import IMAGE, TEXT, read_bytes, refuse_links
 from fedleak.images import SUFFIXES, image_files
 from fedleak.lock import only_writer
-from fedleak.workers import Engine, OnProgress, check_engine
+from fedleak.workers import JobEngine, OnProgress, check_engine
 
 #: Allowed for each update, where nothing else is said; that of ``attack.seconds`` in a simulation.
 SECONDS = 600.0
@@ -60,7 +60,7 @@ def attack_capture(
     model: str | None = None,
     device: str = "auto",
     jobs: int = 1,
-    engine: Engine = "local",
+    engine: JobEngine = "local",
     threads: int = 1,
     together: int = 8,
     limit: int = 0,
@@ -152,7 +152,7 @@ def attack_capture(
 
 
 def _run(
-    work: Work, chunks: Sequence[Chunk], jobs: int, engine: Engine
+    work: Work, chunks: Sequence[Chunk], jobs: int, engine: JobEngine
 ) -> Iterator[tuple[Chunk, list[Result]]]:
     if not chunks:
         return iter(())

@@ -1,6 +1,6 @@
 """Defences by name: pure functions from an update to an update."""
 
-from fedleak.defences.base import DEFENCES, Defence, Update
+from fedleak.defences.base import DEFENCES, Defence, Tensors
 from fedleak.defences.clipping import DP, Clipping
 from fedleak.defences.layers import Soteria, Withholding
 from fedleak.defences.noise import GaussianNoise, LaplaceNoise
@@ -21,7 +21,7 @@ __all__ = [
     "RandomSparsification",
     "Sign",
     "Soteria",
-    "Update",
+    "Tensors",
     "Withholding",
     "defend",
     "defend_examples",

@@ -14,7 +14,7 @@ from torch import Tensor
 from fedleak.errors import InvalidInputError, UnknownNameError
 from fedleak.registry import Registry
 
-Update = dict[str, Tensor]
+Tensors = dict[str, Tensor]
 
 
 class Defence(ABC):
@@ -43,11 +43,11 @@ class Defence(ABC):
         return ""
 
     @abstractmethod
-    def __call__(self, update: Update, generator: torch.Generator) -> Update:
+    def __call__(self, update: Tensors, generator: torch.Generator) -> Tensors:
         """Return the defended update; floating point, and ``update`` is not changed."""
 
     @abstractmethod
-    def errors(self, received: Update) -> Update:
+    def errors(self, received: Tensors) -> Tensors:
         """Return how far each received entry may be from the true one.
 
         Parameters

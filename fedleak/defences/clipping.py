@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fedleak.defences.base import DEFENCES, Defence, Update
+from fedleak.defences.base import DEFENCES, Defence, Tensors
 from fedleak.errors import InvalidInputError
 
 
@@ -34,11 +34,11 @@ class Clipping(Defence):
     def rescales(self) -> Literal["", "update", "tensor"]:
         return "update"
 
-    def __call__(self, update: Update, generator: torch.Generator) -> Update:
+    def __call__(self, update: Tensors, generator: torch.Generator) -> Tensors:
         factor = _factor(update, self.norm)
         return {k: (v.double() * factor).to(v.dtype) for k, v in update.items()}
 
-    def errors(self, received: Update) -> Update:
+    def errors(self, received: Tensors) -> Tensors:
         return {k: v.new_zeros((), dtype=torch.float64) for k, v in received.items()}
 
 
@@ -89,7 +89,7 @@ class DP(Defence):
             return "is applied to the gradients of single images, and so must come first"
         return ""
 
-    def __call__(self, update: Update, generator: torch.Generator) -> Update:
+    def __call__(self, update: Tensors, generator: torch.Generator) -> Tensors:
         if self.examples > 1:
             raise InvalidInputError(
                 f"defence 'dp' with examples={self.examples} needs the gradient of every image, "
@@ -97,7 +97,7 @@ class DP(Defence):
             )
         return self.mean_of({k: v.unsqueeze(0) for k, v in update.items()}, generator)
 
-    def mean_of(self, examples: Update, generator: torch.Generator) -> Update:
+    def mean_of(self, examples: Tensors, generator: torch.Generator) -> Tensors:
         """Return the noisy mean of clipped gradients.
 
         Parameters
@@ -128,12 +128,12 @@ class DP(Defence):
             out[name] = (noisy / count).to(value.dtype)
         return out
 
-    def errors(self, received: Update) -> Update:
+    def errors(self, received: Tensors) -> Tensors:
         std = self.noise * self.clip / max(self.examples, 1)
         return {k: v.new_tensor(std, dtype=torch.float64) for k, v in received.items()}
 
 
-def _factor(update: Update, norm: float) -> Tensor:
+def _factor(update: Tensors, norm: float) -> Tensor:
     """Return what clipping multiplies the update by, at most 1."""
     total = torch.stack([v.double().square().sum() for v in update.values()]).sum().sqrt()
     return (norm / total.clamp_min(1e-300)).clamp(max=1.0)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fedleak.defences.base import DEFENCES, Defence, Update
+from fedleak.defences.base import DEFENCES, Defence, Tensors
 from fedleak.defences.pruning import smallest
 from fedleak.errors import InvalidInputError, UnknownNameError
 
@@ -51,11 +51,11 @@ class Withholding(Defence):
                 f"defence 'withhold' of {', '.join(self.layers)} leaves nothing of the update"
             )
 
-    def __call__(self, update: Update, generator: torch.Generator) -> Update:
+    def __call__(self, update: Tensors, generator: torch.Generator) -> Tensors:
         withheld = self._withheld(list(update))
         return {k: torch.zeros_like(v) if k in withheld else v for k, v in update.items()}
 
-    def errors(self, received: Update) -> Update:
+    def errors(self, received: Tensors) -> Tensors:
         withheld = self._withheld(list(received))
         return {
             k: v.new_tensor(torch.inf if k in withheld else 0.0, dtype=torch.float64)
@@ -100,14 +100,14 @@ class Soteria(Defence):
         if self.layer and f"{self.layer}.weight" not in names:
             raise UnknownNameError("layer for Soteria", self.layer, layers_of(names))
 
-    def __call__(self, update: Update, generator: torch.Generator) -> Update:
+    def __call__(self, update: Tensors, generator: torch.Generator) -> Tensors:
         name = self._weight({k: v.dim() for k, v in update.items()})
         if name is None:
             raise InvalidInputError("defence 'soteria' needs a fully connected layer")
         drop = smallest(-_columns(update[name]), self.share, by_size=False)
         return {**update, name: update[name].masked_fill(drop, 0.0)}
 
-    def errors(self, received: Update) -> Update:
+    def errors(self, received: Tensors) -> Tensors:
         out = {k: v.new_zeros((), dtype=torch.float64) for k, v in received.items()}
         name = self._weight({k: v.dim() for k, v in received.items()})
         if name is not None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fedleak.defences.base import DEFENCES, Defence, Update, rms
+from fedleak.defences.base import DEFENCES, Defence, Tensors, rms
 
 
 @dataclass(frozen=True)
@@ -47,14 +47,14 @@ class RelativeNoise(Defence):
             )
         return ""
 
-    def __call__(self, update: Update, generator: torch.Generator) -> Update:
+    def __call__(self, update: Tensors, generator: torch.Generator) -> Tensors:
         noisy = {}
         for name, value in update.items():
             noise = self.draw(value.shape, generator).to(value.device)
             noisy[name] = (value.double() + self.relative * rms(value) * noise).to(value.dtype)
         return noisy
 
-    def errors(self, received: Update) -> Update:
+    def errors(self, received: Tensors) -> Tensors:
         # The noise is in the received root mean square, too: rms^2 (1 + relative^2).
         share = self.relative / math.hypot(1.0, self.relative)
         return {name: share * rms(value) for name, value in received.items()}

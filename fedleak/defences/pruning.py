@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fedleak.defences.base import DEFENCES, Defence, Update
+from fedleak.defences.base import DEFENCES, Defence, Tensors
 from fedleak.defences.quantisation import Sign
 
 
@@ -53,10 +53,10 @@ class MagnitudePruning(Defence):
             return "drops the smallest entries, but signs are all of one size; put it first"
         return ""
 
-    def __call__(self, update: Update, generator: torch.Generator) -> Update:
+    def __call__(self, update: Tensors, generator: torch.Generator) -> Tensors:
         return {k: v.masked_fill(smallest(v, self.share), 0.0) for k, v in update.items()}
 
-    def errors(self, received: Update) -> Update:
+    def errors(self, received: Tensors) -> Tensors:
         """Return 0 for what was kept; what was dropped is not zero, but below all that was kept.
 
         Somewhere between minus and plus the smallest magnitude that is left: as uniform, a
@@ -93,14 +93,14 @@ class RandomSparsification(Defence):
     def __post_init__(self) -> None:
         self.demand("share", maximum=1.0)
 
-    def __call__(self, update: Update, generator: torch.Generator) -> Update:
+    def __call__(self, update: Tensors, generator: torch.Generator) -> Tensors:
         out = {}
         for name, value in update.items():
             drawn = torch.rand(value.shape, generator=generator, dtype=torch.float64)
             out[name] = value.masked_fill(smallest(drawn, self.share).to(value.device), 0.0)
         return out
 
-    def errors(self, received: Update) -> Update:
+    def errors(self, received: Tensors) -> Tensors:
         """Return infinity for what was dropped: the smallest entries, also under noise."""
         return {
             k: torch.zeros_like(v).masked_fill(smallest(v, self.share), torch.inf)

@@ -8,7 +8,7 @@ from typing import Literal
 
 import torch
 
-from fedleak.defences.base import DEFENCES, Defence, Update
+from fedleak.defences.base import DEFENCES, Defence, Tensors
 from fedleak.errors import InvalidInputError
 
 
@@ -42,7 +42,7 @@ class Quantisation(Defence):
         """Steps from 0 to the largest magnitude."""
         return int(2 ** (self.bits - 1) - 1)
 
-    def __call__(self, update: Update, generator: torch.Generator) -> Update:
+    def __call__(self, update: Tensors, generator: torch.Generator) -> Tensors:
         out = {}
         for name, value in update.items():
             step = _largest(value) / self._levels
@@ -53,7 +53,7 @@ class Quantisation(Defence):
             out[name] = (position.round() * step).to(value.dtype)
         return out
 
-    def errors(self, received: Update) -> Update:
+    def errors(self, received: Tensors) -> Tensors:
         # The largest entry is on the grid, and so tells the step. Rounding is uniform over
         # one step; the variance of stochastic rounding is twice that, on average.
         share = math.sqrt(12 if self.rounding == "nearest" else 6) * self._levels
@@ -87,13 +87,13 @@ class Sign(Defence):
     def rescales(self) -> Literal["", "update", "tensor"]:
         return "tensor" if self.scale == "fixed" else ""
 
-    def __call__(self, update: Update, generator: torch.Generator) -> Update:
+    def __call__(self, update: Tensors, generator: torch.Generator) -> Tensors:
         return {
             k: v.sign() * (self.size if self.scale == "fixed" else self.size * _mean(v))
             for k, v in update.items()
         }
 
-    def errors(self, received: Update) -> Update:
+    def errors(self, received: Tensors) -> Tensors:
         """Return how far a normally distributed entry of this sign is from what is sent.
 
         With mean magnitude ``m`` its mean square is ``m^2 pi / 2``. A fixed size tells no

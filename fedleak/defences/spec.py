@@ -11,7 +11,7 @@ from typing import Literal
 
 import torch
 
-from fedleak.defences.base import DEFENCES, Defence, Update, make_defence
+from fedleak.defences.base import DEFENCES, Defence, Tensors, make_defence
 from fedleak.defences.clipping import DP
 from fedleak.errors import InvalidInputError
 
@@ -123,7 +123,7 @@ class DefenceSpec:
         for part in self.parts:
             part.check(names)
 
-    def errors(self, received: Update) -> Update:
+    def errors(self, received: Tensors) -> Tensors:
         """Return what an informed attacker knows: how far each entry may be from the true one.
 
         A function of the received update and the strength alone. Of several defences the
@@ -201,7 +201,7 @@ def parse_defence(text: str) -> DefenceSpec:
     return DefenceSpec("+".join(names), "+".join(s or "0" for s in strengths))
 
 
-def defend_examples(examples: Update, spec: DefenceSpec, seed: int) -> Update:
+def defend_examples(examples: Tensors, spec: DefenceSpec, seed: int) -> Tensors:
     """Return the mean of per-example gradients as the defence leaves it.
 
     Parameters
@@ -231,7 +231,7 @@ def defend_examples(examples: Update, spec: DefenceSpec, seed: int) -> Update:
     return {k: changed[k].to(v.dtype) for k, v in examples.items()}
 
 
-def defend(update: Update, spec: DefenceSpec, seed: int) -> Update:
+def defend(update: Tensors, spec: DefenceSpec, seed: int) -> Tensors:
     """Return the update as the defence leaves it.
 
     Parameters

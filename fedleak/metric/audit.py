@@ -21,7 +21,7 @@ from fedleak.metric.c_metric import SecurityMetric, security_metric
 from fedleak.metric.influence import Influence, influence
 from fedleak.metric.matrix_free import estimate
 from fedleak.metric.posterior import Prediction, decibels
-from fedleak.metric.prediction import DENSE_UNKNOWNS, natural_prior, predict
+from fedleak.metric.prediction import DENSE_PREDICTION, natural_prior, predict
 from fedleak.metric.redesign import redesign
 from fedleak.metric.reference import Reference, demand_judged, make_references
 from fedleak.modules import unwrapped
@@ -193,7 +193,7 @@ def audit(
     why: str | None = None
     attribution: Attribution | None = None
     advice: tuple[Advice, ...] = ()
-    if matrix_free or unknowns > DENSE_UNKNOWNS or not found[0].jacobian.affordable:
+    if matrix_free or unknowns > DENSE_PREDICTION or not found[0].jacobian.affordable:
         events.stage("bounding the prediction")
         prediction = estimate(found, prior)
         why = "the prediction is matrix-free: no Jacobian is held in memory to take apart"

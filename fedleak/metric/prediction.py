@@ -23,7 +23,7 @@ from fedleak.priors import GaussianPrior, Prior
 #: The prior of natural images of about 32 pixels: see ``GaussianPrior`` for the terms.
 NATURAL = {"rho": 0.96, "power": 1.0, "colour": 0.93, "sigma": 0.25, "mean": 0.5}
 #: Unknowns (of all images of a batch) up to which the Jacobian is held in memory.
-DENSE_UNKNOWNS = 6144
+DENSE_PREDICTION = 6144
 
 
 def natural_prior(shape: tuple[int, int, int], device: torch.device | str = "cpu") -> Prior:
@@ -54,7 +54,7 @@ def predict(
         )
     shape = tuple(references[0].jacobian.images.shape)
     unknowns = references[0].jacobian.images.numel()
-    if unknowns > DENSE_UNKNOWNS:
+    if unknowns > DENSE_PREDICTION:
         return estimate(references, prior)
     factor = prior.dense().factor
     blocks = [r.blocks() for r in references] if blocks is None else blocks

@@ -15,7 +15,7 @@ from fedleak.priors.base import PRIORS, Prior, demand_public
 from fedleak.solvers.gaussian import Gaussian, KroneckerGaussian, cholesky
 
 #: A covariance matrix of images with more entries than this is not held in memory.
-DENSE_UNKNOWNS = 4096
+DENSE_PRIOR = 4096
 #: Smoothness (rho, power) and colour correlations between which the evidence decides.
 _SHAPES = ((0.98, 1.5), (0.97, 1.0), (0.98, 1.75))
 _ROUGH = ((0.9, 1.0), (0.75, 1.0), (0.5, 1.0))
@@ -202,9 +202,9 @@ class LearnedGaussianPrior(Prior):
     ):
         images = demand_public("gaussian:learned", shape, public)
         size = math.prod(shape)
-        if size > DENSE_UNKNOWNS:
+        if size > DENSE_PRIOR:
             raise InvalidInputError(
-                f"prior 'gaussian:learned' covers images of up to {DENSE_UNKNOWNS} values; "
+                f"prior 'gaussian:learned' covers images of up to {DENSE_PRIOR} values; "
                 f"{tuple(shape)} has {size}: use 'gaussian'"
             )
         self.shape, self.latent_shape = shape, (size,)

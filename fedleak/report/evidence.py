@@ -29,7 +29,7 @@ _WHOLE = {"", "none", "clip"}
 
 
 @dataclass(frozen=True)
-class Evidence:
+class WithoutTruth:
     """What is known of the images of one attack that cannot be compared with true ones.
 
     Attributes
@@ -61,16 +61,16 @@ class Evidence:
         return sum(self.counts[:2])
 
 
-def evidence(leakage: pd.DataFrame) -> Evidence:
+def evidence(leakage: pd.DataFrame) -> WithoutTruth:
     """Weigh the images that cannot be compared; none where all can be."""
     rows = without_truth(leakage)
     made = rows[reconstructed(rows)]
     if made.empty:
-        return Evidence()
+        return WithoutTruth()
     which = classes(rows)
     fit = _numbers(made, "fit").dropna()
     noisy = made.loc[_noisy(made), "defence"] if "defence" in made else pd.Series(dtype=object)
-    return Evidence(
+    return WithoutTruth(
         counts=tuple(int((which == n).sum()) for n in range(len(EVIDENCE))),
         fit_median=float(fit.median()) if len(fit) else math.nan,
         fit_best=float(fit.min()) if len(fit) else math.nan,

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import pandas as pd
 
-from fedleak.report.evidence import Evidence, classes, evidence, without_truth
+from fedleak.report.evidence import WithoutTruth, classes, evidence, without_truth
 from fedleak.report.sources import Arm
 from fedleak.status import most_frequent, reconstructed
 from fedleak.wording import BLURRED, CEILING_DB, INDISTINGUISHABLE, RECOGNISABLE
@@ -71,7 +71,7 @@ class Figures:
         Reconstructed, but the truth is not known.
     recognisable : float
         Share of the attacked images with at least 20 dB; unknown where some cannot be compared.
-    evidence : Evidence
+    evidence : WithoutTruth
         What is known of those that cannot.
     doubtful : int
         Reconstructed, but the update is not what was declared, or time ran out.
@@ -119,7 +119,7 @@ class Figures:
     last_db: float
     clients: tuple[Exposure, ...]
     reason: str
-    evidence: Evidence = field(default_factory=Evidence)
+    evidence: WithoutTruth = field(default_factory=WithoutTruth)
     doubtful: int = 0
     doubt: str = ""
     seen: int = 0

@@ -22,7 +22,7 @@ _PART = ".part"
 
 
 @dataclass(frozen=True)
-class Outcome:
+class CellOutcome:
     """How a cell ended.
 
     Attributes
@@ -37,11 +37,11 @@ class Outcome:
     seconds: float = 0.0
 
 
-def finished(out: Path, cell: Cell) -> Outcome | None:
+def finished(out: Path, cell: Cell) -> CellOutcome | None:
     """Return how a cell ended that is finished; else None."""
     try:
         stored = json.loads((out / CELLS / cell.key / DONE).read_text(encoding="utf-8"))
-        return Outcome(stored["status"], stored["reason"], float(stored["seconds"]))
+        return CellOutcome(stored["status"], stored["reason"], float(stored["seconds"]))
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
@@ -52,14 +52,14 @@ def clear_interrupted(out: Path) -> None:
         shutil.rmtree(part, ignore_errors=True)
 
 
-def run_cell(out: str, cell: Cell) -> Outcome:
+def run_cell(out: str, cell: Cell) -> CellOutcome:
     """Run a cell into ``out``; its folder appears once it is finished.
 
     The result is that of the cell alone, whatever the process did before.
 
     Returns
     -------
-    Outcome
+    CellOutcome
         Also where the run raised: one cell must not end the others.
     """
     begin = time.perf_counter()
@@ -68,14 +68,14 @@ def run_cell(out: str, cell: Cell) -> Outcome:
     part = Path(tempfile.mkdtemp(prefix=f"{cell.key}.", suffix=_PART, dir=folder.parent))
     try:
         _train_and_attack(cell.scenario, part)
-        outcome = Outcome("ok", "", round(time.perf_counter() - begin, 3))
+        outcome = CellOutcome("ok", "", round(time.perf_counter() - begin, 3))
         write_atomically(part / DONE, to_json(vars(outcome)), durable=True)
         shutil.rmtree(folder, ignore_errors=True)  # one that has lost its DONE
         os.replace(part, folder)
         flush(folder.parent)
     except Exception as error:
         shutil.rmtree(part, ignore_errors=True)
-        return Outcome("failed", " ".join(f"{type(error).__name__}: {error}".split()))
+        return CellOutcome("failed", " ".join(f"{type(error).__name__}: {error}".split()))
     return outcome
 
 

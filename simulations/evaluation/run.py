@@ -17,8 +17,8 @@ from fedleak.lock import only_writer
 from fedleak.provenance import commit, now, package_versions
 from fedleak.results.folder import Kind, claim
 from fedleak.results.format import EVALUATION, EVALUATION_ROUNDS, SWEEP
-from fedleak.workers import Engine, OnProgress
-from simulations.evaluation.cell import Outcome, clear_interrupted, finished, run_cell
+from fedleak.workers import JobEngine, OnProgress
+from simulations.evaluation.cell import CellOutcome, clear_interrupted, finished, run_cell
 from simulations.evaluation.sweep import Cell, Sweep
 from simulations.evaluation.table import Row, cell_rows, failed_row
 
@@ -49,7 +49,7 @@ def evaluate(
     out: Path | str | None = None,
     *,
     jobs: int = 1,
-    engine: Engine = "local",
+    engine: JobEngine = "local",
     confirmed: bool = False,
     on_progress: OnProgress | None = None,
 ) -> Evaluated:
@@ -92,7 +92,9 @@ def evaluate(
         if on_progress is not None:
             on_progress(skipped, len(cells))
         for count, (cell, found) in enumerate(_run(folder, todo, jobs, engine), skipped + 1):
-            outcome = found if isinstance(found, Outcome) else Outcome("failed", found.reason)
+            outcome = (
+                found if isinstance(found, CellOutcome) else CellOutcome("failed", found.reason)
+            )
             book.add(cell, outcome)
             _tell(cell, outcome)
             book.write()
@@ -131,9 +133,9 @@ def _about(sweep: Sweep) -> dict[str, Any]:
 
 
 def _run(
-    folder: Path, cells: Sequence[Cell], jobs: int, engine: Engine
-) -> Iterator[tuple[Cell, Outcome | workers.Crash]]:
-    function: Callable[[Cell], Outcome] = partial(run_cell, str(folder))
+    folder: Path, cells: Sequence[Cell], jobs: int, engine: JobEngine
+) -> Iterator[tuple[Cell, CellOutcome | workers.Crash]]:
+    function: Callable[[Cell], CellOutcome] = partial(run_cell, str(folder))
     if not cells:
         return iter(())
     if engine == "ray":
@@ -145,7 +147,7 @@ def _run(
     return ((cell, function(cell)) for cell in cells)
 
 
-def _tell(cell: Cell, outcome: Outcome) -> None:
+def _tell(cell: Cell, outcome: CellOutcome) -> None:
     """Log how a cell ended; a person is told of failures at the end."""
     scenario = cell.scenario
     emit(
@@ -168,7 +170,7 @@ class _Book:
                 except (OSError, ValueError, KeyError, IndexError):
                     continue  # its tables were lost, as by a power cut: it is run again
 
-    def add(self, cell: Cell, outcome: Outcome) -> None:
+    def add(self, cell: Cell, outcome: CellOutcome) -> None:
         if outcome.status == "ok":
             self.rows[cell.key] = cell_rows(self.folder, cell, outcome, self.sweep)
         else:

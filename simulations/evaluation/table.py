@@ -23,7 +23,7 @@ from fedleak.results.format import (
 )
 from fedleak.results.reading import read_table
 from fedleak.status import STATUSES, most_frequent, reconstructed
-from simulations.evaluation.cell import Outcome
+from simulations.evaluation.cell import CellOutcome
 from simulations.evaluation.sweep import Cell, Sweep
 
 #: Columns of the tables of a cell, without which it is run again.
@@ -50,14 +50,14 @@ def describe(cell: Cell) -> Row:
     }  # fmt: skip
 
 
-def failed_row(cell: Cell, outcome: Outcome) -> Row:
+def failed_row(cell: Cell, outcome: CellOutcome) -> Row:
     """Return the row of a cell that did not finish."""
     return dict.fromkeys(EVALUATION.columns, "") | describe(cell) | {
         "rounds": cell.scenario.federation.rounds, "status": "failed", "reason": outcome.reason,
     }  # fmt: skip
 
 
-def cell_rows(out: Path, cell: Cell, outcome: Outcome, sweep: Sweep) -> tuple[Row, list[Row]]:
+def cell_rows(out: Path, cell: Cell, outcome: CellOutcome, sweep: Sweep) -> tuple[Row, list[Row]]:
     """Return the row of a finished cell, and one for each of its attacked rounds.
 
     Parameters
@@ -65,7 +65,7 @@ def cell_rows(out: Path, cell: Cell, outcome: Outcome, sweep: Sweep) -> tuple[Ro
     out : Path
         Folder of the evaluation.
     cell : Cell
-    outcome : Outcome
+    outcome : CellOutcome
     sweep : Sweep
         For the threshold, and the delta of epsilon: neither needs another run.
 

@@ -36,7 +36,7 @@ from fedleak.client.training import LocalTraining
 from fedleak.data import load_data
 from fedleak.observation import Observation
 from fedleak.paper.photographs import photographs
-from fedleak.quality import match, score
+from fedleak.quality import pair, score
 from tests.benchmarks.common import parse, parser_of, peak_memory, report, seconds
 
 import torch  # isort: skip
@@ -85,7 +85,7 @@ def observe(
 
 def quality(result: Reconstruction, images: Tensor) -> float:
     """Return the mean PSNR of a client's images."""
-    pairs = match(result.images, images)
+    pairs = pair(result.images, images)
     return sum(score(result.images[i], images[k]).psnr_db for i, k in pairs) / len(pairs)
 
 

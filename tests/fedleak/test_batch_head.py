@@ -29,7 +29,7 @@ from fedleak.errors import UnsupportedModelError
 from fedleak.models import build_model
 from fedleak.observation import Observation
 from fedleak.priors import make_prior
-from fedleak.quality import match
+from fedleak.quality import pair
 from fedleak.systems import Affine, Chain
 from fedleak.systems.dense import dense_system
 
@@ -385,7 +385,7 @@ def test_shared_rows_are_conditioned_on_as_in_one_dense_system() -> None:
     gram = u @ s @ u.mT + sigma.square().diag()
     expected = mean + s @ u.mT @ torch.linalg.solve(gram, v - u @ mean)
     torch.testing.assert_close(found.images.flatten(), expected, atol=2e-4, rtol=0)
-    assert len(match(found.images[0], x)) == 2
+    assert len(pair(found.images[0], x)) == 2
 
 
 def test_an_image_that_is_there_twice_is_said_to_be_hidden() -> None:

@@ -17,7 +17,7 @@ from fedleak.data import load_data
 from fedleak.errors import DataUnavailableError, InvalidInputError, UnknownNameError
 from fedleak.models import build_model
 from fedleak.priors import GaussianPrior
-from fedleak.quality import match, score
+from fedleak.quality import pair, score
 from fedleak.registry import Registry
 
 
@@ -67,7 +67,7 @@ def test_reconstructions_are_matched_whatever_their_order() -> None:
     g = torch.Generator().manual_seed(0)
     truth = torch.rand(5, 1, 4, 4, generator=g)
     order = [3, 0, 4]
-    assert match(truth[order] + 0.01, truth) == [(0, 3), (1, 0), (2, 4)]
+    assert pair(truth[order] + 0.01, truth) == [(0, 3), (1, 0), (2, 4)]
 
 
 def test_digits_are_split_once_and_for_all() -> None:

@@ -22,8 +22,7 @@ from fedleak.errors import UnsupportedModelError
 from fedleak.models import conv_chain
 from fedleak.observation import Observation
 from fedleak.priors import GaussianPrior, TotalVariationPrior
-from fedleak.quality import match as pair
-from fedleak.quality import score
+from fedleak.quality import pair, score
 from fedleak.threat import ThreatModel
 
 Observe = Callable[[nn.Module, Tensor, int], Observation]

@@ -142,7 +142,7 @@ def test_large_images_are_predicted_for_one_client(
     assert some.groupby("round")["predicted_psnr_db"].count().tolist() == [1, 1]
     every, _ = run(tmp_path / "all", *quick, "metric.predict=all")
     assert every["predicted_psnr_db"].notna().all()
-    monkeypatch.setattr(prediction, "DENSE_UNKNOWNS", 63)
+    monkeypatch.setattr(prediction, "DENSE_PREDICTION", 63)
     assert run(tmp_path / "none", *quick)[0]["predicted_psnr_db"].isna().all()
 
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from fedleak.defences import DEFENCES, Defence, Update
+from fedleak.defences import DEFENCES, Defence, Tensors
 
 
 @DEFENCES.register("mantissa")
@@ -24,14 +24,14 @@ class Mantissa(Defence):
     def __post_init__(self) -> None:
         self.demand("bits", maximum=24)
 
-    def __call__(self, update: Update, generator: torch.Generator) -> Update:
+    def __call__(self, update: Tensors, generator: torch.Generator) -> Tensors:
         return {name: self._round(value) for name, value in update.items()}
 
     def _round(self, value: torch.Tensor) -> torch.Tensor:
         mantissa, exponent = torch.frexp(value)
         return torch.ldexp((mantissa * 2**self.bits).round() / 2**self.bits, exponent)
 
-    def errors(self, received: Update) -> Update:
+    def errors(self, received: Tensors) -> Tensors:
         # Uniform over one step of the rounding: step / sqrt(12).
         steps = {k: torch.ldexp(torch.ones_like(v), torch.frexp(v)[1]) for k, v in received.items()}
         return {k: s.double() * 2.0**-self.bits / 12**0.5 for k, s in steps.items()}

@@ -12,7 +12,7 @@ from fedleak.attacks.linear import LinearSolution, row_deviations
 from fedleak.attacks.prior_matching import Match, posterior
 from fedleak.attacks.targets.base import Target
 from fedleak.priors import Prior
-from fedleak.priors.gaussian import DENSE_UNKNOWNS
+from fedleak.priors.gaussian import DENSE_PRIOR
 from fedleak.systems import Affine, Rows
 
 
@@ -36,7 +36,7 @@ class OwnRows(Target):
 def covers(evidence: Evidence, prior: Prior, depth: int) -> bool:
     """Return whether :func:`match_batch` is for this."""
     lead = evidence.chain.lead
-    small = math.prod(prior.shape) <= DENSE_UNKNOWNS
+    small = math.prod(prior.shape) <= DENSE_PRIOR
     layers = evidence.chain.layers
     one_layer = depth == lead + 1 and layers[lead].ranked
     one_layer = one_layer and all(layer.reshapes for layer in layers[:lead])
