@@ -16,6 +16,7 @@ from fedleak.attacks.hybrid import HybridAttack
 from fedleak.attacks.linear import LinearAttack
 from fedleak.attacks.published.gradient_matching import CosineAttack, DLGAttack, IDLGAttack
 from fedleak.attacks.published.hybrid_paper import PaperHybridAttack
+from fedleak.attacks.rounds import together
 
 __all__ = [
     "ATTACKS",
@@ -35,4 +36,5 @@ __all__ = [
     "make_attack",
     "resolve_device",
     "run_attack",
+    "together",
 ]

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fedleak import deadline, memory
@@ -17,6 +18,7 @@ from fedleak.attacks.suspicions.pixels import in_pixels
 from fedleak.deadline import Deadline
 from fedleak.errors import FedleakError, InvalidInputError
 from fedleak.observation import Observation
+from fedleak.priors import Prior, make_prior
 from fedleak.registry import Registry
 from fedleak.status import Status, status_of
 from fedleak.threat import ThreatModel
@@ -87,6 +89,13 @@ class Attack(ABC):
         return {"batch_size"} | (
             {"learning_rate", "local_steps"} if observation.shared == "weights" else set()
         )
+
+    def image_prior(self, shape: tuple[int, int, int], device: torch.device | str) -> Prior:
+        """Return what the attack expects of images where several rounds are solved as one.
+
+        By default the data-free Gaussian prior; see :func:`fedleak.attacks.rounds.together`.
+        """
+        return make_prior("gaussian", shape, device)
 
     @abstractmethod
     def reconstruct(self, observations: Sequence[Observation]) -> list[Reconstruction]:

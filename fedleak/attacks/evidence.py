@@ -313,7 +313,7 @@ class Evidence:
 
     def compare(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Return :meth:`fit`, and by what the update is larger than what images make, (N,)."""
-        made = self._made(images)
+        made = self.made(images)
         counted = {k: ~s for k, s in self.silent.items()}
         if self.signs:
             fit = compare_signs(made, self.gradient, counted)
@@ -332,7 +332,7 @@ class Evidence:
         rounding = {k: self.rounding(k) for k in self.gradient}
         return silent_tensors(self.gradient, self.replay, self.images, rounding)
 
-    def _made(self, images: Tensor) -> Gradients:
+    def made(self, images: Tensor) -> Gradients:
         """Return what clients would have sent for these images, undefended."""
         if images.dim() == 4:
             images = images.unsqueeze(1)
@@ -384,7 +384,7 @@ class Evidence:
             Error of an exact entry, relative to its tensor's root mean square.
         """
         total = count = torch.zeros(len(self), device=self.labels.device)
-        made = self._made(images)
+        made = self.made(images)
         for name, g in self.gradient.items():
             error, m = self.errors[name].flatten(1), made[name].flatten(1)
             told = error.isfinite()

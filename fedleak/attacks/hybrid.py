@@ -246,9 +246,9 @@ class HybridAttack(Attack):
             result.details.update(how)
         return results
 
-    def _prior(self, evidence: Evidence) -> Prior:
-        """Return the prior for these images, made once for each shape and device."""
-        shape, device = evidence.terms.input_shape, evidence.replay.device
+    def image_prior(self, shape: tuple[int, int, int], device: torch.device | str) -> Prior:
+        """Return the prior of these images, made once for each shape and device."""
+        device = torch.device(device)
         if (shape, device) not in self._made:
             public = self.public
             if isinstance(public, (str, Path)):
@@ -257,6 +257,9 @@ class HybridAttack(Attack):
                 self.prior, shape, device, public, **self.prior_options
             )
         return self._made[shape, device]
+
+    def _prior(self, evidence: Evidence) -> Prior:
+        return self.image_prior(evidence.terms.input_shape, evidence.replay.device)
 
     def _match_chain(
         self, evidence: Evidence, solution: LinearSolution, depth: int, clean: bool

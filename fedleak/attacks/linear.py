@@ -15,6 +15,7 @@ from fedleak.attacks.head.account import account
 from fedleak.attacks.head.single import CLEAN, HeadSolution, demix_heads, of_batches, solve_head
 from fedleak.attacks.solution import LayerSolution, LinearSolution, pick
 from fedleak.observation import Observation
+from fedleak.priors import GaussianPrior, Prior
 from fedleak.systems import Above
 from fedleak.systems.system import row_deviations, solve_layer
 from fedleak.tensors import per_update, rms
@@ -30,6 +31,8 @@ __all__ = [
     "solve_recursively",
 ]
 
+#: Images of which nothing is expected: pixels that are independent, and may be anything.
+_FLAT = {"rho": 0.0, "colour": 0.0, "sigma": 100.0}
 #: ``(i, x, z, e) -> x``: replaces the solution of layer ``i`` for the layers below it.
 Correction = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 
@@ -133,6 +136,10 @@ class LinearAttack(Attack):
     """
 
     device: str = "auto"
+
+    def image_prior(self, shape: tuple[int, int, int], device: torch.device | str) -> Prior:
+        """Return a prior that expects nothing of images: least squares."""
+        return GaussianPrior(shape, adapt=False, device=device, **_FLAT)
 
     def reconstruct(self, observations: Sequence[Observation]) -> list[Reconstruction]:
         evidence = Evidence.gather(observations, self.device)

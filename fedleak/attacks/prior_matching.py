@@ -28,7 +28,7 @@ MISSED = 1.2
 _WEAKER = 3
 #: Where values are known better than ``precision``: how much finer they count in the end.
 FINE = 1e-3
-#: Rows beyond which a Jacobian is not built.
+#: Rows beyond which a Jacobian is not built; of several rounds, as many more as images are small.
 DENSE_ROWS = 3 * DENSE_PRIOR
 #: Memory for Jacobians and covariances at once, in entries: it sets how many updates are
 #: solved together.
@@ -75,7 +75,8 @@ def match(
         Relative error at which a value counts as matched, at least.
     """
     n, m = batch * math.prod(prior.shape), target.values.shape[1]
-    dense = target.dense and n <= DENSE_PRIOR and m <= DENSE_ROWS
+    rows = DENSE_ROWS if target.rounds == 1 else DENSE_ROWS * DENSE_PRIOR // n
+    dense = target.dense and n <= DENSE_PRIOR and m <= rows
     if target.linear and prior.gaussian and not dense:
         return _least_squares(target, prior, start, precision)
     if not prior.gaussian or batch > 1 or not dense or target.hidden:

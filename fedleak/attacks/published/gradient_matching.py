@@ -20,6 +20,7 @@ from fedleak.client.local_replay import LocalReplay
 from fedleak.client.replay import Gradients, Replay
 from fedleak.errors import InvalidInputError
 from fedleak.observation import Observation
+from fedleak.priors import Prior, make_prior
 from fedleak.solvers import lbfgs
 from fedleak.tensors import per_update
 
@@ -175,6 +176,10 @@ class CosineAttack(Attack):
                 raise InvalidInputError(f"{name} must be a finite number from 0, not {value!r}")
         if self.learning_rate == 0:
             raise InvalidInputError(f"learning_rate must be above 0, not {self.learning_rate!r}")
+
+    def image_prior(self, shape: tuple[int, int, int], device: torch.device | str) -> Prior:
+        """Return the prior of small total variation, which its objective has."""
+        return make_prior("tv", shape, device)
 
     def needs(self, observation: Observation) -> set[str]:
         several = observation.terms.steps > 1

@@ -40,6 +40,8 @@ class Target(ABC):
     dense: bool = True
     #: Unknowns of each update beside its images: standard normal before anything is known.
     hidden: int = 0
+    #: Updates of different rounds that it is made of.
+    rounds: int = 1
 
     def __len__(self) -> int:
         return len(self.values)

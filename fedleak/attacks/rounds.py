@@ -1,0 +1,266 @@
+"""Several rounds of one client in one estimate: every update under the model that was sent then.
+
+What one round leaves open the next may tell: noise is drawn anew, pruning drops other entries, and
+the model has changed. All that is asked of an attack is what it made of each round alone, and what
+it expects of images (:meth:`Attack.image_prior`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedleak.attacks.base import Attack, Reconstruction, placed
+from fedleak.attacks.evidence import Evidence
+from fedleak.attacks.prior_matching import Match, match, posterior
+from fedleak.attacks.targets.local_training import module_target
+from fedleak.attacks.targets.rounds import RoundsTarget
+from fedleak.errors import InvalidInputError
+from fedleak.priors import Prior
+from fedleak.solvers import Gaussian
+from fedleak.systems import Gradients
+
+#: Relative error of an entry, at least, where it is asked whether images explain a round.
+TOLERANCE = 1e-2
+#: Root mean square error, in units of the expected ones, up to which they do: it is 1 at the
+#: truth, give or take some hundredths, and above it where an estimate is not yet exact.
+EXPLAINED = 1.2
+#: How much worse a round may be explained than by its own images, where these miss it, too.
+_SLACK = 1.1
+#: Relative errors that a match works with, and that two matches are compared at.
+_PRECISION, _FINE = 1e-3, 1e-6
+#: Share of the noise's variance, at least, that a fit is taken to leave.
+_LEAST_LEFT = 0.1
+#: Evaluations of the objective where Gauss-Newton is out of reach.
+_STEPS = 600
+#: Unknowns of several images, and entries of their Jacobian, up to which it is taken.
+_DENSE, _ENTRIES = 2048, 5e7
+
+
+@dataclass(frozen=True, eq=False)
+class Round:
+    """One update, and what its own attack made of it.
+
+    Attributes
+    ----------
+    evidence : Evidence
+        Of this update alone, with the labels of ``alone``.
+    weighed : Evidence
+        The same with an error for every entry: the known defence's, or where none is known, for
+        each tensor what ``alone`` leaves unexplained of it.
+    alone : Reconstruction
+    """
+
+    evidence: Evidence
+    weighed: Evidence
+    alone: Reconstruction
+
+    @classmethod
+    def of(cls, attack: Attack, alone: Reconstruction, observation: Any) -> Round:
+        """Take an observation that ``attack`` has made ``alone`` of."""
+        device = getattr(attack, "device", "auto")
+        evidence = Evidence.gather([observation], device, simulate=True)
+        evidence = evidence.with_labels(alone.labels[None].to(evidence.labels.device))
+        errors = evidence.errors or _unexplained(evidence, alone)
+        weighed = replace(evidence, errors=errors)
+        weighed.__dict__["silent"] = evidence.silent
+        return cls(evidence, weighed, alone)
+
+    @property
+    def images(self) -> int:
+        """Number of images behind the update."""
+        return self.evidence.images
+
+    def with_labels(self, labels: Tensor) -> Round:
+        """Return the same round with other labels, shape (B,)."""
+        labels = labels[None].to(self.evidence.labels.device)
+        parts = self.evidence.with_labels(labels), self.weighed.with_labels(labels)
+        return replace(self, evidence=parts[0], weighed=parts[1])
+
+    def misfit(self, images: Tensor, precision: float = TOLERANCE) -> float:
+        """Return how far images, shape (B, C, H, W), miss the update: 1 is as expected."""
+        images = images[None].to(self.evidence.labels.device)
+        return float(self.weighed.misfit(images, precision)[0])
+
+    def explained_by(self, images: Tensor) -> bool:
+        """Whether images explain the update as its noise lets expect, or hardly worse than its own.
+
+        Its own images fit its noise as well, so that no others come quite as near.
+        """
+        allowed = max(EXPLAINED, _SLACK * self.misfit(self.alone.images))
+        return self.misfit(images) <= allowed
+
+
+def _unexplained(evidence: Evidence, alone: Reconstruction) -> Gradients:
+    """Return for every tensor the error that is left, root mean square, in its full shape.
+
+    The images were fitted to the noise, too: of m numbers, n unknowns leave (m - n) / m of it.
+    """
+    made = evidence.made(alone.images[None].to(evidence.labels.device))
+    noise = float(alone.details.get("noise", 0.0))
+    numbers = sum(g[0].numel() for g in evidence.gradient.values())
+    fitted = max(1 - alone.images.numel() / numbers, _LEAST_LEFT) ** 0.5
+    out = {}
+    for name, g in evidence.gradient.items():
+        left = (made[name] - g).square().mean().sqrt() / fitted
+        least = noise * g.square().mean().sqrt()
+        out[name] = torch.maximum(left, least).clamp_min(1e-300).expand_as(g)
+    return out
+
+
+class _Several(Prior):
+    """The prior of K images that have nothing to do with each other, as one of K C channels."""
+
+    def __init__(self, prior: Prior, count: int):
+        channels, *size = prior.shape
+        self.prior, self.count = prior, count
+        self.shape = (count * channels, size[0], size[1])
+        self.mean = prior.mean.expand(prior.shape).repeat(count, 1, 1)
+        self.latent_shape = (count, *prior.latent_shape)
+
+    def root(self, u: Tensor) -> Tensor:
+        return self.prior.root(u.flatten(0, 1)).reshape(-1, *self.shape)
+
+    def root_adjoint(self, x: Tensor) -> Tensor:
+        each = x.reshape(-1, *self.prior.shape)
+        return self.prior.root_adjoint(each).reshape(-1, *self.latent_shape)
+
+    def dense(self) -> Gaussian:
+        one = self.prior.dense()
+        mean, whole = one.mean.repeat(self.count), [one.covariance] * self.count
+        return Gaussian(mean, torch.block_diag(*whole))
+
+    def family(self, stage: int = 0) -> Sequence[Prior]:
+        return [_Several(p, self.count) for p in self.prior.family(stage)]
+
+    def __repr__(self) -> str:
+        return repr(self.prior)
+
+
+def solve(
+    rounds: Sequence[Round],
+    prior: Prior,
+    members: Sequence[Sequence[int]],
+    start: Tensor,
+    steps: int = _STEPS,
+) -> Match:
+    """Find the images that all rounds and the prior agree on.
+
+    Parameters
+    ----------
+    rounds : sequence of Round
+    prior : Prior
+    members : sequence of sequence of int
+        Of each round, which of the images were in it.
+    start : Tensor, shape (K, C, H, W)
+        Several images are solved from here while that leads to what explains all rounds.
+
+    Returns
+    -------
+    Match
+        Of one update with ``K`` images.
+    """
+    target = RoundsTarget([module_target(r.weighed) for r in rounds], members)
+    if len(start) > 1 and prior.gaussian and _fits(target, start.numel()):
+        several, begin = _Several(prior, len(start)), start[None]
+        solver, _, chosen = posterior(target, several, begin, _PRECISION, begin)
+        images = solver.x.reshape(begin.shape)
+        pairs = zip(rounds, members, strict=True)
+        if all(r.explained_by(images[0, list(m)]) for r, m in pairs):
+            return Match(images, "gauss-newton", [str(chosen[0])])
+    return match(target, prior, start[None], len(start), steps, _PRECISION)
+
+
+def _fits(target: RoundsTarget, unknowns: int) -> bool:
+    """Whether the Jacobian by several images is taken."""
+    entries = target.values.shape[1] * unknowns
+    small = unknowns <= _DENSE and entries <= _ENTRIES
+    return small and target.dense and not target.hidden
+
+
+def together(
+    attack: Attack, observations: Sequence[Any], alone: Sequence[Reconstruction] | None = None
+) -> Reconstruction:
+    """Reconstruct images that one client used in several rounds, from all of them at once.
+
+    Parameters
+    ----------
+    attack : Attack
+    observations : sequence of Observation
+        Each of the model that was sent in its round; of the same images, in any order.
+    alone : sequence of Reconstruction, optional
+        What the attack made of each of them, where that is known already.
+
+    Returns
+    -------
+    Reconstruction
+        The joint estimate where it explains every round; else the one of a single round that
+        explains all of them best, which is then doubtful. ``details["misfit"]`` is of each round,
+        1 where it is as near as its noise lets expect; ``fit`` is the root mean square over rounds.
+
+    Raises
+    ------
+    InvalidInputError
+        If there is none, or they are of different numbers or shapes of images.
+    ForbiddenError
+        If a threat model does not allow the attack.
+
+    Notes
+    -----
+    Where the attacker does not know the clients' defence, each round's noise is estimated from
+    what its own reconstruction leaves unexplained.
+    """
+    observations = placed(observations)
+    kinds = {(o.images, o.input_shape) for o in observations}
+    if len(kinds) != 1:
+        raise InvalidInputError(
+            f"rounds of the same images have one number and shape of them, not {sorted(kinds)}"
+        )
+    alone = alone or [attack([o])[0] for o in observations]
+    rounds = [Round.of(attack, a, o) for a, o in zip(alone, observations, strict=True)]
+    rounds = agreed(rounds)
+    shape = observations[0].input_shape
+    prior = attack.image_prior(shape, rounds[0].evidence.replay.device)
+    return joint(rounds, prior)
+
+
+def agreed(rounds: Sequence[Round]) -> list[Round]:
+    """Return rounds with the labels that most of them have: noise may have hidden some."""
+    each = [tuple(sorted(r.alone.labels.tolist())) for r in rounds]
+    most = max(each, key=each.count)  # of equally many the first
+    chosen = rounds[each.index(most)].alone.labels
+    return [r if len(rounds) == 1 else r.with_labels(chosen) for r in rounds]
+
+
+def joint(rounds: Sequence[Round], prior: Prior) -> Reconstruction:
+    """Return what rounds of the same images, with the same labels, tell together."""
+    count = rounds[0].images
+    misfits = [sum(r.misfit(o.alone.images, _FINE) ** 2 for r in rounds) for o in rounds]
+    best = min(range(len(rounds)), key=misfits.__getitem__)
+    images, details = rounds[best].alone.images, dict(rounds[best].alone.details)
+    if len(rounds) > 1:
+        start = images.clamp(0, 1).to(rounds[0].evidence.replay.device)
+        found = solve(rounds, prior, [range(count)] * len(rounds), start)
+        made = found.images[0].cpu()
+        if sum(r.misfit(made, _FINE) ** 2 for r in rounds) < misfits[best]:
+            images = made
+            details = {"by": "rounds", "solver": found.solver, "prior": found.priors[0]}
+    missed = [n for n, r in enumerate(rounds) if not r.explained_by(images)]
+    doubts = dict.fromkeys(d for r in rounds for d in r.alone.doubts)
+    if missed:
+        said = f"{len(missed)} of {len(rounds)} rounds are not explained by the same images"
+        doubts[said] = None
+    fits = torch.cat([r.evidence.fit(images[None]) for r in rounds])
+    details |= {"rounds": len(rounds), "misfit": [r.misfit(images) for r in rounds]}
+    return Reconstruction(
+        images,
+        rounds[0].evidence.labels[0].cpu(),
+        float(fits.square().mean().sqrt()),
+        details,
+        rounds[0].alone.threat,
+        tuple(doubts),
+    )
