@@ -1,9 +1,9 @@
 """What became of an image: the words of the ``status`` columns.
 
-``ok``: reconstructed, and the update is what it was declared to be, as far as it shows.
-``doubtful``: reconstructed, but the update shows something that the attack does not model, or a
-time limit cut the search short; the ``reason`` says what. ``failed``: there is no image, and the
-``reason`` says why.
+``ok``: reconstructed, the images explain the update, and it is what it was declared to be, as far
+as it shows. ``doubtful``: reconstructed, but the images leave a tenth of the update or more
+unexplained, the update shows something that the attack does not model, or a time limit cut the
+search short; the ``reason`` says what. ``failed``: there is no image, and the ``reason`` says why.
 """
 
 from __future__ import annotations

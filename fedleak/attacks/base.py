@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fedleak import deadline, memory
 from fedleak.attacks.suspicions.pixels import in_pixels
+from fedleak.attacks.suspicions.unexplained import doubted
 from fedleak.deadline import Deadline
 from fedleak.errors import FedleakError, InvalidInputError
 from fedleak.observation import Observation
@@ -45,7 +46,8 @@ class Reconstruction:
     threat : ThreatModel or None
         What the attacker was allowed to know and do.
     doubts : tuple of str
-        What the update shows that the attack does not model: it is not what was declared.
+        What the update shows that the attack does not model: it is not what was declared; and
+        that the images do not explain it.
     """
 
     images: Tensor = field(repr=False)
@@ -57,7 +59,7 @@ class Reconstruction:
 
     @property
     def status(self) -> Status:
-        """``ok``, or ``doubtful`` where something is not as declared."""
+        """``ok``, or ``doubtful`` where there are :attr:`doubts`."""
         return status_of(True, bool(self.doubts))
 
 
@@ -80,7 +82,7 @@ class Attack(ABC):
             observation.threat.demand(self.needs(observation), f"attack {name!r}")
         results = self.reconstruct(observations)
         return [
-            replace(in_pixels(r, o), threat=o.threat)
+            replace(doubted(in_pixels(r, o)), threat=o.threat)
             for r, o in zip(results, observations, strict=True)
         ]
 
@@ -264,7 +266,7 @@ def _outcome(result: Reconstruction, allowed: Deadline, seconds: float) -> Outco
             labels = ", ".join(map(str, result.labels.tolist()))
             return Outcome(None, f"time: no image in {limit}; labels {labels}", seconds)
         cut = f"time: stopped at the limit of {limit}, the best so far"
-        result = replace(result, doubts=(*result.doubts, cut))
+        result = replace(result, doubts=(cut, *result.doubts))
     return Outcome(result, "; ".join(result.doubts), seconds)
 
 

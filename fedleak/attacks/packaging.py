@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from fedleak.attacks.base import Reconstruction
+from fedleak.attacks.contrast import in_range
 from fedleak.attacks.evidence import Evidence
 
 
@@ -25,6 +26,7 @@ def package(
     """
     if images.dim() == 4:
         images = images.unsqueeze(1)
+    images, contrast = in_range(evidence, images)
     fits, factors = evidence.compare(images)
     out = []
     for n, seen in enumerate(evidence.seen):
@@ -32,8 +34,8 @@ def package(
         said: dict[str, Any] = dict(details[n])
         if factor != 1:
             said["factor"] = factor
-        if seen.notes:
-            said["notes"] = list(seen.notes)
+        if notes := [*seen.notes, *filter(None, [contrast[n]])]:
+            said["notes"] = notes
         out.append(
             Reconstruction(
                 images[n].cpu(),

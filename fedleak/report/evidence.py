@@ -93,7 +93,8 @@ def classes(rows: pd.DataFrame) -> pd.Series:
     found[fit < EXPLAINED] = 1
     found[(fit < ENTIRELY) | (_numbers(rows, "certified") == 1)] = 0
     found[_noisy(rows)] = 3
-    found[rows["status"] == "doubtful"] = 2
+    # Where much is left unexplained, that is the doubt, or comes of it.
+    found[(rows["status"] == "doubtful") & ~(fit >= EXPLAINED)] = 2
     found[~reconstructed(rows)] = 4
     return found
 

@@ -32,8 +32,8 @@ GLOSSARY = (
              "for natural images, so look at the pictures"),
     ("fit", "the part of an update that the pictures leave unexplained: 0 nothing, 1 all; known "
             "without the true images, and so all that a real server knows of its success"),
-    ("doubtful", "a picture was made, but the update shows something that was not declared, or a "
-                 "time limit cut the search short"),
+    ("doubtful", "a picture was made, but it does not explain the update, the update shows "
+                 "something that was not declared, or a time limit cut the search short"),
     ("SSIM", "likeness in structure: 1 is the same image, 0 is none"),
     ("informed", "an attacker who knows which defence the clients use, and how strong it is"),
     ("unaware", "one who takes a defended update for an undefended one"),

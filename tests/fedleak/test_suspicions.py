@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,10 +12,12 @@ from torch import Tensor, nn
 
 from fedleak import LocalTraining, Observation, Reconstruction, make_attack, parse_defence
 from fedleak.attacks import run_attack
+from fedleak.attacks.suspicions.unexplained import doubted
 from fedleak.data import load_data
 from fedleak.defences import defend
 from fedleak.errors import InvalidInputError
 from fedleak.quality import score_batch
+from fedleak.wording import EXPLAINED
 
 SHAPE = (1, 8, 8)
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -214,9 +217,10 @@ def test_far_more_images_were_declared_than_there_are(shared: str) -> None:
             seen = Observation.from_weights(model, weights, local, SHAPE)
         (outcome,) = run_attack(make_attack("hybrid", steps=2), [seen])
         assert outcome.reconstruction is not None, outcome.reason
-        status, doubts = outcome.reconstruction.status, outcome.reconstruction.doubts
-        assert status == ("ok" if true == many else "doubtful")
-        assert true == many or f"rank {true}, and that of {many} images 9" in doubts[0]
+        doubts = outcome.reconstruction.doubts
+        assert outcome.reconstruction.status == "doubtful"  # two steps explain nothing
+        said = f"rank {true}, and that of {many} images 9" in doubts[0]
+        assert said == (true != many)
 
 
 def test_noise_is_no_suspicion() -> None:
@@ -224,8 +228,33 @@ def test_noise_is_no_suspicion() -> None:
     model, (x, y) = net(), digits(1)
     for defence in ("noise:0.1", "noise:0.0001", "prune:0.5", "quantise:8"):
         result = attack(model, defend(gradient(model, x, y), parse_defence(defence), 0))
-        assert result.status == "ok"
         assert "factor" not in result.details
+        assert all("explain" in doubt for doubt in result.doubts)
+        # What noise adds is not explained, and that is said.
+        assert (result.status == "ok") == (result.fit < EXPLAINED)
+    assert result.status == "ok"
+
+
+def test_images_that_do_not_explain_the_update_are_doubtful() -> None:
+    """Of any attack: ``ok`` is for images that explain it, however they were found."""
+    model, (x, y) = net(), digits(4)
+    for of, expected in (
+        (make_attack("cosine", steps=1), "doubtful"),
+        (make_attack("linear"), "ok"),
+    ):
+        seen = Observation.from_gradient(model, gradient(model, x[:1], y[:1]), SHAPE)
+        (result,) = of([seen])
+        assert (result.fit < EXPLAINED) == (expected == "ok")
+        assert result.status == expected
+    explained = "fit of 0.1 or more", "fit of 0.5 or more"
+    images, labels = torch.zeros(1, *SHAPE), torch.zeros(1).long()
+    for fit, said in ((0.0999, ""), (0.1, explained[0]), (0.5, explained[1]), (7.0, explained[1])):
+        made = doubted(Reconstruction(images, labels, fit))
+        assert said in " ".join(made.doubts)
+        assert made.status == ("doubtful" if said else "ok")
+    proved = Reconstruction(images, labels, 0.7, {"certified": [True]})
+    assert doubted(proved).status == "ok"
+    assert doubted(replace(proved, details={"certified": [True, False]})).status == "doubtful"
 
 
 @pytest.mark.parametrize("name", ["linear", "hybrid"])
