@@ -5,7 +5,7 @@ from fedleak.client.training import LocalTraining
 from .delegate import DelegatingStrategy
 from .fedsgd import FedSGD
 from .malicious_server import Leak, MaliciousServer
-from .mods import choosing_defence_mod, defence_mod
+from .mods import choosing_defence_mod, clipping_told, defence_mod
 from .old_api import capture_fit
 from .reject_invalid import RejectInvalid
 from .tamper_guard import TamperGuard
@@ -23,5 +23,6 @@ __all__ = [
     "TamperingServer",
     "capture_fit",
     "choosing_defence_mod",
+    "clipping_told",
     "defence_mod",
 ]

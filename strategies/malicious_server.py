@@ -42,6 +42,8 @@ __all__ = ["Leak", "MaliciousServer", "Shared"]
 #: What the server's message to a client holds beside the weights.
 Config = Mapping[str, object]
 
+Defended = DefenceSpec | str | None
+
 #: Images of one update that a reply may claim.
 _MANY = 100_000
 
@@ -119,9 +121,10 @@ class MaliciousServer(DelegatingStrategy):
     max_clients : int
         Attack at most this many clients a round, in the order they were asked; 0 for all.
         A sum is always over all.
-    defence : DefenceSpec or str, optional
+    defence : DefenceSpec, str or callable, optional
         What clients do to their updates, as ``"noise:0.1"``: the server knows it, as its threat
-        model then says. Without it the server is unaware of any.
+        model then says. Without it the server is unaware of any. A callable says it of each
+        client, as for ``training``: :func:`strategies.clipping_told` reads it from the message.
     on_leak : callable, optional
         Called with each :class:`Leak`. By default they are logged.
     capture : path or CaptureWriter, optional
@@ -164,7 +167,7 @@ class MaliciousServer(DelegatingStrategy):
         labels_of: Callable[[int, int], Sequence[int]] | None = None,
         every: int = 1,
         max_clients: int = 0,
-        defence: DefenceSpec | str | None = None,
+        defence: Defended | Callable[[int, int, Config], Defended] = None,
         on_leak: Callable[[Leak], None] | None = None,
         capture: CaptureWriter | Path | str | None = None,
         attack_in: Place = "round",
@@ -192,8 +195,9 @@ class MaliciousServer(DelegatingStrategy):
         self.input_shape = input_shape
         self.training, self.images = training, images
         self.defence = parse_defence(defence) if isinstance(defence, str) else defence
+        known = None if callable(self.defence) else self.defence
         if isinstance(training, LocalTraining) and training.trains:
-            needs_gradients(self.defence)  # here, not in the first round
+            needs_gradients(known)  # here, not in the first round
         self.threat = replace(threat, defence=self.defence is not None)
         self.labels_of = labels_of
         self.every, self.max_clients = every, max_clients
@@ -368,7 +372,7 @@ class MaliciousServer(DelegatingStrategy):
             threat=self.threat,
             training=training,
             shared="weights" if trains else "gradient",
-            defence=self.defence,
+            defence=self._defence_of(server_round, node),
         )
         received = self._named(_to_tensors(record), like)
         return Update(server_round, (node,), sent, received, terms)
@@ -381,6 +385,13 @@ class MaliciousServer(DelegatingStrategy):
         if callable(images):
             images = images(server_round, node, config)
         return None if training is None else training.at(server_round, config), images
+
+    def _defence_of(self, server_round: int, node: int) -> DefenceSpec | None:
+        """Return what one client does to its update in one round."""
+        told = self.defence
+        if callable(told):
+            told = told(server_round, node, self.sent.configs[node])
+        return parse_defence(told) if isinstance(told, str) else told
 
     def _counted(self, reply: Message, declared: int) -> int:
         """Return how many images are behind a reply: as it says itself, or as was declared."""

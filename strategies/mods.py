@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,8 @@ from fedleak.defences import DefenceSpec, defend
 
 from .malicious_server import Shared
 
+#: Under this name Flower's ``DifferentialPrivacyClientSide...Clipping`` send their bound.
+CLIPPING_NORM = "clipping_norm"
 #: The defence of one client in one call: fixed, or chosen from the context.
 Choose = Callable[[Context], tuple[DefenceSpec, Shared, int]]
 
@@ -37,6 +39,18 @@ def defence_mod(defence: DefenceSpec, shared: Shared = "weights", seed: int = 0)
         A mod, for ``ClientApp(mods=[...])``.
     """
     return choosing_defence_mod(lambda context: (defence, shared, seed))
+
+
+def clipping_told(server_round: int, node: int, config: Mapping[str, object]) -> DefenceSpec | None:
+    """Return what a server's message says of its clients' clipping; None where it says nothing.
+
+    For ``MaliciousServer(defence=clipping_told)`` around, or inside of, Flower's
+    ``DifferentialPrivacyClientSideFixedClipping`` and ``...AdaptiveClipping``, whose bound is
+    another in each round.
+    """
+    norm = config.get(CLIPPING_NORM)
+    told = isinstance(norm, (int, float)) and norm > 0
+    return DefenceSpec("clip", float(norm)) if told else None  # type: ignore[arg-type]
 
 
 def noise_seed(seed: int, client: object, server_round: object) -> int:

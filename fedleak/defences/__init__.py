@@ -2,6 +2,7 @@
 
 from fedleak.defences.base import DEFENCES, Defence, Tensors
 from fedleak.defences.clipping import DP, Clipping
+from fedleak.defences.flower_mods import FixedClippingMod, LocalDpMod
 from fedleak.defences.layers import Soteria, Withholding
 from fedleak.defences.noise import GaussianNoise, LaplaceNoise
 from fedleak.defences.pruning import MagnitudePruning, RandomSparsification
@@ -14,8 +15,10 @@ __all__ = [
     "Clipping",
     "Defence",
     "DefenceSpec",
+    "FixedClippingMod",
     "GaussianNoise",
     "LaplaceNoise",
+    "LocalDpMod",
     "MagnitudePruning",
     "Quantisation",
     "RandomSparsification",

@@ -6,7 +6,6 @@ import logging
 import math
 import warnings
 
-from fedleak.defences.clipping import DP
 from fedleak.defences.spec import DefenceSpec
 from fedleak.errors import InvalidInputError
 
@@ -18,9 +17,9 @@ def epsilon(
 
     By Rényi differential privacy (Mironov 2017, Mironov et al. 2019), as
     ``opacus.accountants.RDPAccountant`` computes it, for neighbours that differ by one
-    client's update (``dp``) or by one image (``dp`` with ``examples``). It holds for each of
-    the updates that the server sees: local differential privacy, if each client adds the
-    noise itself.
+    client's update (``dp``, ``LocalDpMod``) or by one image (``dp`` with ``examples``). It holds
+    for each of the updates that the server sees: local differential privacy, if each client adds
+    the noise itself.
 
     Parameters
     ----------
@@ -50,7 +49,8 @@ def epsilon(
             f"rounds ({rounds}) must be at least 0, sampling ({sampling}) in (0, 1] and delta "
             f"({delta}) in (0, 1)"
         )
-    steps = [(part.noise, sampling, rounds) for part in spec.parts if isinstance(part, DP)]
+    told = [part.noise_multiplier for part in spec.parts]
+    steps = [(noise, sampling, rounds) for noise in told if noise is not None]
     if not steps:
         return None
     if not rounds:

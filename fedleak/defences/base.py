@@ -71,6 +71,11 @@ class Defence(ABC):
         return
 
     @property
+    def noise_multiplier(self) -> float | None:
+        """Standard deviation of Gaussian noise in clips; None where nothing is guaranteed."""
+        return None
+
+    @property
     def strength(self) -> Any:
         """The first field; false where this is no defence."""
         return getattr(self, fields(self)[0].name)  # type: ignore[arg-type]

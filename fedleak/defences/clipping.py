@@ -84,6 +84,10 @@ class DP(Defence):
     def rescales(self) -> Literal["", "update", "tensor"]:
         return "update"
 
+    @property
+    def noise_multiplier(self) -> float | None:
+        return self.noise
+
     def contradiction(self, before: Sequence[Defence]) -> str:
         if before and self.examples:
             return "is applied to the gradients of single images, and so must come first"

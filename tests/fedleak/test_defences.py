@@ -20,6 +20,7 @@ from fedleak.errors import InvalidInputError, UnknownNameError
 STRENGTHS = (
     "noise:0.5", "laplace:0.5", "prune:0.5", "sparsify:0.5", "clip:1", "dp:clip=1,noise=0.1",
     "quantise:4", "quantise:4,rounding=stochastic", "sign:1", "sign:0.1,scale=fixed",
+    "fixedclipping_mod:1", "LocalDpMod:clipping_norm=1,sensitivity=0.1,epsilon=1,delta=1e-5",
     "soteria:0.5", "withhold:b", "clip:1+noise:0.1", "prune:0.5+quantise:8+laplace:0.1",
 )  # fmt: skip
 
