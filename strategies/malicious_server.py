@@ -194,7 +194,9 @@ class MaliciousServer(DelegatingStrategy):
             self.attack = make_attack(attack) if isinstance(attack, str) else attack
         self.input_shape = input_shape
         self.training, self.images = training, images
-        self.defence = parse_defence(defence) if isinstance(defence, str) else defence
+        self.defence: DefenceSpec | Callable[[int, int, Config], Defended] | None = (
+            parse_defence(defence) if isinstance(defence, str) else defence
+        )
         known = None if callable(self.defence) else self.defence
         if isinstance(training, LocalTraining) and training.trains:
             needs_gradients(known)  # here, not in the first round
@@ -388,9 +390,9 @@ class MaliciousServer(DelegatingStrategy):
 
     def _defence_of(self, server_round: int, node: int) -> DefenceSpec | None:
         """Return what one client does to its update in one round."""
-        told = self.defence
-        if callable(told):
-            told = told(server_round, node, self.sent.configs[node])
+        if not callable(self.defence):
+            return self.defence
+        told = self.defence(server_round, node, self.sent.configs[node])
         return parse_defence(told) if isinstance(told, str) else told
 
     def _counted(self, reply: Message, declared: int) -> int:

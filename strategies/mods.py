@@ -47,6 +47,17 @@ def clipping_told(server_round: int, node: int, config: Mapping[str, object]) ->
     For ``MaliciousServer(defence=clipping_told)`` around, or inside of, Flower's
     ``DifferentialPrivacyClientSideFixedClipping`` and ``...AdaptiveClipping``, whose bound is
     another in each round.
+
+    Parameters
+    ----------
+    server_round, node : int
+    config : mapping
+        What the message holds beside the weights.
+
+    Returns
+    -------
+    DefenceSpec or None
+        ``clip`` with that norm.
     """
     norm = config.get(CLIPPING_NORM)
     told = isinstance(norm, (int, float)) and norm > 0
