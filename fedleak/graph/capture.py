@@ -161,6 +161,9 @@ class Graph:
         for module in model.modules():
             if hasattr(module, "inplace"):
                 module.inplace = False  # type: ignore[assignment]
+            if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training:
+                # What a client's forward pass leaves in the buffers is no part of its gradient.
+                module.running_mean = module.running_var = module.num_batches_tracked = None
         try:
             traced = fx.symbolic_trace(model)
         except Exception as error:  # fx raises many kinds; each means "no fixed graph"

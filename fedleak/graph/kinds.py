@@ -22,6 +22,8 @@ class Kind(Enum):
     DENSE = "dense"
     #: ``out = scale * in + shift``, entry by entry: batch normalisation by running statistics.
     SCALE = "scale"
+    #: By the statistics of its own input: batch normalisation in training mode, group normalisation.
+    NORMALISATION = "normalisation"
     #: The same entries in another shape or order.
     RESHAPE = "reshape"
     ADD = "add"
@@ -120,7 +122,9 @@ def _module_kind(module: nn.Module) -> Kind:
         return Kind.OTHER if module.training and module.p > 0 else Kind.RESHAPE
     if isinstance(module, nn.modules.batchnorm._BatchNorm):
         own = module.training or module.running_mean is None
-        return Kind.OTHER if own else Kind.SCALE
+        return Kind.NORMALISATION if own and module.affine else Kind.OTHER if own else Kind.SCALE
+    if isinstance(module, nn.GroupNorm):
+        return Kind.NORMALISATION if module.affine else Kind.OTHER
     kind = _MODULES.get(type(module), Kind.OTHER)
     if isinstance(module, nn.Conv2d) and (
         module.padding_mode != "zeros" or isinstance(module.padding, str)

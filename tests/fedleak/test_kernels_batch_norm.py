@@ -93,7 +93,7 @@ def test_the_input_is_found_or_refused(norm: str, images: int, shortcut: bool, s
 def test_with_a_stride_zeros_tell_the_constant(images: int, size: int) -> None:
     client = Client("batch", images, 2, False, 0, size)
     found = solve_normalised(client.part())
-    assert found.lifted
+    assert found.lifted.any()
     assert not found.unsure.any()
     assert beside_scale(found.values, client.x.double(), False) < 1e-4
     with pytest.raises(Refused, match="open"):

@@ -123,15 +123,15 @@ class Normalised:
     def cotangent(self, z_hat: Tensor, sigma: Tensor) -> Tensor:
         """Return the derivative of the loss by the convolution's output."""
         scaled = self.derivative.double() * self.gamma.double()[:, None, None]
-        shift, slope = self._told(self.beta_gradient), self._told(self.gamma_gradient)
+        shift, slope = self.told(self.beta_gradient), self.told(self.gamma_gradient)
         shift = self.mean(scaled) if shift is None else shift
         slope = self.mean(scaled * z_hat) if slope is None else slope
         e = (scaled - shift - z_hat * slope) / sigma
         # Zero at the truth: so what a stride leaves open is exactly open from the first round on.
         return e - self.mean(e * sigma) / sigma
 
-    def _told(self, gradient: Tensor | None) -> Tensor | None:
-        """Return the mean that a parameter's gradient tells, if it does."""
+    def told(self, gradient: Tensor | None) -> Tensor | None:
+        """Return the mean that a parameter's gradient tells, as broad as the derivative, if so."""
         images = len(self.derivative)
         if gradient is None or (self.groups is not None and images > 1):
             return None
@@ -160,8 +160,9 @@ class NormalisedSolution:
     error : float
         Estimate of the relative error of ``values``: of the rows and of the last change.
     rounds : int
-    lifted : bool
-        Whether a direction that rows leave open was told by the exact zeros of a ReLU.
+    lifted : Tensor of bool, shape (B, H, W)
+        Positions along which a direction that rows leave open was told by the exact zeros of a
+        ReLU.
     unsure : Tensor of bool, shape (C_in,)
         Channels where fewer than two values lie at that zero, so that it may be none.
     """
@@ -173,7 +174,7 @@ class NormalisedSolution:
     residual: float
     error: float
     rounds: int
-    lifted: bool
+    lifted: Tensor
     unsure: Tensor
 
 
@@ -258,8 +259,7 @@ class _Point:
         before: Tensor | None = None
         for rounds in range(1, _ROUNDS + 1):
             self.found = self.solve()
-            x, self.unsure = _lift(self.found, self.rectified)
-            self.lifted = bool(self.found.open.shape[2])
+            x, self.lifted, self.unsure = _lift(self.found, self.rectified)
             self.size = self._size(x)
             self.x = x / self.size
             self.take(self.x)
@@ -300,18 +300,19 @@ class _Point:
         return torch.cat([r.flatten() for r in rest]) / size
 
 
-def _lift(found: RowsSolution, rectified: bool) -> tuple[Tensor, Tensor]:
+def _lift(found: RowsSolution, rectified: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Raise each channel along the one open direction until its least value there is zero.
 
     Returns
     -------
     x : Tensor, shape (B, C_in, H, W)
+    support : Tensor of bool, shape (B, H, W)
     unsure : Tensor of bool, shape (C_in,)
     """
     x, null = found.values, found.open
     unsure = torch.zeros(x.shape[1], dtype=torch.bool, device=x.device)
     if not null.shape[2]:
-        return x, unsure
+        return x, torch.zeros_like(x[:, 0], dtype=torch.bool), unsure
     if not rectified or null.shape[2] > 1 or len(null) > 1:
         raise Refused(
             f"normalised convolution: {null.shape[2]} directions of every channel are open"
@@ -327,7 +328,8 @@ def _lift(found: RowsSolution, rectified: bool) -> tuple[Tensor, Tensor]:
     flat = flat + need[:, None] * v * support
     at_zero = flat[:, support] < _ZERO * flat.square().mean().sqrt()
     unsure = at_zero.sum(1) < 2
-    return flat.unflatten(1, (x.shape[0], -1)).transpose(0, 1).reshape(x.shape), unsure
+    lifted = flat.unflatten(1, (x.shape[0], -1)).transpose(0, 1).reshape(x.shape)
+    return lifted, support.reshape(x[:, 0].shape), unsure
 
 
 def _error_of(found: RowsSolution) -> float:
@@ -389,28 +391,30 @@ def zero_sum_factors(cotangents: Tensor) -> tuple[Tensor, float]:
     return factors * factors.sum().sign(), float(s[-1] / s[-2]) if len(s) > 1 else 0.0
 
 
-def derivative_above(part: Normalised, x: Tensor, cotangent: Tensor) -> Tensor:
+def derivative_above(
+    part: Normalised, x: Tensor, cotangent: Tensor, inverse: float = 0.0
+) -> Tensor:
     """Return the derivative by a normalisation's output from that by its input.
 
     Parameters
     ----------
     part : Normalised
-        Of batch normalisation, with both gradients; its ``derivative`` gives the shape alone.
+        With both gradients, of batch normalisation or one image; its ``derivative`` gives the
+        shape alone.
     x : Tensor, shape (B, C_in, H, W)
         The convolution's input, up to a number for all.
     cotangent : Tensor, shape (B, C_out, H_out, W_out)
         The derivative by the convolution's output, up to that number's inverse.
+    inverse : float
+        That of the number's square, by which eps counts; see :meth:`Normalised.normalise`.
     """
-    if part.beta_gradient is None or part.gamma_gradient is None:
-        raise InvalidInputError("the gradients of gamma and beta are needed")
-    z_hat, sigma = part.normalise(x)
-    count = cotangent.numel() // cotangent.shape[1]
-
-    def wide(v: Tensor) -> Tensor:
-        return v.double()[None, :, None, None]
-
-    means = wide(part.beta_gradient) / count + z_hat * wide(part.gamma_gradient) / count
-    return cotangent * sigma / wide(part.gamma) + means
+    shift, slope = part.told(part.beta_gradient), part.told(part.gamma_gradient)
+    if shift is None or slope is None:
+        raise InvalidInputError(
+            "the gradients of gamma and beta of batch normalisation or one image are needed"
+        )
+    z_hat, sigma = part.normalise(x, inverse)
+    return (cotangent * sigma + shift + z_hat * slope) / part.gamma.double()[:, None, None]
 
 
 __all__: Sequence[str] = (

@@ -3,7 +3,16 @@
 from __future__ import annotations
 
 from fedleak.graph.knowledge import Rule
-from fedleak.graph.rules import backward, batches, blind, forward, gradient_rows, head, inverse
+from fedleak.graph.rules import (
+    backward,
+    batches,
+    blind,
+    forward,
+    gradient_rows,
+    head,
+    inverse,
+    own_statistics,
+)
 
 #: In the order in which they are tried: what costs least first.
 RULES: dict[str, Rule] = {
@@ -12,6 +21,7 @@ RULES: dict[str, Rule] = {
     "inverse": inverse.apply,
     "backward": backward.apply,
     "gradient rows": gradient_rows.apply,
+    "own statistics": own_statistics.apply,
     "batch": batches.apply,
     "blind convolution": blind.apply,
 }

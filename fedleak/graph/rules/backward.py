@@ -64,7 +64,14 @@ def _contribute(knowledge: Knowledge, node: Node, place: int, known: Known) -> b
                 return False
         made = pull(known.value)
         rounding = ROUNDING * float(made.square().mean().sqrt())
-        error = (probe(pull, known.value, known.error) ** 2 + rounding**2) ** 0.5
+        square = probe(pull, known.value, known.error) ** 2 + rounding**2
+        if values is not None and len(values) == 1:
+
+            def at(x: Tensor) -> Tensor:
+                return pulled_back(knowledge.graph, node, place, known.value, [x])
+
+            square += probe(at, values[0], knowledge.values[edge].error) ** 2
+        error = square**0.5
         found = Known(made, error, "backward")
     knowledge.contributions[node.name, place] = found
     return True
