@@ -50,6 +50,8 @@ def gradients_below(
         e, inputs = total[name], [values[i] for i in node.inputs]
         for parameter, g in _by_parameters(graph, node, inputs, e).items():
             found[parameter] = found[parameter] + g if parameter in found else g
+        if not any(i in order and i not in cotangents for i in node.inputs):
+            continue
         parts = _by_inputs(graph, node, inputs, e, temperature)
         for edge, part in zip(node.inputs, parts, strict=True):
             if edge in order and edge not in cotangents:

@@ -22,7 +22,7 @@ class Kind(Enum):
     DENSE = "dense"
     #: ``out = scale * in + shift``, entry by entry: batch normalisation by running statistics.
     SCALE = "scale"
-    #: By the statistics of its own input: batch normalisation in training mode, group normalisation.
+    #: By the statistics of its own input: batch normalisation in training mode, and of groups.
     NORMALISATION = "normalisation"
     #: The same entries in another shape or order.
     RESHAPE = "reshape"

@@ -8,6 +8,7 @@ clamped: brightness and contrast may still be open.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 from torch.func import jvp, vjp
 
 from fedleak import deadline
+from fedleak.graph.kinds import Kind
 from fedleak.graph.knowledge import Knowledge
 from fedleak.graph.targets import BelowTargets, NearestTargets, Targets
 from fedleak.priors import Prior
@@ -60,15 +62,19 @@ def match_images(
     nearest = NearestTargets(knowledge)
     search = _Search(nearest, prior, watch)
     u = search.finish(search.descend(search.start(), steps))
-    if search.misfit(u) > _MATCHED and nearest.layers:
+    matched = search.misfit(u) < _MATCHED
+    if not matched and nearest.layers:
         values = _Search(NearestTargets(knowledge, rows=False), prior, watch)
         alone = values.finish(u)
         if values.misfit(alone) < _MATCHED:
-            return values.images(alone).detach()
+            u, search.gain, matched = alone, values.gain, True
     below = BelowTargets.of(knowledge)
-    if search.misfit(u) < _MATCHED or below is None or deadline.passed():
+    if below is None or deadline.passed():
         return search.images(u).detach()
     whole = _Search(below, prior, watch)
+    whole.gain = search.gain
+    if matched:  # what is left open there the rest of the gradient may tell, masks being right
+        return whole.images(whole.finish(u)).detach()
     other, tried = whole.start(), False
     for temperature in whole.temperatures():
         other = whole.cool(other, temperature)
@@ -83,13 +89,16 @@ def match_images(
 
 
 class _Search:
-    """Images as ``mean + B P w``: ``B`` of the prior, ``P`` what the data make of it."""
+    """Images as ``gain (mean + B P w)``: ``B`` of the prior, ``P`` what the data make of it."""
+
+    gain = 1.0
 
     def __init__(self, targets: Targets, prior: Prior, watch: Watch | None):
         self.targets, self.prior, self.watch = targets, prior, watch
         graph = targets.knowledge.graph
         self.batch = graph.batch
         self.latent = (self.batch, *prior.latent_shape)
+        self.scaled = any(n.kind is Kind.NORMALISATION for n in graph.nodes.values())
 
     def start(self) -> Tensor:
         return self.targets.values.new_zeros(self.latent)
@@ -118,6 +127,7 @@ class _Search:
 
     def finish(self, u: Tensor) -> Tensor:
         """Go on by Gauss-Newton as long as that pays."""
+        self.choose_gain(u)
         misfit = self._told(u)
         for _ in range(MOST_NEWTON):
             if misfit < _MATCHED or deadline.passed():
@@ -128,6 +138,29 @@ class _Search:
                 break
         return u
 
+    def choose_gain(self, u: Tensor) -> None:
+        """Choose what all pixels are multiplied by, of which normalisation leaves eps to tell.
+
+        Zeros beyond the border stay: brightness goes along. A long way for steps that other
+        directions rule, and one number.
+        """
+        if not self.scaled:
+            return
+        tried: dict[float, float] = {}
+
+        def at(gain: float) -> float:
+            if gain not in tried:
+                self.gain = gain
+                tried[gain] = self.misfit(u)
+            return tried[gain]
+
+        best, width = self.gain, 2.0
+        while width > 1.0001 and not deadline.passed():
+            nearest = min((best / width, best, best * width), key=at)
+            width = width if nearest != best else width**0.5
+            best = nearest
+        self.gain = best
+
     def _told(self, u: Tensor) -> float:
         misfit = self.misfit(u)
         if self.watch is not None:
@@ -135,7 +168,7 @@ class _Search:
         return misfit
 
     def images(self, u: Tensor) -> Tensor:
-        return self.prior.image(u)
+        return self.gain * self.prior.image(u)
 
     def made(self, u: Tensor) -> Tensor:
         return self.targets.made(self.images(u))
@@ -178,20 +211,36 @@ class _Search:
         errors = self.targets.errors.clamp_min(min(1e-3, 0.1 * level))
         weight = self.weight(u, errors)
         pull = vjp(self.made, u)[1]
+        brighter, size = self._by_gain(u, errors)
 
         def apply(w: Tensor) -> tuple[Tensor, ...]:
-            d = self.prior.damped(w[0], weight)
-            return (jvp(self.made, (u,), (d,))[1] / errors)[None], d[None]
+            d = self.prior.damped(w[0, 1:].reshape(self.latent), weight)
+            moved = jvp(self.made, (u,), (d,))[1] / errors + w[0, 0] * brighter
+            return moved[None], d[None]
 
         def adjoint(rows: tuple[Tensor, ...]) -> Tensor:
             d = pull(rows[0][0] / errors)[0].detach() + rows[1][0]
-            return self.prior.damped(d, weight)[None]
+            gain = (brighter * rows[0][0]).sum()
+            return torch.cat([gain[None], self.prior.damped(d, weight).flatten()])[None]
 
         rhs = ((rest / errors)[None], -u[None])
         with torch.no_grad():
-            w, _ = cgls(apply, adjoint, rhs, torch.zeros_like(u)[None], 1e-5, iterations)
-            step = self.prior.damped(w[0], weight)
+            start = u.new_zeros(1, 1 + u.numel())
+            w, _ = cgls(apply, adjoint, rhs, start, 1e-5, iterations)
+            step = self.prior.damped(w[0, 1:].reshape(self.latent), weight)
+            change, gain = float(w[0, 0] / size), self.gain
             for scale in (1.0, 0.5, 0.25, 0.1):
+                self.gain = gain * math.exp(max(-1.0, min(1.0, scale * change)))
                 if self.misfit(u + scale * step) < misfit:
                     return u + scale * step
+            self.gain = gain
         return u
+
+    def _by_gain(self, u: Tensor, errors: Tensor) -> tuple[Tensor, float]:
+        """Return how what is made changes with the gain, of unit length, and the length."""
+        if not self.scaled:
+            return torch.zeros_like(errors), 1.0
+        x = self.images(u).detach()
+        column = jvp(self.targets.made, (x,), (x,))[1].detach() / errors
+        size = float(column.norm().clamp_min(1e-300))
+        return column / size, size

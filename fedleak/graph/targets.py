@@ -5,7 +5,8 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 from torch.func import vjp
 
 from fedleak.graph.backprop import gradients_below
@@ -59,9 +60,10 @@ class Targets(ABC):
 
 
 class NearestTargets(Targets):
-    """Values of edges, and gradients of layers below whose cotangent is known.
+    """Values of edges, and gradients of layers below that are continuous in the images.
 
-    Such a gradient is linear in the layer's input: all of it is continuous in the images.
+    Those of a layer whose cotangent is known are linear in its input. Through a normalisation by
+    its own statistics, or an activation without a kink, a known derivative goes on down.
 
     Parameters
     ----------
@@ -74,23 +76,29 @@ class NearestTargets(Targets):
     def __init__(self, knowledge: Knowledge, rows: bool = True):
         edges, self.layers = frontier(knowledge)
         self.layers = self.layers if rows else []
-        tensors, errors = [], []
+        self.parameters = [name for node in self.layers for name in node.parameters]
+        told = carried(knowledge, edges)
+        self.nodes = [n for n in knowledge.graph.nodes if n in told]
+        self.cotangents = {n: knowledge.cotangents[n] for n in told if n in knowledge.cotangents}
+        errors = []
         for node in self.layers:
-            for name in node.parameters:
-                tensors.append(knowledge.gradient[name])
-                errors.append(max(knowledge.cotangents[node.name].relative, ROUNDING))
+            known = knowledge.cotangents.get(node.name)
+            each = self.cotangents.values() if known is None else [known]
+            relative = max(k.relative for k in each)
+            errors += [max(relative, ROUNDING)] * len(node.parameters)
+        tensors = [knowledge.gradient[name] for name in self.parameters]
         super().__init__(knowledge, edges, tensors, errors)
 
     def _tensors(self, images: Tensor) -> list[Tensor]:
         graph = self.knowledge.graph
-        inputs = [node.inputs[0] for node in self.layers]
-        edges = graph.run({graph.image: images}, [*self.edges, *inputs])
-        tensors = [edges[e] for e in self.edges]
-        for node in self.layers:
-            e = self.knowledge.cotangents[node.name].value
-            found = parameter_gradients(graph, node, edges[node.inputs[0]], e)
-            tensors += [found[name] for name in node.parameters]
-        return tensors
+        inner = [i for n in self.nodes for i in graph.nodes[n].inputs] if self.parameters else []
+        values = graph.run({graph.image: images}, [*self.edges, *inner])
+        tensors = [values[e] for e in self.edges]
+        if not self.parameters:
+            return tensors
+        above = {e: k.value for e, k in self.cotangents.items()}
+        found = gradients_below(graph, values, above, self.nodes)
+        return [*tensors, *(found[name] for name in self.parameters)]
 
 
 class BelowTargets(Targets):
@@ -137,24 +145,68 @@ class BelowTargets(Targets):
 def frontier(knowledge: Knowledge) -> tuple[list[str], list[Node]]:
     """Return the known edges that the image reaches first, and the layers before them."""
     graph = knowledge.graph
-    reached, edges, layers = {graph.image}, [], []
     if knowledge.value(graph.image) is not None:
         return [graph.image], []
-    for node in graph.nodes.values():
-        if not any(i in reached for i in node.inputs):
+    reached = _reached(knowledge)
+    edges = [n for n in reached if knowledge.value(n) is not None]
+    told, layers = carried(knowledge, edges), []
+    largest = max((float(g.abs().max()) for g in knowledge.gradient.values()), default=0.0)
+    for node in (graph.nodes[n] for n in reached if n in told):
+        if not node.parameters or node.kind not in _LAYERS:
             continue
-        if node.kind in (Kind.CONVOLUTION, Kind.DENSE, Kind.SCALE) and node.parameters:
-            sent = all(p in knowledge.gradient for p in node.parameters)
-            alone = not any(p in graph.shared for p in node.parameters)
-            # A wrong mask is in the cotangents of the layer and of the scale above it.
-            wrong = knowledge.contradicted & {node.name, *node.inputs}
-            if node.name in knowledge.cotangents and sent and alone and not wrong:
-                layers.append(node)
-        if knowledge.value(node.name) is not None:
-            edges.append(node.name)
-        else:
-            reached.add(node.name)
+        sent = all(p in knowledge.gradient for p in node.parameters)
+        alone = not any(p in graph.shared for p in node.parameters)
+        # A wrong mask is in the cotangents of the layer and of the scale above it.
+        wrong = knowledge.contradicted & {node.name, *node.inputs}
+        if sent and alone and not wrong and not _rounded(knowledge, node, largest):
+            layers.append(node)
     return edges, layers
+
+
+_LAYERS = (Kind.CONVOLUTION, Kind.DENSE, Kind.SCALE, Kind.NORMALISATION)
+
+
+def _rounded(knowledge: Knowledge, node: Node, largest: float) -> bool:
+    """Return whether a gradient is rounding: that of a bias before a normalisation."""
+    each = [float(knowledge.gradient[p].abs().max()) for p in node.parameters]
+    return node.name not in knowledge.cotangents and min(each) <= _ROUNDED_AWAY * largest
+
+
+def _reached(knowledge: Knowledge) -> list[str]:
+    """Return the edges that the image reaches, up to the first that are known."""
+    graph, open_, found = knowledge.graph, {knowledge.graph.image}, list[str]()
+    for node in graph.nodes.values():
+        if any(i in open_ for i in node.inputs):
+            found.append(node.name)
+            if knowledge.value(node.name) is None:
+                open_.add(node.name)
+    return found
+
+
+def carried(knowledge: Knowledge, edges: list[str]) -> set[str]:
+    """Return the nodes up to known edges whose cotangent is a continuous function of the image."""
+    graph, told = knowledge.graph, set[str]()
+    reached = set(_reached(knowledge))
+    for name in reversed([n for n in graph.nodes if n in reached]):
+        above = graph.consumers[name]
+        smooth = all(c in told and _smooth(graph.nodes[c]) for c, _ in above)
+        if name in knowledge.cotangents or (above and smooth and name not in edges):
+            told.add(name)
+    return told
+
+
+def _smooth(node: Node) -> bool:
+    """Return whether an operation's derivative is continuous in its input."""
+    if node.kind is Kind.POINTWISE:
+        return isinstance(node.target, _SMOOTH) or node.target in _SMOOTH_FUNCTIONS
+    return node.kind.affine or node.kind is Kind.NORMALISATION
+
+
+_SMOOTH = (nn.Tanh, nn.Sigmoid, nn.Softplus, nn.SiLU, nn.GELU, nn.Mish)
+_SMOOTH_FUNCTIONS = (
+    torch.tanh, F.tanh, torch.sigmoid, F.sigmoid, F.softplus, F.silu, F.gelu, F.mish,
+    "tanh", "sigmoid",
+)  # fmt: skip
 
 
 def parameter_gradients(graph: Graph, node: Node, value: Tensor, e: Tensor) -> dict[str, Tensor]:

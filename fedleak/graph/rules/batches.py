@@ -3,7 +3,8 @@
 The blind kernel finds a batch's inputs and cotangents up to a mixture, which ReLU's zeros resolve
 up to a number for each image. Where everything from there to the logits is linear but for the
 one activation, a unit's cotangent is zero or what the image's logits make of it: that tells the
-derivative by the logits, up to the same number, and the head's bias tells the numbers.
+derivative by the logits, up to the same number, and the head's bias tells the numbers. A cotangent
+that is known already tells it in the same way.
 """
 
 from __future__ import annotations
@@ -34,24 +35,32 @@ def apply(knowledge: Knowledge) -> bool:
     if bias is None or len(bias) <= graph.batch:
         return False
     for node in reversed(graph.nodes.values()):
-        if node.kind is Kind.CONVOLUTION and node.name not in knowledge.blind:
+        known = knowledge.cotangents.get(node.name)
+        if known is not None or (
+            node.kind is Kind.CONVOLUTION and node.name not in knowledge.blind
+        ):
             maps = _from_logits(knowledge, node, len(bias))
             if maps is None:
                 continue
-            found = _logits(knowledge, node, maps, bias)
+            cotangents = _cotangents(knowledge, node) if known is None else known.value
+            found = None if cotangents is None else _logits(cotangents, maps, bias)
             if found is not None:
                 error = ROUNDING * float(found.square().mean().sqrt())
                 return knowledge.learn_cotangent(graph.logits, Known(found, error, "batch"))
     return False
 
 
-def _logits(knowledge: Knowledge, node: Node, maps: Tensor, bias: Tensor) -> Tensor | None:
-    """Return the derivative by the logits, (B, classes), each image's with its number."""
+def _cotangents(knowledge: Knowledge, node: Node) -> Tensor | None:
+    """Return a convolution's cotangent by image, each up to a number."""
     try:
-        _, cotangents, _ = resolved(knowledge, node)
+        return resolved(knowledge, node)[1]
     except Refused as refusal:
         knowledge.short[node.name] = str(refusal)
         return None
+
+
+def _logits(cotangents: Tensor, maps: Tensor, bias: Tensor) -> Tensor | None:
+    """Return the derivative by the logits, (B, classes), each image's with its number."""
     # The classes' derivatives add up to zero, which the layers below need not tell.
     each = []
     for e in cotangents:

@@ -1,9 +1,9 @@
 """Down through layers that are normalised by their own statistics, as most clients train.
 
 Batch normalisation in training mode and group normalisation hide the scale of their input, and
-their derivative depends on it. The kernels find a convolution's input up to one positive number: from
-the derivative by its normalisation's output (:func:`solve_normalised`), or, where that is not known
-yet, from the gradient alone (:func:`blind_convolution`). The number is told by the next bias
+their derivative depends on it. The kernels find a convolution's input up to one positive number:
+from the derivative by its normalisation's output (:func:`solve_normalised`), or, where that is not
+known yet, from the gradient alone (:func:`blind_convolution`). The number is told by the next bias
 below, before the activation that made the input: its gradient is the sum of what arrives there.
 There is one such equation for each channel and one unknown, so that a wrong mask shows and is
 mended.
@@ -38,7 +38,7 @@ _NAME = "own statistics"
 _CLEAR, _NEAR = 30.0, 1e-2
 #: How far off a channel's equation may be, in units of the usual and at most relative.
 _FACTOR, _HOLDS = 20.0, 1e-3
-#: Rows for each unknown from which the fixed point converges: a stride halves what some are told by.
+#: Rows for each unknown from which the fixed point converges: a stride gives some far fewer.
 _REDUNDANT = 1.3
 #: How often the scale, and with it what eps leaves, is found anew.
 _EPSILONS = 4
@@ -169,7 +169,8 @@ def _begin(knowledge: Knowledge, node: Node) -> bool:
     if any(c not in knowledge.contributions for c in others):
         return False
     gradient, images = knowledge.gradient[f"{node.path}.weight"], knowledge.graph.batch
-    if not blind_criterion(geometry_of(knowledge, node), *gradient.shape[:2], images).holds:
+    out, channels = gradient.shape[:2]
+    if not blind_criterion(geometry_of(knowledge, node), out, channels, images).holds:
         return False
     knowledge.blind.add(node.name)
     part = _part(knowledge, node, norm, gradient.new_zeros(node.shape))
@@ -189,9 +190,7 @@ def _begin(knowledge: Knowledge, node: Node) -> bool:
     return _learn(knowledge, edge, x, error, placed)
 
 
-def _images_of(
-    knowledge: Knowledge, node: Node, part: Normalised
-) -> tuple[Tensor, Tensor, float]:
+def _images_of(knowledge: Knowledge, node: Node, part: Normalised) -> tuple[Tensor, Tensor, float]:
     """Return a convolution's input and cotangent, up to one number for all images."""
     x, e, error = resolved(knowledge, node)
     if len(x) == 1:
@@ -313,9 +312,7 @@ def _share(known: Tensor, unknown: Tensor, bias: Tensor, used: Tensor) -> tuple[
     return factor.reshape(1, 1, 1, 1), usual
 
 
-def _mended(
-    off: Tensor, full: Tensor, slopes: Tensor, near: Tensor, bound: float
-) -> Tensor | None:
+def _mended(off: Tensor, full: Tensor, slopes: Tensor, near: Tensor, bound: float) -> Tensor | None:
     """Flip one unit near zero so that a channel's equation holds."""
     change = torch.where(slopes > 0, -full, full)
     rest = torch.where(near, (off - change).abs(), torch.inf)
