@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import inspect
+import math
 import sys
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -92,6 +93,18 @@ def _paper_network(name: str) -> ModelFactory:
 
 for _name in PAPER_NETWORKS:
     MODELS.register(_name)(_paper_network(_name))
+
+
+@MODELS.register("mlp")
+def mlp(
+    input_shape: tuple[int, int, int] = (3, 32, 32), classes: int = 10, units: int = 1000
+) -> nn.Sequential:
+    """Two fully connected layers, 1,000 units with ReLU between them: what most tampers need."""
+    layers: OrderedDict[str, nn.Module] = OrderedDict(flatten=nn.Flatten())
+    layers["hidden"] = nn.Linear(math.prod(input_shape), units)
+    layers["act"] = nn.ReLU()
+    layers["fc"] = nn.Linear(units, classes)
+    return nn.Sequential(layers)
 
 
 def build_model(

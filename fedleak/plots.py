@@ -36,7 +36,7 @@ def save(figure: Figure, path: Path, dpi: int = 150) -> None:
     write_atomically(path, stream.getvalue())
 
 
-def plot_run(folder: Path, arms: Sequence[Path] | None = None) -> list[Path]:
+def plot_run(folder: Path, arms: Sequence[Path] | None = None, by: str = "defence") -> list[Path]:
     """Draw ``leakage_vs_rounds.png`` and ``reconstructions.png`` into ``folder``.
 
     Parameters
@@ -45,6 +45,9 @@ def plot_run(folder: Path, arms: Sequence[Path] | None = None) -> list[Path]:
         Holds ``leakage.csv`` and ``rounds.csv``, of one run or of several together.
     arms : sequence of Path, optional
         Folders with the reconstructions; by default ``folder`` itself.
+    by : str
+        What tells the runs apart: the defence, or a column of both tables, whose values are
+        then the names of the folders.
 
     Returns
     -------
@@ -55,10 +58,11 @@ def plot_run(folder: Path, arms: Sequence[Path] | None = None) -> list[Path]:
     rounds = pd.read_csv(folder / ROUNDS.file)
     made = []
     if not rounds.empty:
-        made.append(leakage_vs_rounds(leakage, rounds, folder / "leakage_vs_rounds.png"))
+        made.append(leakage_vs_rounds(leakage, rounds, folder / "leakage_vs_rounds.png", by))
     sources = [a for a in (arms or [folder]) if (a / "reconstructions").is_dir()]
     if sources:
-        made.append(reconstructions(sources, folder / "reconstructions.png"))
+        names = None if by == "defence" else [a.name for a in sources]
+        made.append(reconstructions(sources, folder / "reconstructions.png", names))
     return made
 
 
@@ -189,7 +193,7 @@ def front(x: np.ndarray, y: np.ndarray) -> list[int]:
     return chosen
 
 
-def reconstructions(arms: Sequence[Path], path: Path) -> Path:
+def reconstructions(arms: Sequence[Path], path: Path, names: Sequence[str] | None = None) -> Path:
     """Draw true images above what each arm's attack made of them, first round first.
 
     Parameters
@@ -198,8 +202,12 @@ def reconstructions(arms: Sequence[Path], path: Path) -> Path:
         Folders of runs; each holds ``reconstructions/round-*.npz``.
     path : Path
         The PNG to write.
+    names : sequence of str, optional
+        Of the arms; by default their defences.
     """
     found = [_first_round(arm) for arm in arms]
+    if names is not None:
+        found = [(name, images) for name, (_, images) in zip(names, found, strict=True)]
     # Joined by client and image: one that failed in one arm leaves a hole there.
     keys = sorted({key for _, images in found for key in images})[:_COLUMNS]
     truth = [next(images[k][0] for _, images in found if k in images) for k in keys]

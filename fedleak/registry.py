@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import inspect
+from collections.abc import Callable, Iterator, Mapping
 from importlib import metadata
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
-from fedleak.errors import UnknownNameError
+from fedleak.errors import InvalidInputError, UnknownNameError
 
 T = TypeVar("T")
 
@@ -73,3 +74,36 @@ class Registry(Generic[T]):
 
     def __iter__(self) -> Iterator[str]:
         return iter(sorted({*self._entries, *self._entry_points()}))
+
+
+def make(
+    registry: Registry[Any], name: str, options: Mapping[str, Any], *args: Any, **given: Any
+) -> Any:
+    """Make what a name stands for, with the options of a user.
+
+    Parameters
+    ----------
+    registry : Registry
+        Of classes or factories.
+    name : str
+    options : mapping
+        A user's, which are refused by name.
+    *args, **given
+        What the caller gives, and a user does not choose.
+
+    Raises
+    ------
+    UnknownNameError
+        If there is no such name.
+    InvalidInputError
+        If it does not take an option or refuses its value.
+    """
+    kind = registry[name]
+    try:
+        return kind(*args, **given, **options)
+    except TypeError as error:
+        known = [p for p in inspect.signature(kind).parameters if p not in given][len(args) :]
+        raise InvalidInputError(
+            f"{registry.kind} {name!r} does not take these options {dict(options)}: {error}. "
+            f"Known: {', '.join(known) or 'none'}"
+        ) from error

@@ -70,7 +70,9 @@ class ThreatModel:
                     f"{name} must be true or false, not {getattr(self, name)!r}"
                 )
 
-    def demand(self, needs: Iterable[str], who: str) -> None:
+    def demand(
+        self, needs: Iterable[str], who: str, instead: str = "choose another attack"
+    ) -> None:
         """Refuse what needs more than is allowed.
 
         Parameters
@@ -79,6 +81,8 @@ class ThreatModel:
             Names of attributes that must be true.
         who : str
             Who needs them, for the message.
+        instead : str
+            What else can be done, for the message.
 
         Raises
         ------
@@ -89,7 +93,7 @@ class ThreatModel:
             if not getattr(self, name):
                 raise ForbiddenError(
                     f"{who} needs {_WHY[name]}, which the threat model does not allow; allow it "
-                    f"({name} = true) or choose another attack"
+                    f"({name} = true) or {instead}"
                 )
 
     def __str__(self) -> str:

@@ -15,6 +15,7 @@ from fedleak.defences import DefenceSpec
 from fedleak.strategies import choosing_defence_mod
 from fedleak.terms import Shared
 from simulations.scenario import Scenario, from_run_config
+from simulations.tampering import guard_mod
 from simulations.task import cpu_threads, local_gradient, local_training, make_model
 
 ScenarioOf = Callable[[Context], Scenario]
@@ -33,7 +34,8 @@ def build_client_app(scenario_of: ScenarioOf) -> ClientApp:
     app = ClientApp()
     template = _Template()
 
-    @app.train(mods=[choosing_defence_mod(choose)])
+    # The guard stands at the door: it sees what arrives, and has the last word on what leaves.
+    @app.train(mods=[guard_mod(scenario_of), choosing_defence_mod(choose)])
     def train(message: Message, context: Context) -> Message:
         scenario = scenario_of(context)
         client = int(context.node_config["partition-id"])

@@ -5,16 +5,23 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from fedleak.errors import InvalidInputError, UnknownNameError
 from fedleak.events import take_over
 from fedleak.lock import only_writer
-from fedleak.results.format import LEAKAGE, ROUNDS, ROUNDS_OF_ARMS
+from fedleak.results.format import (
+    LEAKAGE,
+    LEAKAGE_OF_TAMPERS,
+    ROUNDS,
+    ROUNDS_OF_ARMS,
+    ROUNDS_OF_TAMPERS,
+)
 from fedleak.stopping import terminable
-from simulations.scenario import Defence, Scenario
+from simulations.scenario import Scenario
+from simulations.sections import Defence, Tamper
 
 if TYPE_CHECKING:
     from simulations.server_app import Progress
@@ -49,16 +56,21 @@ def quiet_flower(verbose: bool | None = None) -> None:
 
 @dataclass(frozen=True)
 class Arm:
-    """One defence of a run and where its results are.
+    """One defence of a run, with or without tampering, and where its results are.
 
     Attributes
     ----------
     defence : Defence
     out : Path
+    tamper : Tamper
+    label : str
+        Both, as one word.
     """
 
     defence: Defence
     out: Path
+    tamper: Tamper = field(default_factory=Tamper)
+    label: str = "none"
 
 
 #: ``on_progress(arm, progress)`` after every round.
@@ -135,17 +147,19 @@ def _run_arms(
     from simulations.recorder import about_run, ended, write_about
     from simulations.trackers import Trackers
 
-    defences = scenario.arms()
-    arms = [Arm(d, folder if len(defences) == 1 else folder / d.spec.label) for d in defences]
+    variants = scenario.variants()
+    arms = [
+        Arm(v.defence, folder if len(variants) == 1 else folder / v.label, v.tamper, v.label)
+        for v in variants
+    ]
     if len(arms) == 1:
         trackers = Trackers(log_to, folder, scenario)
         _run_arm(arms[0], scenario, engine, on_progress, client_app, capture, trackers)
         return arms
     about = about_run(scenario, engine)
     write_about(folder, about)
-    for count, arm in enumerate(arms, 1):
+    for count, (arm, own) in enumerate(zip(arms, variants, strict=True), 1):
         try:
-            own = scenario.arm(arm.defence)
             trackers = Trackers(log_to, folder, own)
             _run_arm(arm, own, engine, on_progress, client_app, capture, trackers)
         except BaseException as error:
@@ -254,6 +268,13 @@ def combine(arms: list[Arm], folder: Path) -> None:
         leakage.append(pd.read_csv(arm.out / LEAKAGE.file))
         table = pd.read_csv(arm.out / ROUNDS.file)
         rounds.append(table.assign(defence=arm.defence.name, strength=arm.defence.strength))
-    LEAKAGE.write(folder, pd.concat(leakage))
-    ROUNDS_OF_ARMS.write(folder, pd.concat(rounds))
-    plot_run(folder, [arm.out for arm in arms])
+    by, of_leakage, of_rounds = "defence", LEAKAGE, ROUNDS_OF_ARMS
+    if any(arm.tamper.made is not None for arm in arms):
+        # A defence has two: of an honest server, and of one that tampers.
+        by, of_leakage, of_rounds = "arm", LEAKAGE_OF_TAMPERS, ROUNDS_OF_TAMPERS
+        for arm, *tables in zip(arms, leakage, rounds, strict=True):
+            for table in tables:
+                table["arm"] = arm.label
+    of_leakage.write(folder, pd.concat(leakage))
+    of_rounds.write(folder, pd.concat(rounds))
+    plot_run(folder, [arm.out for arm in arms], by)

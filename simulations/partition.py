@@ -8,7 +8,8 @@ from functools import lru_cache
 
 from fedleak.data import LabelledImages, load_data
 from fedleak.errors import InvalidInputError
-from simulations.scenario import Data, Partition, Scenario
+from simulations.scenario import Scenario
+from simulations.sections import Data, Partition
 
 
 def training_data(scenario: Scenario) -> LabelledImages:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import errno
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
@@ -17,6 +17,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from fedleak.attacks import Reconstruction
 from fedleak.capture import CaptureWriter, Update
 from fedleak.capture.truth import write_truth
 from fedleak.errors import InvalidInputError
@@ -26,19 +27,29 @@ from fedleak.metric import SecurityMetric
 from fedleak.provenance import commit, now, package_versions
 from fedleak.quality import score_batch
 from fedleak.results.folder import clear
-from fedleak.results.format import CAPTURES, LEAKAGE, METRIC, RECONSTRUCTIONS, ROUNDS, RUN, plain
+from fedleak.results.format import (
+    CAPTURES,
+    LEAKAGE,
+    METRIC,
+    RECONSTRUCTIONS,
+    ROUNDS,
+    RUN,
+    TAMPERING,
+    plain,
+)
 from fedleak.results.pictures import Key, Picture, write_round
 from fedleak.stopping import Terminated
 from fedleak.strategies import Leak
 from simulations.partition import client_images, training_data
 from simulations.prediction import UpdatePrediction
 from simulations.scenario import Scenario
+from simulations.tampering import TamperBook, wanted
 
 #: Errors of a disk, or an allowance on it, that is full.
 FULL = (errno.ENOSPC, errno.EDQUOT)
 #: What a run writes; ``overwrite`` removes these and nothing else.
 OUTPUTS = (
-    LEAKAGE.file, ROUNDS.file, METRIC.file, RUN, "leakage_vs_rounds.png",
+    LEAKAGE.file, ROUNDS.file, METRIC.file, TAMPERING.file, RUN, "leakage_vs_rounds.png",
     "reconstructions.png", RECONSTRUCTIONS, CAPTURES, "tensorboard", "mlruns",
 )  # fmt: skip
 
@@ -109,6 +120,7 @@ def _clear(out: Path, overwrite: bool) -> None:
 
 def about_run(scenario: Scenario, engine: str) -> dict[str, Any]:
     """Return what ``run.json`` says of a run that starts now."""
+    variants = scenario.variants()
     return {
         "status": "running",
         "reason": "",
@@ -117,7 +129,7 @@ def about_run(scenario: Scenario, engine: str) -> dict[str, Any]:
         "started": now(),
         "finished": None,
         "seed": scenario.seed,
-        "arms": [d.spec.label for d in scenario.arms()] if scenario.compare else [],
+        "arms": [v.label for v in variants] if len(variants) > 1 else [],
         "scenario": scenario.model_dump(mode="json"),
         "versions": package_versions(),
         "commit": commit(),
@@ -156,12 +168,13 @@ class Recorder:
         self._images = 0
         self.predict: UpdatePrediction | None = None
         self._predicted: list[float] = []
+        self.book: TamperBook | None = None
         self._attack_seconds = 0.0
         self._pictures: list[tuple[Key, Picture]] = []
         self._about = about_run(scenario, engine)
         make_private(out)
         write_about(self.out, self._about)
-        for table in (LEAKAGE, ROUNDS, METRIC):
+        for table in (LEAKAGE, ROUNDS, METRIC, *([TAMPERING] if wanted(scenario) else [])):
             table.start(out)
 
     def labels_of(self, server_round: int, node: int) -> list[int]:
@@ -179,14 +192,17 @@ class Recorder:
             reason = f"{leak.reason or 'not scored'}: {type(error).__name__}: {error}"
             rows = [{"client": c, "status": "failed", "reason": reason} for c in clients]
         scenario, defence = self.scenario, self.scenario.defence
+        book = self.book
         same = {
             "round": leak.server_round,
-            "attack": scenario.attack.name,
+            "attack": scenario.attack.name if book is None else book.attack_on(leak.nodes),
             "defence": defence.name,
             "strength": defence.strength,
             "seconds": f"{leak.seconds:.4f}",
         }
         self._images += len(rows)
+        if book is not None:
+            book.score(rows)
         for row in rows:
             LEAKAGE.append(self.out, {**same, **row})
 
@@ -217,7 +233,8 @@ class Recorder:
                 rows.append({**row, "status": "failed", "reason": reason})
                 continue
             rows.append({**row, **asdict(one.quality), "label_inferred": one.label_inferred,
-                         "status": leak.status, "reason": leak.reason})  # fmt: skip
+                         "status": leak.status, "reason": leak.reason,
+                         "certified": _certified(made, one.place)})  # fmt: skip
             right = one.label_inferred == one.label
             self._scored.append((one.quality.psnr_db, one.quality.ssim, right))
             made_of_it = one.image.float().numpy()
@@ -238,7 +255,11 @@ class Recorder:
         return used, images, labels
 
     def round(
-        self, number: int, row: Mapping[str, Any], metric: SecurityMetric | None = None
+        self,
+        number: int,
+        row: Mapping[str, Any],
+        metric: SecurityMetric | None = None,
+        asked: Iterable[int] = (),
     ) -> RoundScores:
         """Write the reconstructions of one round, the metric of each layer, and its row."""
         self._write_pictures(number)
@@ -253,6 +274,10 @@ class Recorder:
             "cramer_rao_db": math.nan if self.predict is None else self.predict.bound(number),
             "seconds_attack": f"{self._attack_seconds:.4f}",
         }
+        if self.book is not None:
+            for line in self.book.rows(number, self.partitions, asked):
+                TAMPERING.append(self.out, line)
+            flush(self.out / TAMPERING.file)
         # Last, and on the disk: a round that has its row has all the rest of it.
         for table in (LEAKAGE, METRIC):
             flush(self.out / table.file)
@@ -332,3 +357,11 @@ def ended(error: BaseException | None = None) -> dict[str, Any]:
     elif error is not None:
         status, reason = "failed", f"{type(error).__name__}: {error}"
     return {"status": status, "reason": reason, "finished": now()}
+
+
+def _certified(made: Reconstruction | None, place: int | None) -> bool:
+    """Return whether the attack itself proves an image, without the truth."""
+    told = False if made is None else made.details.get("certified", False)
+    if isinstance(told, (list, tuple)):
+        return place is not None and place < len(told) and bool(told[place])
+    return bool(told)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from logging import WARNING
 from pathlib import Path
 from typing import Any
@@ -21,12 +22,20 @@ from fedleak.errors import FedleakError, InvalidInputError
 from fedleak.lock import only_writer
 from fedleak.metric import SecurityMetric, security_metric
 from fedleak.stopping import terminable
-from fedleak.strategies import DelegatingStrategy, FedSGD, MaliciousServer, RejectInvalid
+from fedleak.strategies import (
+    DelegatingStrategy,
+    FedSGD,
+    MaliciousServer,
+    RejectInvalid,
+    TamperingServer,
+    TamperSender,
+)
 from simulations.grid import OrderedGrid
 from simulations.partition import partitions, training_data
 from simulations.prediction import UpdatePrediction
 from simulations.recorder import Recorder, RoundScores, TruthfulCapture, prepare_folder
 from simulations.scenario import Scenario, from_run_config
+from simulations.tampering import GuardNotes, TamperBook, check_tamper, tampering_sender, wanted
 from simulations.task import evaluate, make_model, test_data
 from simulations.traffic import Traffic
 
@@ -86,8 +95,9 @@ def make_strategy(scenario: Scenario) -> Strategy:
 class _RoundClock(DelegatingStrategy):
     """Notes what clients were sent, how long they took, and how much they sent back."""
 
-    def __init__(self, strategy: Strategy, scenario: Scenario):
+    def __init__(self, strategy: Strategy, scenario: Scenario, checked: RejectInvalid):
         super().__init__(strategy)
+        self._checked = checked
         self.asked = 0
         self.traffic = Traffic(scenario)
         self.seconds_train = 0.0
@@ -106,6 +116,7 @@ class _RoundClock(DelegatingStrategy):
         self.seconds_train = time.perf_counter() - self._begin
         replies = list(replies)
         self.traffic.measure(self.sent, replies)
+        self._checked.accepted = 0  # where all replies are kept out, nothing is checked
         return super().aggregate_train(server_round, replies)
 
 
@@ -127,17 +138,25 @@ def serve(
     names = [n for n, p in model.named_parameters() if p.requires_grad]
     shares_gradient = scenario.training.share == "gradient"
     checked = RejectInvalid(make_strategy(scenario), names if shares_gradient else None)
+    sender = tampering_sender(checked, scenario)
     attacked: Strategy = checked
+    if sender is not None:
+        sender.prepare_for(model, scenario.training.images)
+        attacked = sender
     if informed is not None:
-        attacked = _attacker(attacked, informed, model)
-    attacked = _attacker(attacked, recorder, model, capture)
-    clock = _RoundClock(attacked, scenario)
+        attacked = _attacker(attacked, informed, model, sender=sender)
+    attacked = _attacker(attacked, recorder, model, capture, sender, restore=True)
+    notes = GuardNotes(attacked)
+    clock = _RoundClock(notes, scenario, checked)
 
     def sent_to(client: int) -> ArrayRecord:
         return next(clock.sent[n] for n, p in ordered.partitions.items() if p == client)
 
     recorder.predict = UpdatePrediction(scenario, sent_to)
     recorders = [r for r in (recorder, informed) if r is not None]
+    if wanted(scenario):
+        for one in recorders:
+            one.book = TamperBook(scenario, sender, notes)
     images = test_data(scenario)
 
     def after_round(server_round: int, arrays: ArrayRecord) -> MetricRecord | None:
@@ -155,11 +174,11 @@ def serve(
             "accuracy": accuracy,
             "loss": loss,
             "clients": clock.asked,
-            "failures": clock.asked - checked.accepted,
+            "failures": clock.asked - checked.accepted - (sender.withheld if sender else 0),
             "bytes_sent": clock.traffic.bytes_sent,
             "seconds_train": f"{clock.seconds_train:.4f}",
         }
-        scores, *_ = [one.round(server_round, row, metric) for one in recorders]
+        scores, *_ = [one.round(server_round, row, metric, clock.sent) for one in recorders]
         if on_progress is not None:
             rounds = scenario.federation.rounds
             on_progress(Progress(server_round, rounds, accuracy, loss, scores))
@@ -174,16 +193,28 @@ def serve(
 
 
 def _attacker(
-    strategy: Strategy, recorder: Recorder, model: nn.Module, capture: bool = False
+    strategy: Strategy,
+    recorder: Recorder,
+    model: nn.Module,
+    capture: bool = False,
+    sender: TamperSender | None = None,
+    restore: bool = False,
 ) -> MaliciousServer:
     """Wrap a strategy by the attacker of a recorder's scenario."""
     scenario = recorder.scenario
     named = scenario.attack
-    return MaliciousServer(
+    kind: Callable[..., MaliciousServer] = MaliciousServer
+    if sender is not None:
+        restore = restore and scenario.tamper.restore
+        kind = partial(TamperingServer, tamper=sender, restore=restore, device=named.device)
+    attack = None
+    if not named.none:
+        attack = attack_for(named.name, named.options, named.device, scenario.seed)
+    return kind(
         strategy,
         model,
         training_data(scenario).shape,
-        None if named.none else attack_for(named.name, named.options, named.device, scenario.seed),
+        attack=attack,
         training=scenario.training.local,
         images=scenario.training.images,
         threat=scenario.threat.model,
@@ -244,6 +275,7 @@ def check(scenario: Scenario, capture: bool = False) -> None:
     partitions(scenario)
     make_strategy(scenario)
     model, images = make_model(scenario), training_data(scenario)
+    check_tamper(scenario, model)
     for arm in scenario.arms():
         arm.spec.check([n for n, p in model.named_parameters() if p.requires_grad])
     try:

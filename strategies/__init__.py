@@ -9,7 +9,8 @@ from .mods import choosing_defence_mod, clipping_told, defence_mod
 from .old_api import capture_fit
 from .reject_invalid import RejectInvalid
 from .tamper_guard import TamperGuard
-from .tampering_server import Tampering, TamperingServer
+from .tamper_sender import Tampering, TamperSender
+from .tampering_server import TamperingServer
 
 __all__ = [
     "DelegatingStrategy",
@@ -19,6 +20,7 @@ __all__ = [
     "MaliciousServer",
     "RejectInvalid",
     "TamperGuard",
+    "TamperSender",
     "Tampering",
     "TamperingServer",
     "capture_fit",

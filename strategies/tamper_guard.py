@@ -86,7 +86,8 @@ class TamperGuard:
         state = {k: torch.from_numpy(np.array(v.numpy())) for k, v in record.items()}
         signs = self._signs(state, context)
         copied = ArrayRecord({k: v.clone() for k, v in state.items()})
-        context.state[_LAST] = copied
+        if all(sign.kind == "jump" for sign in signs):  # else nothing is to be held against it
+            context.state[_LAST] = copied
         if not signs:
             context.state[_KEPT] = copied
             return call_next(message, context)

@@ -17,10 +17,10 @@ from fedleak import deadline, memory
 from fedleak.attacks.suspicions.pixels import in_pixels
 from fedleak.attacks.suspicions.unexplained import doubted
 from fedleak.deadline import Deadline
-from fedleak.errors import FedleakError, InvalidInputError
+from fedleak.errors import FedleakError
 from fedleak.observation import Observation
 from fedleak.priors import Prior, make_prior
-from fedleak.registry import Registry
+from fedleak.registry import Registry, make
 from fedleak.status import Status, status_of
 from fedleak.threat import ThreatModel
 
@@ -134,15 +134,8 @@ def make_attack(name: str, **options: Any) -> Attack:
     InvalidInputError
         If the attack does not take an option or refuses its value.
     """
-    kind = ATTACKS[name]
-    try:
-        return kind(**options)
-    except TypeError as error:
-        known = list(inspect.signature(kind).parameters)
-        raise InvalidInputError(
-            f"attack {name!r} does not take these options {options}: {error}. "
-            f"Known: {', '.join(known) or 'none'}"
-        ) from error
+    made: Attack = make(ATTACKS, name, options)
+    return made
 
 
 def attack_for(

@@ -17,16 +17,22 @@ from fedleak.observation import Observation
 
 #: Rounding of a mean over a batch in float32.
 _COUNTED = 1e-3
+#: The feature that is 1 for every image that passes a gate (:mod:`fedleak.tampers.gate`).
+FLAG = 10
+#: Bias from which all images are taken for a class, whatever they show; and one that is enough
+#: where the rows of the head are of size one.
+_SINK, _EXPECTED = 1e34, 1e3
 
 
 @ATTACKS.register("fished")
 @dataclass(frozen=True)
 class FishedAttack(Attack):
-    """Attack the images of the one class that :class:`fedleak.tampers.Fishing` let through.
+    """Attack the images that :class:`fedleak.tampers.Fishing` let through.
 
-    The head's bias tells how many there are, its row of the class the sum of their features.
-    The gradient of everything below is theirs alone: as an update of those images only it goes
-    to an attack for honest models. Nothing else of the batch comes back.
+    By class: the head's bias tells how many there are, its row of the class the sum of their
+    features. By feature: a flag among the features counts them, by class. The gradient of
+    everything below is theirs alone: as an update of those images only it goes to an attack for
+    honest models. Nothing else of the batch comes back.
 
     Parameters
     ----------
@@ -51,18 +57,104 @@ class FishedAttack(Attack):
     def reconstruct(self, observations: Sequence[Observation]) -> list[Reconstruction]:
         inner, out = self._inner(), []
         for n, seen in enumerate(observations):
-            label, count = fished(seen)
-            if count == 0:
+            caught = catch(seen)
+            about: dict[str, Any] = {"class": caught.label, "fished": caught.count}
+            if caught.update is None:
                 nothing = torch.zeros(0, *seen.input_shape, dtype=torch.float64)
-                about = {"by": "fishing", "class": label, "fished": 0, "layers": []}
+                about |= {"by": "fishing", "layers": []}
                 out.append(Reconstruction(nothing, torch.zeros(0, dtype=torch.int64), 1.0, about))
                 continue
             with deadline.part(1 / (len(observations) - n)) as allowed:
-                (found,) = inner.reconstruct([alone(seen, label, count)])
+                (found,) = inner.reconstruct([caught.update])
             cut = {"cut_short": True} if allowed.hit else {}
-            about = {**found.details, **cut, "class": label, "fished": count}
-            out.append(replace(found, details=about))
+            out.append(replace(found, details={**found.details, **cut, **about}))
         return out
+
+
+@dataclass(frozen=True)
+class Catch:
+    """What a tampered head let through.
+
+    Attributes
+    ----------
+    label : int
+        The class; of the foremost one where there are ranks, -1 if no image passed.
+    count : int
+        How many images of it passed.
+    update : Observation or None
+        Of these images alone; None where there are none, or too many to be told apart.
+    """
+
+    label: int
+    count: int
+    update: Observation | None = None
+
+
+def catch(seen: Observation) -> Catch:
+    """Return what came through.
+
+    Raises
+    ------
+    FedleakError
+        If the model that was sent does not fish, or the update is not that of such a model.
+    """
+    name = head_name(seen.model, seen.input_shape)
+    order, sink = ranked(seen.model, name)
+    if order:
+        return _foremost(seen, name, order, sink)
+    label, count = fished(seen)
+    return Catch(label, count, alone(seen, label, count) if count else None)
+
+
+def ranked(model: nn.Module, head: str) -> tuple[list[int], int]:
+    """Return the classes by the size of their rows, largest first, and the one all are taken for.
+
+    No class, if the head does not rank them.
+    """
+    weight = model.get_parameter(f"{head}.weight").detach().double()
+    bias = model.get_parameter(f"{head}.bias").detach().double()
+    sizes = weight.norm(dim=1)
+    sink = int(bias.argmax())
+    if float(bias[sink]) < _SINK or float(sizes[sink]) > 0:
+        return [], -1
+    order = sizes.argsort(descending=True, stable=True)
+    return [int(k) for k in order if sizes[k] > 0], sink
+
+
+def _foremost(seen: Observation, head: str, order: list[int], sink: int) -> Catch:
+    """Return the update of the image that outshines all others, if it is one."""
+    told = -seen.gradient[f"{head}.weight"].double() * seen.images
+    counts = told[:, FLAG]
+    off = (counts[order] - counts[order].round()).abs().max()
+    if float(off) > _COUNTED * max(1, seen.images) or bool((counts[order] < -0.5).any()):
+        raise FedleakError(
+            f"the update says that {counts[order].tolist()} images of the classes {order} passed "
+            "the gate: it is not the mean gradient of such a batch"
+        )
+    passed = [k for k in order if round(float(counts[k])) > 0]
+    if not passed:
+        return Catch(-1, 0)
+    label, count = passed[0], round(float(counts[passed[0]]))
+    if count > 1:  # of one class, at one size: nothing tells them apart
+        return Catch(label, count)
+    # As if this class alone were ranked, at size one.
+    model = copied(seen.model)
+    weight = model.get_parameter(f"{head}.weight").detach()
+    size = float(weight[label].double().norm())
+    row = weight[label] / size
+    with torch.no_grad():
+        model.get_parameter(f"{head}.weight").zero_()[label] = row
+        model.get_parameter(f"{head}.bias").zero_()[sink] = _EXPECTED
+    gradient = {k: g.double() * (seen.images / size) for k, g in seen.gradient.items()}
+    features = told[label]
+    rows = torch.zeros_like(told)
+    rows[label], rows[sink] = -features, features
+    errors = torch.zeros(len(rows), dtype=torch.float64)
+    errors[label], errors[sink] = -1.0, 1.0
+    gradient |= {f"{head}.weight": rows, f"{head}.bias": errors}
+    like = {k: g.to(seen.gradient[k].dtype) for k, g in gradient.items()}
+    own = seen.with_terms(images=1, clients=1, labels=None)
+    return Catch(label, 1, replace(own, model=model, gradient=like))
 
 
 def head_name(model: nn.Module, input_shape: tuple[int, int, int]) -> str:

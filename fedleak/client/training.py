@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from fedleak.client.loss import LOSSES, PLAIN, Loss
 from fedleak.client.optimiser import OPTIMISERS, SGD, Optimiser
-from fedleak.client.spelling import parse, spell
 from fedleak.errors import InvalidInputError
+from fedleak.spelling import parse, spell
 
 Mode = Literal["", "train", "eval"]
 Reply = Literal["weights", "change", "gradient"]

@@ -165,7 +165,7 @@ def _priors() -> Iterator[Entry]:
 
 
 def _scenarios() -> Iterator[Entry]:
-    from simulations.scenario import SHIPPED
+    from simulations.tables import SHIPPED
 
     yield from _files(SHIPPED)
 

@@ -81,7 +81,7 @@ def _progress(scenario: Scenario) -> Iterator[Any]:
         emit(event, doing=f"defence {label}", done=done, total=rounds, unit="rounds", **fields)
 
     def on_progress(arm: Arm, progress: Any) -> None:
-        scores, label = progress.scores, arm.defence.spec.label
+        scores, label = progress.scores, arm.label
         leak = f"median {number(scores.psnr_db_median)} dB, " if scores.reconstructed else ""
         tell(
             label, progress.server_round, "round",
@@ -91,7 +91,7 @@ def _progress(scenario: Scenario) -> Iterator[Any]:
         )  # fmt: skip
 
     with display():
-        tell(scenario.arms()[0].spec.label, 0)
+        tell(scenario.variants()[0].label, 0)
         yield on_progress
 
 
@@ -118,7 +118,7 @@ def _closing_table(scenario: Scenario, arms: list[Arm]) -> None:
         right = (labelled["label_true"] == labelled["label_inferred"]).mean()
         last = rounds.iloc[-1]
         table.add_row(
-            arm.defence.spec.label,
+            arm.label,
             f"{len(leakage) - len(ok)}/{len(leakage)}",
             *(number(median[n]) if n in median.index else "-" for n in told),
             number(last["predicted_psnr_db"]),
@@ -131,7 +131,7 @@ def _closing_table(scenario: Scenario, arms: list[Arm]) -> None:
             reason = most_frequent(leakage, "failed")
             table.caption = f"most frequent reason for a failure: {reason}"
         if doubt := most_frequent(leakage, "doubtful"):
-            doubts[arm.defence.spec.label] = doubt
+            doubts[arm.label] = doubt
     _console.print(table)
     for label, doubt in doubts.items():
         _console.print(f"doubtful ({label}): {doubt}", highlight=False, markup=False)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fedleak.errors import InvalidInputError
-from fedleak.registry import Registry
+from fedleak.registry import Registry, make
 from fedleak.solvers.gaussian import Gaussian
 
 
@@ -131,16 +130,8 @@ def make_prior(
     InvalidInputError
         If it needs public images and has none, or refuses an option.
     """
-    factory = PRIORS[name]
-    try:
-        return factory(shape, device=device, public=public, **options)
-    except TypeError as error:
-        fixed = ("shape", "device", "public")
-        known = [p for p in inspect.signature(factory).parameters if p not in fixed]
-        raise InvalidInputError(
-            f"prior {name!r} does not take these options {options}: {error}. "
-            f"Known: {', '.join(known) or 'none'}"
-        ) from error
+    made: Prior = make(PRIORS, name, options, shape, device=device, public=public)
+    return made
 
 
 def demand_public(name: str, shape: tuple[int, int, int], public: Tensor | None) -> Tensor:

@@ -103,6 +103,16 @@ ROUNDS = Table(
 _ARM = ("defence", "strength")
 #: The same of several defences in one table.
 ROUNDS_OF_ARMS = replace(ROUNDS, columns=(*ROUNDS.columns, *_ARM))
+#: Both, where a defence has an arm of an honest server and one of a server that tampers.
+LEAKAGE_OF_TAMPERS = replace(LEAKAGE, columns=(*LEAKAGE.columns, "arm"))
+ROUNDS_OF_TAMPERS = replace(ROUNDS_OF_ARMS, columns=(*ROUNDS_OF_ARMS.columns, "arm"))
+#: A row for each client that was asked, each round: what it was sent, and what became of it.
+TAMPERING = Table(
+    "tampering.csv",
+    ("round", "client", "tamper", "change", "restored", "images", "recovered", "certified",
+     "certified_wrong", "suspected", "signs", "reason"),
+    needed=("round", "client", "tamper"),
+)  # fmt: skip
 #: A row for each round and layer.
 METRIC = Table(
     "metric.csv",
@@ -149,7 +159,7 @@ PAPER = Table(
 #: Columns that are text; all others are numbers.
 TEXT = {
     "attack", "data", "defence", "kind", "model", "name", "reason", "scenario", "status",
-    "strength", "exact", "client", "tamper", "network", "options",
+    "strength", "exact", "client", "tamper", "network", "options", "signs", "arm",
 }  # fmt: skip
 #: Of columns whose name starts so, what can be true; of all others, the last.
 RANGES: tuple[tuple[str, float, float], ...] = (

@@ -5,8 +5,8 @@
 >>> sent = tamper.prepare(model, input_shape=(3, 32, 32))  # doctest: +SKIP
 """
 
-from fedleak.tampers.base import TAMPERS, Tamper, make_tamper
+from fedleak.tampers.base import TAMPERS, Tamper, make_tamper, parse_tamper
 from fedleak.tampers.fishing import Fishing
 from fedleak.tampers.hidden import Imprint, Peel, Trap
 
-__all__ = ["TAMPERS", "Fishing", "Imprint", "Peel", "Tamper", "Trap", "make_tamper"]
+__all__ = ["TAMPERS", "Fishing", "Imprint", "Peel", "Tamper", "Trap", "make_tamper", "parse_tamper"]

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import inspect
 from abc import ABC, abstractmethod
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from fedleak.errors import InvalidInputError
-from fedleak.registry import Registry
+from fedleak.registry import Registry, make
+from fedleak.spelling import parse
 
 
 class Tamper(ABC):
@@ -95,12 +94,16 @@ def make_tamper(name: str, **options: Any) -> Tamper:
     InvalidInputError
         If it does not take an option or refuses its value.
     """
-    kind = TAMPERS[name]
-    try:
-        return kind(**options)
-    except TypeError as error:
-        known = list(inspect.signature(kind).parameters)
-        raise InvalidInputError(
-            f"tamper {name!r} does not take these options {options}: {error}. "
-            f"Known: {', '.join(known) or 'none'}"
-        ) from error
+    made: Tamper = make(TAMPERS, name, options)
+    return made
+
+
+def parse_tamper(text: str) -> Tamper:
+    """Make a tamper from ``NAME`` or ``NAME:KEY=VALUE,...``, as ``"peel:directions=8"``.
+
+    Raises
+    ------
+    UnknownNameError, InvalidInputError
+        If there is no such tamper or option, or a value is not of its kind.
+    """
+    return parse(TAMPERS, text)

@@ -15,7 +15,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from fedleak.errors import InvalidInputError
 from fedleak.wording import RECOGNISABLE
-from simulations.scenario import Scenario, explain, make_scenario, override, read_table
+from simulations.scenario import Scenario, make_scenario
+from simulations.tables import explain, override, read_table
 
 SHIPPED = Path(__file__).parents[1] / "sweeps"
 

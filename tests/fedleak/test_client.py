@@ -34,9 +34,9 @@ from fedleak.client import (
 )
 from fedleak.client.local_replay import LocalReplay
 from fedleak.client.replay import Replay
-from fedleak.client.spelling import parse, spell
 from fedleak.errors import InvalidInputError, UnknownNameError, UnsupportedModelError
 from fedleak.quality import score_batch
+from fedleak.spelling import parse, spell
 from fedleak.systems import Chain
 
 SHAPE = (1, 8, 8)

@@ -15,7 +15,7 @@ import pytest
 from typer.testing import CliRunner
 
 from fedleak.commands.app import app, main
-from simulations.scenario import SHIPPED
+from simulations.tables import SHIPPED
 
 ROOT = Path(__file__).parents[2]
 

@@ -10,13 +10,13 @@ import pytest
 from fedleak.errors import InvalidInputError
 from simulations.partition import client_batches, client_images, partitions, training_data
 from simulations.scenario import (
-    SHIPPED,
     Scenario,
     flatten,
     from_run_config,
     load_scenario,
     make_scenario,
 )
+from simulations.tables import SHIPPED
 from simulations.task import test_data
 
 ROOT = Path(__file__).parents[2]

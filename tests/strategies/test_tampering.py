@@ -110,12 +110,25 @@ def test_rounds_without_tampering_are_the_same_bit_for_bit() -> None:
                             training=LocalTraining(0.1, IMAGES), images=IMAGES), app()),
         honest,
     )  # fmt: skip
-    assert not equal(run(server([], rounds=[2], clients=1), app()), honest)  # one client's data
+    lost = run(server([], rounds=[2], clients=1, restore=False), app())
+    assert not equal(lost, honest)  # one client's data
 
 
 def test_where_all_are_tampered_with_nothing_is_learned() -> None:
-    final = run(server([], rounds=[1, 2]), app())
+    final = run(server([], rounds=[1, 2], restore=False), app())
     assert equal(final, {k: v.numpy() for k, v in net().state_dict().items()})
+
+
+def test_the_server_trains_on_what_it_read_off() -> None:
+    made = server([], rounds=[1, 2])
+    final = run(made, app())
+    assert {t.restored for t in made.tampered} == {IMAGES}
+    honest = run(FedAvg(fraction_evaluate=0.0), app())
+    for name, value in honest.items():
+        assert np.allclose(final[name], value, atol=1e-6)
+    few = server([], rounds=[1], tamper="fishing")  # of each batch one class at most
+    run(few, app(), rounds=1)
+    assert {t.restored for t in few.tampered} == {0}
 
 
 def test_a_sum_leaks_too() -> None:

@@ -1,9 +1,9 @@
-"""Losses and optimisers as text: ``NAME`` or ``NAME:KEY=VALUE,...``, the same words everywhere."""
+"""What has options, as text: ``NAME`` or ``NAME:KEY=VALUE,...``, the same words everywhere."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, fields, is_dataclass
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from fedleak.errors import InvalidInputError, UnknownNameError
@@ -30,7 +30,7 @@ def parse(registry: Registry[type[T]], text: str) -> T:
     name, _, rest = text.strip().partition(":")
     kind = registry[name]
     types = get_type_hints(kind)
-    keys = [f.name for f in fields(kind)]  # type: ignore[arg-type]
+    keys = [f.name for f in fields(kind) if f.init] if is_dataclass(kind) else []
     options: dict[str, Any] = {}
     for part in filter(None, (p.strip() for p in rest.split(","))):
         key, equals, value = (p.strip() for p in part.partition("="))
