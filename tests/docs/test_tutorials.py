@@ -101,6 +101,7 @@ def python(page: str, place: int, folder: Path) -> None:
 
 def test_the_pages_show_the_files() -> None:
     assert (TUTORIALS / "stranger_app.diff").read_text() in blocks("flower-app.md", "diff")
+    assert (TUTORIALS / "deployment.diff").read_text() in blocks("deployment.md", "diff")
     package = TUTORIALS / "own_attack"
     shown = [*blocks("own-attack.md", "python"), *blocks("own-attack.md", "toml")]
     for name in ("pyproject.toml", "gallery.py", "mantissa.py"):
@@ -213,3 +214,18 @@ def test_a_server_that_is_not_honest(tmp_path: Path) -> None:
     exact, certified = map(int, re.findall(r"(\d+) of 64 images, (\d+) of them", said)[0])
     assert exact == 64
     assert certified >= 48
+
+
+@pytest.mark.slow
+def test_a_real_deployment(tmp_path: Path) -> None:
+    """SuperLink and SuperNodes are processes; the capture is attacked without them."""
+    start, attack = blocks("deployment.md", "sh")
+    start = start.replace('--run-config "', '--run-config "num-server-rounds=1 ')
+    text = (start + attack).replace("$PWD/", "").replace("results/runs", str(tmp_path))
+    text = text.replace("PYTHONPATH=", f"PYTHONPATH={ROOT}:")
+    said = shell(f"set -e; trap 'kill $links 2>/dev/null || true' EXIT\n{text}")
+    assert "reconstructed all 16 attacked images" in " ".join(said.split())
+    table = pd.read_csv(next(tmp_path.glob("deployed-captures/attacks/*/attacks.csv")))
+    assert len(table) == 16
+    assert table["fit"].max() < 0.05
+    assert "Real updates" in (tmp_path / "deployed-captures" / "report.html").read_text()
