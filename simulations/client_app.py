@@ -14,6 +14,7 @@ from torch import nn
 from fedleak.defences import DefenceSpec
 from fedleak.strategies import choosing_defence_mod
 from fedleak.terms import Shared
+from simulations.privacy import privacy_mod
 from simulations.scenario import Scenario, from_run_config
 from simulations.tampering import guard_mod
 from simulations.task import cpu_threads, local_gradient, local_training, make_model
@@ -35,7 +36,10 @@ def build_client_app(scenario_of: ScenarioOf) -> ClientApp:
     template = _Template()
 
     # The guard stands at the door: it sees what arrives, and has the last word on what leaves.
-    @app.train(mods=[guard_mod(scenario_of), choosing_defence_mod(choose)])
+    # Flower's clipping is the last of what the client does to its update.
+    mods = [guard_mod(scenario_of), privacy_mod(scenario_of), choosing_defence_mod(choose)]
+
+    @app.train(mods=mods)
     def train(message: Message, context: Context) -> Message:
         scenario = scenario_of(context)
         client = int(context.node_config["partition-id"])

@@ -58,6 +58,11 @@ class Scenario(Section):
                 f"strategy {self.strategy.name!r} aggregates {needs}, but training.share is "
                 f"{self.training.share!r}; set training.share={needs} or strategy.name={other}"
             )
+        if self.strategy.privacy and self.training.share == "gradient":
+            raise InvalidInputError(
+                f"strategy.privacy={self.strategy.privacy!r} is of Flower and clips weights; set "
+                "training.share=weights and strategy.name=FedAvg"
+            )
         if self.training.share == "gradient":
             for key, least in (("local_steps", 1), ("epochs", 1), ("momentum", 0),
                                ("weight_decay", 0)):  # fmt: skip

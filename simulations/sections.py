@@ -217,6 +217,14 @@ class Strategy(Section):
 
     name: str = Field("FedSGD", description="FedSGD, or a strategy of Flower")
     options: dict[str, Any] = Field(default_factory=dict, description="its other arguments")
+    privacy: str = Field(
+        "", description="Flower's DifferentialPrivacy... around it: NAME:KEY=VALUE,..."
+    )
+
+    @property
+    def clients_clip(self) -> bool:
+        """Whether Flower's mods cut the clients' updates to a norm that the server sends."""
+        return "ClientSide" in self.privacy.partition(":")[0]
 
     @field_validator("name")
     @classmethod

@@ -33,6 +33,7 @@ from fedleak.strategies import (
 from simulations.grid import OrderedGrid
 from simulations.partition import partitions, training_data
 from simulations.prediction import UpdatePrediction
+from simulations.privacy import known_defence, private, seeded
 from simulations.recorder import Recorder, RoundScores, TruthfulCapture, prepare_folder
 from simulations.scenario import Scenario, from_run_config
 from simulations.tampering import GuardNotes, TamperBook, check_tamper, tampering_sender, wanted
@@ -137,7 +138,8 @@ def serve(
     ordered = OrderedGrid(grid, scenario.federation.clients, scenario.seed)
     names = [n for n, p in model.named_parameters() if p.requires_grad]
     shares_gradient = scenario.training.share == "gradient"
-    checked = RejectInvalid(make_strategy(scenario), names if shares_gradient else None)
+    trained = private(make_strategy(scenario), scenario)
+    checked = RejectInvalid(trained, names if shares_gradient else None)
     sender = tampering_sender(checked, scenario)
     attacked: Strategy = checked
     if sender is not None:
@@ -184,12 +186,13 @@ def serve(
             on_progress(Progress(server_round, rounds, accuracy, loss, scores))
         return MetricRecord({"accuracy": accuracy, "loss": loss})
 
-    clock.start(
-        grid=ordered,
-        initial_arrays=ArrayRecord(model.state_dict()),
-        num_rounds=scenario.federation.rounds,
-        evaluate_fn=after_round,
-    )
+    with seeded(scenario):
+        clock.start(
+            grid=ordered,
+            initial_arrays=ArrayRecord(model.state_dict()),
+            num_rounds=scenario.federation.rounds,
+            evaluate_fn=after_round,
+        )
 
 
 def _attacker(
@@ -219,7 +222,7 @@ def _attacker(
         images=scenario.training.images,
         threat=scenario.threat.model,
         labels_of=recorder.labels_of,
-        defence=scenario.defence.spec if scenario.threat.defence else None,
+        defence=known_defence(scenario) if scenario.threat.defence else None,
         every=named.every,
         max_clients=named.clients,
         on_leak=recorder.leak,
@@ -273,7 +276,7 @@ def check(scenario: Scenario, capture: bool = False) -> None:
         )
     resolve_device(scenario.attack.device)
     partitions(scenario)
-    make_strategy(scenario)
+    private(make_strategy(scenario), scenario)
     model, images = make_model(scenario), training_data(scenario)
     check_tamper(scenario, model)
     for arm in scenario.arms():

@@ -88,7 +88,7 @@ def _train_and_attack(scenario: Scenario, folder: Path) -> None:
 
     quiet_flower()
     recorders = [Recorder(folder / UNAWARE, scenario, "inline")]
-    if scenario.defence.spec.parts:
+    if scenario.defence.spec.parts or scenario.strategy.clients_clip:
         threat = scenario.threat.model_copy(update={"defence": True})
         knowing = scenario.model_copy(update={"threat": threat})
         recorders.append(Recorder(folder / INFORMED, knowing, "inline"))
