@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.func import functional_call, grad, vmap
 
+from fedleak import deadline
 from fedleak.client.loss import CanonicalLoss
 from fedleak.client.optimiser import clipped
 from fedleak.client.replay import Gradients, Replay, Replayed
@@ -62,6 +63,11 @@ class LocalReplay:
             Classes, int64, shape (N, B), or class probabilities, shape (N, B, classes).
         plan : Tensor, optional, shape (N, clients, steps, B / clients)
             Share of each image in the loss of each step.
+
+        Raises
+        ------
+        TimeLimitError
+            If the time allowed passes on the way, and gradients are asked for.
         """
         count, own = len(images), images.shape[1] // self.clients
         groups = count * self.clients
@@ -87,6 +93,8 @@ class LocalReplay:
         parts = whole.split(self.training.batch_size) * self.training.epochs
         again = self.recompute and torch.is_grad_enabled()
         for s, part in enumerate(parts):
+            if torch.is_grad_enabled():  # a search; what was found is scored in any case
+                deadline.check()  # a client may take thousands of steps
             step = self._step(names, len(part), s + 1)
             run = partial(_Recomputed.apply, step) if again else step
             if plan is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,11 +23,13 @@ class Certificate:
     Attributes
     ----------
     certified : bool
-        Whether every parameter's gradient is reproduced up to rounding.
+        Whether every parameter's gradient is reproduced up to rounding, and there is as much
+        known as images have pixels: else other images reproduce it as well.
     missed : dict of str to float
         Relative distance, of the parameters where it is not.
     open : list of str
-        Why layers did not tell their input, from the head down.
+        Why layers did not tell their input, from the head down; then what that leaves open of
+        the image.
     rules : dict of str to list of str
         What each rule found: the layers whose output became known by it.
     """
@@ -72,4 +75,31 @@ def certify(
         node = knowledge.graph.nodes[edge]
         if known.by != "the model":
             rules.setdefault(known.by, []).append(node.path or node.name)
-    return Certificate(not missed, missed, list(dict.fromkeys(knowledge.short.values())), rules)
+    left = list(dict.fromkeys(knowledge.short.values()))
+    unknowns = math.prod(knowledge.graph.nodes[knowledge.graph.image].shape)
+    equations = _equations(knowledge, unknowns)
+    if equations < unknowns:
+        left.append(
+            f"the image: at most {equations} of its {unknowns} unknowns are determined by the "
+            "update, and the prior filled in the others"
+        )
+    return Certificate(not missed and equations >= unknowns, missed, left, rules)
+
+
+def _equations(knowledge: Knowledge, unknowns: int) -> int:
+    """Return how many values the image has to meet: known ones, and entries of gradients."""
+    graph = knowledge.graph
+    if knowledge.value(graph.image) is not None:
+        return unknowns
+    reached, count = {graph.image}, 0
+    for node in graph.nodes.values():
+        if not any(i in reached for i in node.inputs):
+            continue
+        sent = [knowledge.gradient[p] for p in node.parameters if p in knowledge.gradient]
+        count += sum(int((g != 0).sum()) for g in sent)
+        value = knowledge.value(node.name)
+        if value is None:
+            reached.add(node.name)
+        else:
+            count += value.numel()
+    return count

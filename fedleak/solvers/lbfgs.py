@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fedleak import events
+from fedleak.errors import TimeLimitError
 
 #: A step is accepted when it gains at least this part of what the slope promises.
 _ARMIJO = 1e-4
@@ -45,9 +46,13 @@ def lbfgs(
     x : Tensor, shape (N, n)
         The best point seen of each update.
     values : Tensor, shape (N,)
+        Infinite where the time allowed passes within the first evaluation.
     """
     x = start.clone()
-    f, g = objective(x)
+    try:
+        f, g = objective(x)
+    except TimeLimitError:
+        return x, x.new_full((len(x),), torch.inf)
     pairs: list[tuple[Tensor, Tensor, Tensor]] = []
     direction = -g
     step = 1.0 / g.norm(dim=1).clamp_min(1e-300).clamp_min(1.0)
@@ -56,7 +61,10 @@ def lbfgs(
     for done in events.steps(steps, "matching"):
         count = done + 1
         trial = x + step[:, None] * direction
-        f_new, g_new = objective(trial)
+        try:
+            f_new, g_new = objective(trial)
+        except TimeLimitError:  # half an evaluation says nothing, what there is stays
+            break
         slope = _dot(g, direction)
         good = active & (f_new <= f + _ARMIJO * step * slope)  # a NaN compares as false
         # One list of pairs for all: where no step was taken the pair is zero and drops out.

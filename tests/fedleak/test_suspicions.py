@@ -248,13 +248,49 @@ def test_images_that_do_not_explain_the_update_are_doubtful() -> None:
         assert result.status == expected
     explained = "fit of 0.1 or more", "fit of 0.5 or more"
     images, labels = torch.zeros(1, *SHAPE), torch.zeros(1).long()
+    seen = Observation.from_gradient(model, gradient(model, x[:1], y[:1]), SHAPE)
     for fit, said in ((0.0999, ""), (0.1, explained[0]), (0.5, explained[1]), (7.0, explained[1])):
-        made = doubted(Reconstruction(images, labels, fit))
+        made = doubted(Reconstruction(images, labels, fit), seen)
         assert said in " ".join(made.doubts)
         assert made.status == ("doubtful" if said else "ok")
     proved = Reconstruction(images, labels, 0.7, {"certified": [True]})
-    assert doubted(proved).status == "ok"
-    assert doubted(replace(proved, details={"certified": [True, False]})).status == "doubtful"
+    assert doubted(proved, seen).status == "ok"
+    part = replace(proved, details={"certified": [True, False]})
+    assert doubted(part, seen).status == "doubtful"
+
+
+def test_images_that_the_update_hardly_determines_are_doubtful() -> None:
+    """A head of zeros sends nothing below it: many images explain the little that there is."""
+    (x, y), model = digits(1), nn.Sequential(nn.Flatten(), nn.Linear(64, 20), nn.Linear(20, 10))
+    for zero in (False, True):
+        if zero:
+            nn.init.zeros_(model[2].weight)
+            x = x.repeat(1, 1, 3, 3)
+            model[1] = nn.Linear(64 * 9, 20)
+        sent = gradient(model, x, y)
+        seen = Observation.from_gradient(model, sent, tuple(x.shape[1:]))
+        (result,) = make_attack("hybrid")([seen])
+        assert result.fit < 1e-3
+        assert result.status == ("doubtful" if zero else "ok")
+    assert "210 entries of the update say anything, of 576 unknowns" in result.doubts[0]
+
+
+def test_a_certificate_needs_as_many_values_as_pixels() -> None:
+    """A frozen first layer of a stride tells 16 values of each of 64 pixels' images."""
+    (x, y) = digits(1)
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(1, 2, 3, stride=2), nn.Tanh(), nn.Flatten(), nn.Linear(18, 10)
+    )  # fmt: skip
+    model[0].requires_grad_(False)
+    names = ["3.weight", "3.bias"]
+    sent = torch.autograd.grad(F.cross_entropy(model(x), y), [model[3].weight, model[3].bias])
+    seen = Observation.from_gradient(model, dict(zip(names, sent, strict=True)), SHAPE)
+    (result,) = make_attack("hybrid")([seen])
+    assert result.details["by"] == "graph"
+    assert not result.details["certified"]
+    assert "at most 18 of its 64 unknowns" in result.details["open"][-1]
+    assert not any("normalise" in doubt for doubt in result.doubts)
 
 
 @pytest.mark.parametrize("name", ["linear", "hybrid"])

@@ -1,10 +1,14 @@
-"""Images that do not explain the update: nobody has reason to take them for the client's."""
+"""Images that do not explain the update, or that it hardly determines.
+
+Nobody has reason to take either for the client's.
+"""
 
 from __future__ import annotations
 
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from fedleak.observation import Observation
 from fedleak.wording import EXPLAINED, PARTLY
 
 if TYPE_CHECKING:  # which is where this is called from
@@ -19,19 +23,30 @@ _LITTLE = (
     f"the images explain little of the update (fit of {PARTLY:g} or more): the search failed, or "
     "the client is another than was declared"
 )
+#: Part of the unknowns of images that the update must be able to determine.
+_ENOUGH = 0.5
 
 
-def doubted(result: Reconstruction) -> Reconstruction:
-    """Return a reconstruction, with a doubt where its ``fit`` does not bear the images out.
+def doubted(result: Reconstruction, observation: Observation) -> Reconstruction:
+    """Return a reconstruction, with a doubt where the update does not bear the images out.
 
     At the true images of a client that is as declared, ``fit`` is rounding, and what a known
     defence added is no part of it: from :data:`fedleak.wording.EXPLAINED` on, something is wrong.
     Images that are certified need no other witness: those that are left out explain the rest.
     """
-    if not result.images.numel() or result.fit < EXPLAINED or _proved(result):
+    if not result.images.numel() or _proved(result):
         return result
-    doubt = _IN_PART if result.fit < PARTLY else _LITTLE
-    return replace(result, doubts=(*result.doubts, doubt))
+    doubts = list(result.doubts)
+    if not result.fit < EXPLAINED:
+        doubts.append(_IN_PART if result.fit < PARTLY else _LITTLE)
+    unknowns = result.images.numel()
+    entries = sum(int((g != 0).sum()) for g in observation.gradient.values())
+    if entries < _ENOUGH * unknowns:
+        doubts.append(
+            f"only {entries} entries of the update say anything, of {unknowns} unknowns in the "
+            "images: others explain it as well, and the prior chose"
+        )
+    return replace(result, doubts=tuple(doubts))
 
 
 def _proved(result: Reconstruction) -> bool:
