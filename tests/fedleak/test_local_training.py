@@ -25,8 +25,7 @@ from fedleak.errors import InvalidInputError
 from fedleak.models import conv_chain
 from fedleak.observation import Observation
 from fedleak.priors import GaussianPrior
-from fedleak.quality import match as pair
-from fedleak.quality import score
+from fedleak.quality import pair, score
 from fedleak.threat import ThreatModel
 
 SHAPE = (1, 8, 8)

@@ -34,9 +34,9 @@ def doubted(result: Reconstruction, observation: Observation) -> Reconstruction:
     defence added is no part of it: from :data:`fedleak.wording.EXPLAINED` on, something is wrong.
     Images that are certified need no other witness: those that are left out explain the rest.
     """
-    if not result.images.numel() or _proved(result):
-        return result
-    doubts = list(result.doubts)
+    if not result.images.numel() or result.doubts or _proved(result):
+        return result  # another doubt says why
+    doubts = []
     if not result.fit < EXPLAINED:
         doubts.append(_IN_PART if result.fit < PARTLY else _LITTLE)
     unknowns = result.images.numel()
