@@ -19,8 +19,9 @@ from fedleak import deadline
 from fedleak.attacks.evidence import Evidence
 from fedleak.wording import PARTLY
 
-#: Relative change of an update up to which it does not show the contrast or brightness.
-_SAME = 2e-2
+#: Relative change of an update up to which it does not show the contrast, of which ``eps`` leaves
+#: something, and the brightness, of which a border of zeros may.
+_SAME, _EXACTLY = 2e-2, 1e-6
 #: What is tried: a contrast, a brightness, and powers of two between the steps of the search.
 _LESS, _BRIGHTER, _STEP = 0.7, 0.2, 0.5
 _POWERS = torch.arange(-4, 12) * _STEP
@@ -94,10 +95,10 @@ def _open(evidence: Evidence) -> _Open:
     x = torch.rand(shape, generator=generator, dtype=torch.float64).to(replay.device)
     y = torch.randint(replay.classes, shape[:2], generator=generator).to(replay.device)
 
-    def same(other: Tensor) -> bool:
+    def same(other: Tensor, within: float = _SAME) -> bool:
         with torch.no_grad():
             made = replay(other, y).gradients
-        return _distance(made, plain) < _SAME
+        return _distance(made, plain) < within
 
     with torch.no_grad():
         plain = replay(x, y).gradients
@@ -105,7 +106,9 @@ def _open(evidence: Evidence) -> _Open:
         return _Open(False, False, False)
     first = torch.zeros(batch, 1, 1, 1, dtype=torch.bool, device=x.device)
     first[0] = True
-    return _Open(True, same(x + _BRIGHTER), batch == 1 or same(torch.where(first, _LESS * x, x)))
+    return _Open(
+        True, same(x + _BRIGHTER, _EXACTLY), batch == 1 or same(torch.where(first, _LESS * x, x))
+    )
 
 
 def _distance(one: dict[str, Tensor], two: dict[str, Tensor]) -> float:

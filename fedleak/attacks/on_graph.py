@@ -22,12 +22,6 @@ from fedleak.systems.pooling import MaxPool
 
 #: Share of the time that is left which the graph may take, before other ways are tried.
 _SHARE = 0.7
-#: Fit up to which images explain an update equally well.
-_SAME = 1e-6
-_OPEN = (
-    "the update does not change with the brightness of each colour, and hardly with the contrast "
-    "of all images together: those shown are a choice"
-)
 
 
 def why_not(evidence: Evidence) -> str:
@@ -74,7 +68,6 @@ def solve(evidence: Evidence, prior: Prior) -> Reconstruction | str:
     except TimeLimitError as error:
         return str(error)
     evidence = evidence.with_labels(_labels(evidence, knowledge))
-    images, open_ = _shown(evidence, images)
     made = evidence.replay(images[None], evidence.labels).gradients
     rounding = {name: evidence.rounding(name) for name in gradient}
     proof = certify(knowledge, {n: g[0].detach() for n, g in made.items()}, rounding)
@@ -85,39 +78,7 @@ def solve(evidence: Evidence, prior: Prior) -> Reconstruction | str:
         "layers": [],
         **proof.details(),
     }
-    result = package(evidence, images[None], [details])[0]
-    if open_:
-        result.details["notes"] = [*result.details.get("notes", []), _OPEN]
-    return result
-
-
-def _shown(evidence: Evidence, images: Tensor) -> tuple[Tensor, bool]:
-    """Return images that lie in [0, 1] where brightness is anybody's choice.
-
-    Normalisation by the statistics of the batch takes a brightness of each colour out of an
-    update, unless padding tells it, and one contrast but for what eps leaves.
-
-    Returns
-    -------
-    images : Tensor, shape (B, C, H, W)
-    open_ : bool
-        Whether the update fits other brightness as well.
-    """
-    bound = max(2 * float(evidence.fit(images[None])[0]), _SAME)
-
-    def fits(other: Tensor) -> bool:
-        return float(evidence.fit(other[None])[0]) <= bound
-
-    if not fits(images + 0.02):
-        return images, False
-    low, high = images.amin((0, 2, 3)), images.amax((0, 2, 3))
-    if bool((low < 0).any() or (high > 1).any()):
-        contrast = 1 / max(1.0, float((high - low).max()))
-        low, high = contrast * low, contrast * high
-        shift = (-low).clamp_min(0) - (high - 1).clamp_min(0)
-        inside = contrast * images + shift[:, None, None]
-        images = inside if fits(inside) else images
-    return images, True
+    return package(evidence, images[None], [details])[0]
 
 
 def _labels(evidence: Evidence, knowledge: Knowledge) -> Tensor:
