@@ -273,6 +273,8 @@ class _Reader(fx.Interpreter):
         if n.op == "call_module":
             path = str(n.target)
             target = self.modules[path]
+            if type(target) is nn.GroupNorm:
+                target = _GroupNorm.of(target)
             names = (f"{path}.{local}" for local, _ in target.named_parameters())
             own = tuple(name for name in names if name in self.trainable)
         if n.op == "placeholder":
@@ -287,6 +289,25 @@ class _Reader(fx.Interpreter):
             kind = Kind.OTHER if several else kind_of(target, args, kwargs)
         shape = tuple(value.shape) if isinstance(value, Tensor) else ()
         self.nodes[n.name] = Node(n.name, kind, inputs, shape, target, args, kwargs, path, own)
+
+
+class _GroupNorm(nn.GroupNorm):
+    """Of elementary operations: the backward pass of torch's own has no forward derivative."""
+
+    @classmethod
+    def of(cls, module: nn.GroupNorm) -> _GroupNorm:
+        made = cls(module.num_groups, module.num_channels, module.eps, module.affine)
+        made.weight, made.bias = module.weight, module.bias
+        return made
+
+    def forward(self, input: Tensor) -> Tensor:
+        grouped = input.unflatten(1, (self.num_groups, -1)).flatten(2)
+        variance, mean = torch.var_mean(grouped, 2, correction=0, keepdim=True)
+        made = ((grouped - mean) / (variance + self.eps).sqrt()).reshape(input.shape)
+        if not self.affine:
+            return made
+        shape = -1, *[1] * (input.dim() - 2)
+        return made * self.weight.reshape(shape) + self.bias.reshape(shape)
 
 
 def _holds_tensors(value: Any) -> bool:

@@ -27,6 +27,28 @@ def test_buffers_are_neither_read_nor_written() -> None:
     assert torch.allclose(made, model(images))
 
 
+def grouped(width: int = 16) -> nn.Module:
+    """The same with group normalisation."""
+    model = residual(width)
+    for block in model.modules():
+        for name, module in list(block.named_children()):
+            if isinstance(module, nn.BatchNorm2d):
+                setattr(block, name, nn.GroupNorm(4, module.num_features))
+    return model
+
+
+def test_group_normalisation_in_a_graph_is_torchs() -> None:
+    torch.manual_seed(0)
+    model = grouped().double()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    images = torch.rand(2, 3, 16, 16, dtype=torch.float64)
+    graph = Graph.capture(model, (3, 16, 16), 2)
+    made = graph.run({graph.image: images}, [graph.logits])[graph.logits]
+    assert torch.allclose(made, model(images))
+
+
 @pytest.mark.parametrize(("images", "least"), [(1, 20), (2, 16)])
 def test_what_is_known_in_training_mode_is_true(images: int, least: int) -> None:
     torch.manual_seed(1)
@@ -66,6 +88,14 @@ def test_an_image_comes_back_from_training_mode(padding: int) -> None:
     else:
         assert "brightness" in found.details["notes"][0]
         assert 0 <= found.images.min() <= found.images.max() <= 1
+
+
+def test_an_image_comes_back_from_group_normalisation() -> None:
+    torch.manual_seed(1)
+    image = photo_patches(2, 16)[1:]
+    (trial,) = laboratory.reconstruct(grouped(24), image, [2]).trials
+    assert trial.quality.psnr_db > 80
+    assert trial.reconstruction.details["certified"]
 
 
 def test_the_bias_below_mends_a_mask() -> None:
