@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
 from tests.simulations.test_cli import _free_ports, _stop_superlink
 
@@ -229,3 +230,38 @@ def test_a_real_deployment(tmp_path: Path) -> None:
     assert len(table) == 16
     assert table["fit"].max() < 0.05
     assert "Real updates" in (tmp_path / "deployed-captures" / "report.html").read_text()
+
+
+@pytest.mark.slow
+def test_kinds_of_apps() -> None:
+    """``kinds-of-apps.md``: classes come out, and pictures that are none are doubtful."""
+    from torchvision.models import VisionTransformer
+
+    from tests.docs.apps import LeNet, attacked, batch_normalised
+
+    told: dict[str, Any] = {}
+    for block in blocks("kinds-of-apps.md", "python"):
+        exec(block, told)
+    sgd = {"lr": 0.01, "momentum": 0.9}
+
+    def transformer() -> Any:
+        model = VisionTransformer(32, 8, 2, 4, 64, 128, num_classes=10)
+        for name, weight in model.named_parameters():
+            weight.requires_grad = name.startswith("heads")
+        return model
+
+    short = {"seconds": 15, "max_clients": 1}
+    leak, right = attacked(LeNet, torch.optim.SGD, sgd, 1, 0.5, **{**told["quickstart"], **short})
+    assert right
+    assert leak.status == "doubtful"
+    rate = {"lr": 0.001}
+    leak, right = attacked(
+        batch_normalised, torch.optim.Adam, rate, 4, 0, **{**told["adam"], **short}
+    )
+    assert right
+    assert leak.status == "doubtful"
+    head = {**told["head"], **short, "images": 1}
+    leak, right = attacked(transformer, torch.optim.Adam, rate, 1, 0, "heads", **head)
+    assert right
+    assert leak.status == "doubtful"
+    assert "650 entries of the update say anything, of 3072 unknowns" in leak.reason
