@@ -14,6 +14,7 @@ from torch import Tensor
 from fedleak.errors import InvalidInputError, UnknownNameError
 from fedleak.registry import Registry
 
+#: An update as a defence is given it, by name of its parameters.
 Tensors = dict[str, Tensor]
 
 
