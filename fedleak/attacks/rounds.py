@@ -7,6 +7,7 @@ it expects of images (:meth:`Attack.image_prior`).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -21,11 +22,14 @@ from fedleak.attacks.targets.local_training import module_target
 from fedleak.attacks.targets.rounds import RoundsTarget
 from fedleak.errors import InvalidInputError
 from fedleak.priors import Prior
-from fedleak.solvers import Gaussian
+from fedleak.solvers import Gaussian, Measurements, jacobian
+from fedleak.solvers.gaussian import Rows
 from fedleak.systems import Gradients
 
 #: Relative error of an entry, at least, where it is asked whether images explain a round.
 TOLERANCE = 1e-2
+#: The same where a round is exact, and its images can be told from their likes.
+EXACTLY = 1e-3
 #: Root mean square error, in units of the expected ones, up to which they do: it is 1 at the
 #: truth, give or take some hundredths, and above it where an estimate is not yet exact.
 EXPLAINED = 1.2
@@ -86,13 +90,22 @@ class Round:
         images = images[None].to(self.evidence.labels.device)
         return float(self.weighed.misfit(images, precision)[0])
 
-    def explained_by(self, images: Tensor) -> bool:
+    @property
+    def determined(self) -> bool:
+        """Whether one round leaves no other images: its linear systems have full rank."""
+        layers = self.alone.details.get("layers")
+        if layers:
+            return all(layer["rank"] >= layer["unknowns"] for layer in layers)
+        return self.alone.details.get("by") == "rows" or bool(self.alone.details.get("certified"))
+
+    def explained_by(self, images: Tensor, exactly: bool = False) -> bool:
         """Whether images explain the update as its noise lets expect, or hardly worse than its own.
 
         Its own images fit its noise as well, so that no others come quite as near.
         """
-        allowed = max(EXPLAINED, _SLACK * self.misfit(self.alone.images))
-        return self.misfit(images) <= allowed
+        precision = EXACTLY if exactly else TOLERANCE
+        own = self.misfit(self.alone.images, precision)
+        return self.misfit(images, precision) <= max(EXPLAINED, _SLACK * own)
 
 
 def _unexplained(evidence: Evidence, alone: Reconstruction) -> Gradients:
@@ -147,7 +160,8 @@ def solve(
     members: Sequence[Sequence[int]],
     start: Tensor,
     steps: int = _STEPS,
-) -> Match:
+    near: bool = False,
+) -> Match | None:
     """Find the images that all rounds and the prior agree on.
 
     Parameters
@@ -158,10 +172,12 @@ def solve(
         Of each round, which of the images were in it.
     start : Tensor, shape (K, C, H, W)
         Several images are solved from here while that leads to what explains all rounds.
+    near : bool
+        Look nowhere else where it does not.
 
     Returns
     -------
-    Match
+    Match or None
         Of one update with ``K`` images.
     """
     target = RoundsTarget([module_target(r.weighed) for r in rounds], members)
@@ -172,7 +188,30 @@ def solve(
         pairs = zip(rounds, members, strict=True)
         if all(r.explained_by(images[0, list(m)]) for r, m in pairs):
             return Match(images, "gauss-newton", [str(chosen[0])])
-    return match(target, prior, start[None], len(start), steps, _PRECISION)
+    return None if near else match(target, prior, start[None], len(start), steps, _PRECISION)
+
+
+def certainty(
+    rounds: Sequence[Round], members: Sequence[Sequence[int]], images: Tensor, prior: Prior
+) -> list[float]:
+    """Return the PSNR in dB that an attacker expects of images, shape (K, C, H, W).
+
+    From the covariance that all rounds and the prior leave open, linearised at the images
+    themselves: no truth is asked. NaN where there are too many unknowns for that.
+    """
+    target = RoundsTarget([module_target(r.weighed) for r in rounds], members)
+    if not _fits(target, images.numel()):
+        return [math.nan] * len(images)
+    at = images[None].to(rounds[0].evidence.replay.device)
+
+    def residual(x: Tensor) -> Tensor:
+        return target.made(x.reshape(at.shape)) - target.values
+
+    rows = Rows(jacobian(residual, at.flatten(1)))
+    expected = _Several(prior, len(images)).dense()
+    left = Measurements(rows, target.errors.clamp_min(_FINE), expected).covariance()[0]
+    each = left.diagonal().clamp_min(1e-300).reshape(len(images), -1).mean(1)
+    return (-10 * each.log10()).tolist()
 
 
 def _fits(target: RoundsTarget, unknowns: int) -> bool:
@@ -245,6 +284,7 @@ def joint(rounds: Sequence[Round], prior: Prior) -> Reconstruction:
     if len(rounds) > 1:
         start = images.clamp(0, 1).to(rounds[0].evidence.replay.device)
         found = solve(rounds, prior, [range(count)] * len(rounds), start)
+        assert found is not None
         made = found.images[0].cpu()
         if sum(r.misfit(made, _FINE) ** 2 for r in rounds) < misfits[best]:
             images = made
