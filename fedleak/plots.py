@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from fedleak.files import write_atomically
-from fedleak.results.format import LEAKAGE, ROUNDS
+from fedleak.results.format import COVERAGE, LEAKAGE, ROUNDS
 from fedleak.status import reconstructed
 from fedleak.wording import CEILING_DB, ENOUGH_DB, INDISTINGUISHABLE, defence_words
 
@@ -63,7 +63,88 @@ def plot_run(folder: Path, arms: Sequence[Path] | None = None, by: str = "defenc
     if sources:
         names = None if by == "defence" else [a.name for a in sources]
         made.append(reconstructions(sources, folder / "reconstructions.png", names))
+    if (folder / COVERAGE.file).is_file():
+        coverage = pd.read_csv(folder / COVERAGE.file)
+        if not coverage.empty:
+            made.append(coverage_vs_rounds(coverage, folder / "coverage_vs_rounds.png"))
     return made
+
+
+def coverage_vs_rounds(coverage: pd.DataFrame, path: Path) -> Path:
+    """Draw which share of a client's images the server holds over rounds, alone and together.
+
+    Parameters
+    ----------
+    coverage : DataFrame
+        As in ``coverage.csv``; where there is a column ``defence``, each has a panel.
+    path : Path
+        The PNG to write.
+    """
+    arms = list(dict.fromkeys(coverage["defence"])) if "defence" in coverage else [""]
+    colours = dict(zip((20, 40, 60), sns.color_palette("colorblind", 3), strict=True))
+    with sns.axes_style("whitegrid"):
+        figure, axes = plt.subplots(
+            1, len(arms), figsize=(2.2 + 4 * len(arms), 4), sharey=True, squeeze=False,
+            layout="constrained",
+        )  # fmt: skip
+        for axis, arm in zip(axes[0], arms, strict=True):
+            part = coverage[coverage["defence"] == arm] if arm else coverage
+            by_round = part.groupby("round")
+            share = by_round.mean(numeric_only=True)
+            used = share["used"] / share["images"]
+            axis.plot(share.index, used, color="0.6", lw=5, alpha=0.4)
+            for level, colour in colours.items():
+                for who, line in (("alone", "--"), ("together", "-")):
+                    held = share[f"{who}_{level}"] / share["images"]
+                    axis.plot(held.index, held, line, color=colour, marker="o", ms=3)
+            axis.set(xlabel="round", ylim=(0, 1.03), title=arm)
+            axis.xaxis.get_major_locator().set_params(integer=True)
+        axes[0][0].set_ylabel("share of the client's images")
+        handles = [Line2D([], [], color=c, lw=6, label=f"at {k} dB") for k, c in colours.items()]
+        handles += [
+            Line2D([], [], color="0.3", ls="-", label="rounds together"),
+            Line2D([], [], color="0.3", ls="--", label="each round alone"),
+            Line2D([], [], color="0.6", lw=5, alpha=0.4, label="used by then"),
+        ]
+        axes[0][-1].legend(
+            handles=handles, loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False
+        )
+        figure.suptitle("What the server holds of a client's data (simulated)", fontsize=11)
+        save(figure, path)
+        plt.close(figure)
+    return path
+
+
+def gallery(images: Any, captions: Sequence[str], path: Path, title: str) -> Path | None:
+    """Draw the images that are held of one client, each with its caption, ten in a row.
+
+    Parameters
+    ----------
+    images : Tensor, shape (K, C, H, W)
+        Grey or colour; of others nothing is drawn.
+    captions : sequence of str
+    path : Path
+        The PNG to write.
+    title : str
+    """
+    if images.shape[1] not in (1, 3):
+        return None
+    columns = min(10, len(images))
+    lines = -(-len(images) // columns)
+    figure, axes = plt.subplots(
+        lines, columns, figsize=(max(0.95 * columns, 5), 1.15 * lines + 0.5), squeeze=False,
+        layout="constrained",
+    )  # fmt: skip
+    for axis in axes.flat:
+        axis.axis("off")
+    for axis, image, caption in zip(axes.flat, images, captions, strict=False):
+        pixels = np.clip(np.moveaxis(np.asarray(image), 0, -1), 0, 1)
+        axis.imshow(pixels.squeeze(), cmap="gray", vmin=0, vmax=1)
+        axis.set_title(caption, fontsize=7, pad=2)
+    figure.suptitle(title, fontsize=10)
+    save(figure, path)
+    plt.close(figure)
+    return path
 
 
 def _label(name: str, strength: object) -> str:

@@ -150,6 +150,25 @@ def score_batch(
     return out
 
 
+def decibels_between(images: Tensor, truth: Tensor) -> Tensor:
+    """Return the PSNR in dB of every image with every true one, at most 160.
+
+    Parameters
+    ----------
+    images : Tensor, shape (R, C, H, W)
+        Clamped to [0, 1] first.
+    truth : Tensor, shape (T, C, H, W)
+
+    Returns
+    -------
+    Tensor, shape (R, T)
+    """
+    a = images.detach().double().cpu().clamp(0, 1).flatten(1)
+    b = truth.detach().double().cpu().flatten(1)
+    rows = [(b - one).square().mean(1) for one in a]  # exact, where a product would round
+    return -10 * torch.stack(rows).clamp_min(1e-16).log10()
+
+
 def pair(reconstructions: Tensor, truth: Tensor) -> list[tuple[int, int]]:
     """Pair reconstructions with true images so that the total squared error is least.
 

@@ -97,13 +97,17 @@ def client_batches(scenario: Scenario, client: int, server_round: int) -> list[l
 
     A client walks through its own images in a fixed random order, so that every image is
     used once before any is used twice; each further epoch takes those of the round in a
-    new order.
+    new order. With ``training.draw = "anew"`` each round draws from all of them, without
+    replacement.
     """
     own = partitions(scenario)[client]
     order = _shuffled(len(own), scenario.seed * 100_003 + client + 1)
     count, size = scenario.training.images, scenario.training.batch_size
     first = (server_round - 1) * count
     used = [own[order[(first + i) % len(own)]] for i in range(count)]
+    if scenario.training.draw == "anew":
+        draw = zlib.crc32(f"{scenario.seed}/{client}/{server_round}/draw".encode())
+        used = [own[i] for i in _shuffled(len(own), draw)[:count]]
     out = []
     for epoch in range(scenario.training.epochs):
         if epoch:

@@ -29,17 +29,21 @@ from fedleak.quality import score_batch
 from fedleak.results.folder import clear
 from fedleak.results.format import (
     CAPTURES,
+    COVERAGE,
+    GALLERY,
     LEAKAGE,
     METRIC,
     RECONSTRUCTIONS,
     ROUNDS,
     RUN,
     TAMPERING,
+    Table,
     plain,
 )
 from fedleak.results.pictures import Key, Picture, write_round
 from fedleak.stopping import Terminated
 from fedleak.strategies import Leak
+from simulations.coverage import Coverage
 from simulations.partition import client_images, training_data
 from simulations.prediction import UpdatePrediction
 from simulations.scenario import Scenario
@@ -49,8 +53,9 @@ from simulations.tampering import TamperBook, wanted
 FULL = (errno.ENOSPC, errno.EDQUOT)
 #: What a run writes; ``overwrite`` removes these and nothing else.
 OUTPUTS = (
-    LEAKAGE.file, ROUNDS.file, METRIC.file, TAMPERING.file, RUN, "leakage_vs_rounds.png",
-    "reconstructions.png", RECONSTRUCTIONS, CAPTURES, "tensorboard", "mlruns",
+    LEAKAGE.file, ROUNDS.file, METRIC.file, TAMPERING.file, COVERAGE.file, RUN,
+    "leakage_vs_rounds.png", "coverage_vs_rounds.png", "reconstructions.png", RECONSTRUCTIONS,
+    CAPTURES, GALLERY, "tensorboard", "mlruns",
 )  # fmt: skip
 
 
@@ -170,12 +175,18 @@ class Recorder:
         self._predicted: list[float] = []
         self.book: TamperBook | None = None
         self._attack_seconds = 0.0
+        self.coverage = Coverage(scenario)
         self._pictures: list[tuple[Key, Picture]] = []
         self._about = about_run(scenario, engine)
         make_private(out)
         write_about(self.out, self._about)
-        for table in (LEAKAGE, ROUNDS, METRIC, *([TAMPERING] if wanted(scenario) else [])):
+        for table in (LEAKAGE, ROUNDS, METRIC, *self._others()):
             table.start(out)
+
+    def _others(self) -> list[Table]:
+        """Return the tables that only some scenarios have."""
+        scenario = self.scenario
+        return [TAMPERING] * wanted(scenario) + [COVERAGE] * scenario.attack.memory
 
     def labels_of(self, server_round: int, node: int) -> list[int]:
         """Return a client's labels, for a server whose threat model grants them."""
@@ -205,6 +216,9 @@ class Recorder:
             book.score(rows)
         for row in rows:
             LEAKAGE.append(self.out, {**same, **row})
+        if leak.dossier is not None and len(clients) == 1:
+            held = self.coverage.row(leak.server_round, clients[0], leak.dossier, rows)
+            COVERAGE.append(self.out, held)
 
     def _score(self, leak: Leak, clients: list[int]) -> list[dict[str, Any]]:
         """Return what is known of each image, by column.
@@ -221,8 +235,12 @@ class Recorder:
         self._predicted += [p for p in predicted if not math.isnan(p)]
         rows: list[dict[str, Any]] = []
         scored = score_batch(images, found, truth, labels)
-        for (client, image), true, one, psnr in zip(used, truth, scored, predicted, strict=True):
+        remembered = _remembered(leak, truth, labels)
+        for n, ((client, image), true, one, psnr) in enumerate(
+            zip(used, truth, scored, predicted, strict=True)
+        ):
             row = {
+                "psnr_together_db": plain(remembered[n]),
                 "client": client,
                 "image": image,
                 "predicted_psnr_db": plain(psnr),
@@ -308,8 +326,18 @@ class Recorder:
 
     def finish(self, error: BaseException | None = None) -> None:
         """Note that the run finished, or which error ended it."""
+        self.coverage.draw(self.out)
         self._about |= ended(error)
         write_about(self.out, self._about)
+
+
+def _remembered(leak: Leak, truth: Tensor, labels: Tensor) -> list[float]:
+    """Return the PSNR of what the server makes of each image with all rounds before."""
+    made = leak.together
+    if made is None:
+        return [math.nan] * len(truth)
+    scored = score_batch(made.images, made.labels, truth, labels)
+    return [math.nan if s.quality is None else s.quality.psnr_db for s in scored]
 
 
 class TruthfulCapture(CaptureWriter):

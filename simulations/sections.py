@@ -92,6 +92,9 @@ class Training(Section):
     share: Literal["gradient", "weights"] = "gradient"
     local_steps: int = Field(1, ge=1, description="batches of a round")
     batch_size: int = Field(1, ge=1)
+    draw: Literal["turn", "anew"] = Field(
+        "turn", description="turn: every image once before any twice; anew: at random each round"
+    )
     epochs: int = Field(1, ge=1, description="passes over the round's batches")
     learning_rate: float | str = Field(
         0.1, description="a number; or one for each round, 0.1/0.05, the last one from then on"
@@ -243,6 +246,7 @@ class Attack(Section):
     device: str = Field("auto", description="auto, cpu or cuda")
     seconds: float = Field(600.0, ge=0, description="allowed for each update; 0: no limit")
     round_seconds: float = Field(0.0, ge=0, description="allowed for a round; 0: no limit")
+    memory: bool = Field(False, description="keep a gallery of each client over all rounds")
     memory_gib: float = Field(0.0, ge=0, description="allowed at once; 0: most of what is free")
     options: dict[str, Any] = Field(default_factory=dict, description="the attack's own settings")
 

@@ -230,6 +230,7 @@ def _attacker(
         seconds=scenario.attack.seconds,
         round_seconds=scenario.attack.round_seconds,
         memory_gib=scenario.attack.memory_gib,
+        memory=scenario.attack.memory,
     )
 
 

@@ -6,7 +6,7 @@ import atexit
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from logging import ERROR, INFO
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 from torch import Tensor, nn
 
-from fedleak.attacks import Attack, Outcome, Reconstruction, make_attack
+from fedleak.attacks import Attack, Dossier, Outcome, Reconstruction, make_attack
 from fedleak.capture import CaptureWriter, Update
 from fedleak.capture.update import load_sent
 from fedleak.client.loss import PLAIN
@@ -65,6 +65,10 @@ class Leak:
         Time of the attack, shared evenly among clients attacked together.
     received : bool
         Whether there was an update to attack; False where it is missing or cannot be read.
+    together : Reconstruction or None
+        What the server makes of the same images with all rounds before; None without ``memory``.
+    dossier : Dossier or None
+        With ``memory``: what it knows of the client by then.
     """
 
     server_round: int
@@ -73,6 +77,8 @@ class Leak:
     reason: str = ""
     seconds: float = 0.0
     received: bool = True
+    together: Reconstruction | None = None
+    dossier: Dossier | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         # A client's names end in it, and it ends in tables.
@@ -141,9 +147,15 @@ class MaliciousServer(DelegatingStrategy):
         it has failed. Hitting a limit makes results hang on the speed of the machine.
     memory_gib : float
         Memory that an attack may take beyond what is in use; 0: most of what is free.
+    memory : bool
+        Keep a :class:`fedleak.attacks.Dossier` of each client: a gallery of the images that its
+        updates told, each leak's beside it. It is written in the round, also where attacks are
+        done in the background.
 
     Attributes
     ----------
+    dossiers : dict
+        Those of ``memory``, by nodes.
     last_leaks : list of Leak
         Those of the last round attacked; in the background, those reported since it began.
 
@@ -174,6 +186,7 @@ class MaliciousServer(DelegatingStrategy):
         seconds: float = Limits.seconds,
         round_seconds: float = Limits.round_seconds,
         memory_gib: float = Limits.memory_gib,
+        memory: bool = False,
     ):
         super().__init__(strategy)
         if threat.labels and labels_of is None:
@@ -219,6 +232,9 @@ class MaliciousServer(DelegatingStrategy):
                 atexit.register(self.wait)  # also where another strategy runs the rounds
         self.last_leaks: list[Leak] = []
         self._weights: dict[int, dict[str, Tensor]] = {}
+        self.memory = memory
+        self.dossiers: dict[tuple[int, ...], Dossier] = {}
+        self._observed: dict[tuple[int, tuple[int, ...]], Observation] = {}
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -314,6 +330,8 @@ class MaliciousServer(DelegatingStrategy):
             return
         groups: dict[tuple[int, Terms], dict[tuple[int, ...], Observation]] = {}
         for nodes, observation in observations.items():
+            if self.memory:
+                self._observed[server_round, nodes] = observation
             kind = id(observation.model), replace(observation.terms, labels=None)
             groups.setdefault(kind, {})[nodes] = observation
         chosen = [(self._attack_for(next(iter(group))), group) for group in groups.values()]
@@ -322,7 +340,26 @@ class MaliciousServer(DelegatingStrategy):
 
     def _report_done(self, server_round: int, nodes: tuple[int, ...], outcome: Outcome) -> None:
         found = outcome.reconstruction
-        self._report(Leak(server_round, nodes, found, outcome.reason, outcome.seconds))
+        leak = Leak(server_round, nodes, found, outcome.reason, outcome.seconds)
+        observation = self._observed.pop((server_round, nodes), None)
+        if observation is not None:
+            leak = self._remembered(leak, observation)
+        self._report(leak)
+
+    def _remembered(self, leak: Leak, observation: Observation) -> Leak:
+        """Add a leak to the dossier of its client."""
+        if leak.nodes not in self.dossiers:
+            self.dossiers[leak.nodes] = Dossier(self._attack_for(leak.nodes))
+        dossier = self.dossiers[leak.nodes]
+        if leak.reconstruction is None:
+            return replace(leak, dossier=dossier)
+        try:
+            made = dossier.add(leak.server_round, observation, leak.reconstruction)
+        except Exception as error:  # the training goes on, whatever happens here
+            log(ERROR, "round %s, nodes %s: not remembered: %r", leak.server_round, leak.nodes,
+                error)  # fmt: skip
+            return replace(leak, dossier=dossier)
+        return replace(leak, together=made, dossier=dossier)
 
     def _collect(self, wait: bool = False) -> None:
         """Report what came from the background."""

@@ -9,6 +9,7 @@ from fedleak.attacks.base import (
     make_attack,
     run_attack,
 )
+from fedleak.attacks.dossier import Dossier, Held
 from fedleak.attacks.evidence import Evidence, resolve_device
 from fedleak.attacks.first_layer import RowsAttack
 from fedleak.attacks.fished import FishedAttack
@@ -23,8 +24,10 @@ __all__ = [
     "Attack",
     "CosineAttack",
     "DLGAttack",
+    "Dossier",
     "Evidence",
     "FishedAttack",
+    "Held",
     "HybridAttack",
     "IDLGAttack",
     "LinearAttack",

@@ -79,13 +79,13 @@ class Table:
         write_atomically(folder / self.file, text.encode())
 
 
-_QUIET = ("attack", "psnr_fitted_db", "mse", "seconds")
+_QUIET = ("attack", "psnr_fitted_db", "mse", "seconds", "psnr_together_db")
 #: A row for each image that was attacked.
 LEAKAGE = Table(
     "leakage.csv",
     ("round", "client", "image", "attack", "defence", "strength", "psnr_db", "psnr_fitted_db",
      "predicted_psnr_db", "ssim", "mse", "label_true", "label_inferred", "seconds", "status",
-     "reason"),
+     "reason", "psnr_together_db"),
     needed=("round", "psnr_db", "status"),
     late=("predicted_psnr_db",),
     quiet=_QUIET,
@@ -126,6 +126,16 @@ ATTACKS = Table(
      "label_true", "label_inferred", "fit", "certified", "defence", "seconds", "status", "reason"),
     quiet=_QUIET,
 )  # fmt: skip
+#: A row for each client and round of a server with memory: how many of the client's images it holds
+#: that well (20, 40, 60 dB), from rounds alone and from all together.
+COVERAGE = Table(
+    "coverage.csv",
+    ("round", "client", "images", "used", "held", "alone_20", "alone_40", "alone_60",
+     "together_20", "together_40", "together_60", "twice", "invented", "certainty_db"),
+    needed=("round", "client", "images", "together_20"),
+)  # fmt: skip
+#: Folder of the galleries' pictures.
+GALLERY = "gallery"
 _CELL = ("scenario", "data", "model", *_ARM, "seed")
 #: What an evaluation says of each attacker.
 OF_ATTACKER = (
