@@ -96,7 +96,8 @@ def coverage_vs_rounds(coverage: pd.DataFrame, path: Path) -> Path:
             for level, colour in colours.items():
                 for who, line in (("alone", "--"), ("together", "-")):
                     held = share[f"{who}_{level}"] / share["images"]
-                    axis.plot(held.index, held, line, color=colour, marker="o", ms=3)
+                    # The finest last and thinnest, so that none hides another.
+                    axis.plot(held.index, held, line, color=colour, lw=5 - level / 15)
             axis.set(xlabel="round", ylim=(0, 1.03), title=arm)
             axis.xaxis.get_major_locator().set_params(integer=True)
         axes[0][0].set_ylabel("share of the client's images")

@@ -115,3 +115,28 @@ def json_ready(value: Any) -> Any:
     if isinstance(value, dict):
         return {k: json_ready(v) for k, v in value.items()}
     return [json_ready(v) for v in value] if isinstance(value, list | tuple) else value
+
+
+def coverage_words(coverage: Any) -> str:
+    """Say in one sentence what a server with memory holds of the client that it knows most of.
+
+    Parameters
+    ----------
+    coverage : DataFrame
+        As in ``coverage.csv``, of one run.
+
+    Returns
+    -------
+    str
+        Empty where there is nothing to say.
+    """
+    if coverage.empty:
+        return ""
+    last = coverage.sort_values("round").groupby("client").tail(1)
+    most = last.loc[(last["together_20"] / last["images"]).idxmax()]
+    n, client = int(most["round"]), int(most["client"])
+    return (
+        f"after {n} round{'s' * (n > 1)} the server holds {int(most['together_20'])} of the "
+        f"{int(most['images'])} images of client {client}, {int(most['together_60'])} of them "
+        f"exact; from each round alone {int(most['alone_20'])} and {int(most['alone_60'])}"
+    )

@@ -13,6 +13,8 @@ from fedleak.errors import InvalidInputError, UnknownNameError
 from fedleak.events import take_over
 from fedleak.lock import only_writer
 from fedleak.results.format import (
+    COVERAGE,
+    COVERAGE_OF_ARMS,
     LEAKAGE,
     LEAKAGE_OF_TAMPERS,
     ROUNDS,
@@ -275,6 +277,13 @@ def combine(arms: list[Arm], folder: Path) -> None:
         for arm, *tables in zip(arms, leakage, rounds, strict=True):
             for table in tables:
                 table["arm"] = arm.label
+    held = [
+        pd.read_csv(arm.out / COVERAGE.file).assign(defence=arm.label)
+        for arm in arms
+        if (arm.out / COVERAGE.file).is_file()
+    ]
+    if held:
+        COVERAGE_OF_ARMS.write(folder, pd.concat(held))
     of_leakage.write(folder, pd.concat(leakage))
     of_rounds.write(folder, pd.concat(rounds))
     plot_run(folder, [arm.out for arm in arms], by)

@@ -14,8 +14,9 @@ from rich.table import Table
 
 from fedleak.commands.console import PlainConsole, display, near, number, say_report
 from fedleak.events import emit
-from fedleak.results.format import LEAKAGE, ROUNDS
+from fedleak.results.format import COVERAGE, LEAKAGE, ROUNDS
 from fedleak.status import most_frequent, reconstructed
+from fedleak.wording import coverage_words
 
 if TYPE_CHECKING:
     from simulations.engines import Arm
@@ -135,6 +136,10 @@ def _closing_table(scenario: Scenario, arms: list[Arm]) -> None:
     _console.print(table)
     for label, doubt in doubts.items():
         _console.print(f"doubtful ({label}): {doubt}", highlight=False, markup=False)
+    for arm in arms:
+        if (arm.out / COVERAGE.file).is_file():
+            said = coverage_words(pd.read_csv(arm.out / COVERAGE.file))
+            _console.print(f"{arm.label}: {said}", highlight=False, soft_wrap=True)
     if not scenario.threat.defence and any(arm.defence.spec.parts for arm in arms):
         _console.print(
             "The server did not know of the defence; --set threat.defence=true for one that does.",
@@ -150,6 +155,7 @@ def _closing_table(scenario: Scenario, arms: list[Arm]) -> None:
     )  # fmt: skip
     for name, what in (
         ("leakage_vs_rounds.png", "leakage and accuracy over the rounds"),
+        ("coverage_vs_rounds.png", "the share of a client's images that the server holds"),
         ("reconstructions.png", "true images beside their reconstructions"),
         ("leakage.csv, rounds.csv", "every number"),
         ("run.json" if len(arms) == 1 else "*/run.json", "scenario, seed and versions"),

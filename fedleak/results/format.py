@@ -134,6 +134,8 @@ COVERAGE = Table(
      "together_20", "together_40", "together_60", "twice", "invented", "certainty_db"),
     needed=("round", "client", "images", "together_20"),
 )  # fmt: skip
+#: The same of several defences in one table.
+COVERAGE_OF_ARMS = replace(COVERAGE, columns=("defence", *COVERAGE.columns))
 #: Folder of the galleries' pictures.
 GALLERY = "gallery"
 _CELL = ("scenario", "data", "model", *_ARM, "seed")

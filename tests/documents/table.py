@@ -32,6 +32,7 @@ class Elsewhere:
 
 
 SHORTER = (
+    Shorter(r"federation\.rounds=20", "two rounds are enough", "federation.rounds=2"),
     Shorter(r"(?<= )--jobs \d+", "each process imports torch for seconds", "--jobs 1"),
     Shorter(r" --engine ray", "tests/simulations run on Ray", ""),
     Shorter(r"--device cuda", "most machines have none", "--device cpu"),

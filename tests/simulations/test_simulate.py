@@ -18,7 +18,7 @@ import torch
 
 from fedleak.errors import FedleakError, InvalidInputError
 from fedleak.models import build_model
-from fedleak.results.format import LEAKAGE, ROUNDS
+from fedleak.results.format import COVERAGE, LEAKAGE, ROUNDS
 from fedleak.status import reconstructed
 from simulations.engines import simulate
 from simulations.partition import client_batches, client_images
@@ -377,3 +377,32 @@ def test_epochs_use_the_images_of_the_round_again(tmp_path: Path) -> None:
     simulate(described, tmp_path)
     leakage, _, _ = _tables(tmp_path)
     assert len(leakage) == 4 * 6
+
+
+def test_memory_covers_more_of_a_client_than_rounds_alone(tmp_path: Path) -> None:
+    described = load_scenario(
+        None,
+        ["federation.clients=1", "federation.rounds=3", "data.max_test_images=50",
+         "data.max_images=4", "attack.memory=true", "defence=noise:0.2", "threat.defence=true"],
+    )  # fmt: skip
+    (arm,) = simulate(described, tmp_path / "run")
+    coverage = pd.read_csv(arm.out / COVERAGE.file)
+    assert tuple(coverage.columns) == COVERAGE.columns
+    assert coverage["images"].tolist() == [4] * 3
+    assert coverage["used"].tolist() == [1, 2, 3]
+    assert (coverage["invented"] == 0).all()
+    assert (coverage["twice"] == 0).all()
+    leakage, *_ = _tables(arm.out)
+    assert (leakage["psnr_together_db"] >= leakage["psnr_db"] - 1e-6).all()
+    assert (arm.out / "coverage_vs_rounds.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_batches_drawn_anew_repeat_images_before_all_are_used() -> None:
+    described = load_scenario(
+        None, ["federation.clients=1", "data.max_images=9", "training.batch_size=4",
+               "training.draw=anew"],
+    )  # fmt: skip
+    rounds = [client_images(described, 0, n) for n in range(1, 9)]
+    assert all(len(set(used)) == 4 for used in rounds)
+    assert len({tuple(sorted(used)) for used in rounds}) > 2
+    assert {i for used in rounds for i in used} == set(range(9))
