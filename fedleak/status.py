@@ -8,7 +8,10 @@ search short; the ``reason`` says what. ``failed``: there is no image, and the `
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
+
+from fedleak.wording import clean_reason
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -22,6 +25,20 @@ def status_of(reconstructed: bool, doubtful: bool) -> Status:
     if not reconstructed:
         return "failed"
     return "doubtful" if doubtful else "ok"
+
+
+def notes_text(notes: Sequence[str]) -> str:
+    """Return notes as a table has them, each once."""
+    return clean_reason("; ".join(dict.fromkeys(notes)))
+
+
+def most_frequent_note(table: pd.DataFrame) -> str:
+    """Return the notes that most rows have, and how many rows have any; empty where none has."""
+    if "notes" not in table:
+        return ""
+    notes = table["notes"].dropna()
+    notes = notes[notes != ""].value_counts()
+    return f"{int(notes.sum())} images: {notes.index[0]}" if len(notes) else ""
 
 
 def reconstructed(table: pd.DataFrame) -> pd.Series:

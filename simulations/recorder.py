@@ -41,6 +41,7 @@ from fedleak.results.format import (
     plain,
 )
 from fedleak.results.pictures import Key, Picture, write_round
+from fedleak.status import notes_text
 from fedleak.stopping import Terminated
 from fedleak.strategies import Leak
 from simulations.coverage import Coverage
@@ -234,6 +235,7 @@ class Recorder:
             predicted = self.predict(leak.server_round, clients, truth, labels)
         self._predicted += [p for p in predicted if not math.isnan(p)]
         rows: list[dict[str, Any]] = []
+        about = {} if made is None else {"fit": made.fit, "notes": notes_text(made.notes)}
         scored = score_batch(images, found, truth, labels)
         remembered = _remembered(leak, truth, labels)
         for n, ((client, image), true, one, psnr) in enumerate(
@@ -252,7 +254,7 @@ class Recorder:
                 continue
             rows.append({**row, **asdict(one.quality), "label_inferred": one.label_inferred,
                          "status": leak.status, "reason": leak.reason,
-                         "certified": _certified(made, one.place)})  # fmt: skip
+                         "certified": _certified(made, one.place), **about})  # fmt: skip
             right = one.label_inferred == one.label
             self._scored.append((one.quality.psnr_db, one.quality.ssim, right))
             made_of_it = one.image.float().numpy()

@@ -58,6 +58,11 @@ class Reconstruction:
     doubts: tuple[str, ...] = ()
 
     @property
+    def notes(self) -> tuple[str, ...]:
+        """What the update shows that is not as declared, and was taken into account."""
+        return tuple(self.details.get("notes", ()))
+
+    @property
     def status(self) -> Status:
         """``ok``, or ``doubtful`` where there are :attr:`doubts`."""
         return status_of(True, bool(self.doubts))

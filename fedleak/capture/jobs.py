@@ -18,7 +18,7 @@ from fedleak import workers
 from fedleak.attacks import Attack, Reconstruction, attack_for, run_attack
 from fedleak.capture.reader import Capture, Captured
 from fedleak.observation import Observation
-from fedleak.status import Status, status_of
+from fedleak.status import Status, notes_text, status_of
 
 #: Why a failure may be gone the next time: a file was damaged, or the worker ended.
 Retry = Literal["", "damaged", "crashed"]
@@ -85,6 +85,8 @@ class Result:
         Whether the update is not what was declared; ``reason`` says what shows it.
     certified : tuple of bool
         Of each image, whether the attack's own test proved it; empty where it has none.
+    notes : str
+        What is not as declared, and was taken into account.
     """
 
     name: str
@@ -96,6 +98,7 @@ class Result:
     retry: Retry = ""
     doubtful: bool = False
     certified: tuple[bool, ...] = ()
+    notes: str = ""
 
     @property
     def status(self) -> Status:
@@ -137,6 +140,7 @@ def attack_chunk(work: Work, chunk: Chunk) -> list[Result]:
                     outcome.reason,
                     doubtful=made.status == "doubtful",
                     certified=_certified(made),
+                    notes=notes_text(made.notes),
                 )
     return [results[name] for name in chunk.names]
 

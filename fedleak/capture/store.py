@@ -41,6 +41,7 @@ class _Row(BaseModel):
     retry: Retry
     doubtful: bool = False
     certified: tuple[bool, ...] = ()
+    notes: str = ""
 
 
 class Results:
@@ -90,7 +91,7 @@ class Results:
             return None
         return Result(
             name, images, row.labels, row.fit, row.seconds, row.reason, row.retry, row.doubtful,
-            row.certified if len(row.certified) == len(row.labels) else (),
+            row.certified if len(row.certified) == len(row.labels) else (), row.notes,
         )  # fmt: skip
 
     def save(self, chunk: Chunk, results: Sequence[Result]) -> None:
@@ -114,6 +115,7 @@ class Results:
                 retry=result.retry,
                 doubtful=result.doubtful,
                 certified=result.certified,
+                notes=result.notes,
             )
             write_atomically(self._path(result.name, ".json"), to_json(row.model_dump(mode="json")))
 

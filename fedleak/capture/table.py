@@ -18,7 +18,7 @@ from fedleak.capture.truth import Truth, read_truth
 from fedleak.errors import FedleakError, InvalidInputError, InvalidUpdateError
 from fedleak.quality import score_batch
 from fedleak.results.format import ATTACKS
-from fedleak.status import most_frequent, reconstructed
+from fedleak.status import most_frequent, most_frequent_note, reconstructed
 
 #: Images in the overview.
 _SHOWN = 8
@@ -55,7 +55,7 @@ def write_table(
             "fit": "" if result.fit is None else result.fit,
             "defence": _defence(capture, name),
             "status": result.status,
-            "reason": result.reason,
+            "reason": result.reason, "notes": result.notes,
         }  # fmt: skip
         for row, picture in _rows(capture, name, result):
             rows.append(base | row)
@@ -162,4 +162,5 @@ def summary(table: pd.DataFrame) -> dict[str, Any]:
         "reason": most_frequent(table, "failed"),
         "doubtful": int((table["status"] == "doubtful").sum()),
         "doubt": most_frequent(table, "doubtful"),
+        "note": most_frequent_note(table),
     }

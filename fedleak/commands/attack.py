@@ -107,6 +107,8 @@ def _report(attacked: Attacked, attack: str, json_: bool) -> None:
 def _notes(attacked: Attacked, found: dict[str, Any]) -> Iterator[str]:
     if found["doubtful"]:
         yield f"{found['doubtful']} images are doubtful: {found['doubt']}"
+    if found["note"]:
+        yield f"Seen, and taken into account, in {found['note']}"
     if found["failed"]:
         yield f"Most frequent reason for a failure: {found['reason']}"
     if found["psnr_db_mean"] is not None:

@@ -110,14 +110,12 @@ def _seen(result: Reconstruction) -> Iterator[str]:
     """Say what the update shows that is not as declared: doubted, or taken into account."""
     for doubt in result.doubts:
         yield f"Doubtful: {doubt}."
-    for note in result.details.get("notes", ()):
+    for note in result.notes:
         yield f"Seen, and taken into account: {note}."
 
 
 def _notes(result: Reconstruction) -> Iterator[str]:
     """Say what limits a reconstruction, as far as the attacker knows it."""
-    for note in result.details.get("notes", ()):
-        yield f"{note[:1].upper()}{note[1:]}."
     if result.details.get("why_not_linear"):
         yield f"Matched as a whole: {result.details['why_not_linear']}."
     if head := result.details.get("head"):

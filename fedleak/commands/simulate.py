@@ -15,7 +15,7 @@ from rich.table import Table
 from fedleak.commands.console import PlainConsole, display, near, number, say_report
 from fedleak.events import emit
 from fedleak.results.format import COVERAGE, LEAKAGE, ROUNDS
-from fedleak.status import most_frequent, reconstructed
+from fedleak.status import most_frequent, most_frequent_note, reconstructed
 from fedleak.wording import coverage_words
 
 if TYPE_CHECKING:
@@ -110,6 +110,7 @@ def _closing_table(scenario: Scenario, arms: list[Arm]) -> None:
         side, narrow = "left" if column == "defence" else "right", column.startswith("round")
         table.add_column(column, justify=side, no_wrap=not narrow)  # type: ignore[arg-type]
     doubts: dict[str, str] = {}
+    seen: dict[str, str] = {}
     for arm in arms:
         leakage = pd.read_csv(arm.out / LEAKAGE.file)
         rounds = pd.read_csv(arm.out / ROUNDS.file)
@@ -133,6 +134,8 @@ def _closing_table(scenario: Scenario, arms: list[Arm]) -> None:
             table.caption = f"most frequent reason for a failure: {reason}"
         if doubt := most_frequent(leakage, "doubtful"):
             doubts[arm.label] = doubt
+        if note := most_frequent_note(leakage):
+            seen[arm.label] = note
     _console.print(table)
     for label, doubt in doubts.items():
         _console.print(f"doubtful ({label}): {doubt}", highlight=False, markup=False)
@@ -140,6 +143,9 @@ def _closing_table(scenario: Scenario, arms: list[Arm]) -> None:
         if (arm.out / COVERAGE.file).is_file():
             said = coverage_words(pd.read_csv(arm.out / COVERAGE.file))
             _console.print(f"{arm.label}: {said}", highlight=False, soft_wrap=True)
+    for label, note in seen.items():
+        what = f"seen, and taken into account ({label}), in {note}"
+        _console.print(what, highlight=False, markup=False)
     if not scenario.threat.defence and any(arm.defence.spec.parts for arm in arms):
         _console.print(
             "The server did not know of the defence; --set threat.defence=true for one that does.",

@@ -10,7 +10,7 @@ import pandas as pd
 
 from fedleak.report.evidence import WithoutTruth, classes, evidence, without_truth
 from fedleak.report.sources import Arm
-from fedleak.status import most_frequent, reconstructed
+from fedleak.status import most_frequent, most_frequent_note, reconstructed
 from fedleak.wording import BLURRED, CEILING_DB, INDISTINGUISHABLE, RECOGNISABLE
 
 #: Grades of an image, best recovered first, as the legend names them.
@@ -77,6 +77,8 @@ class Figures:
         Reconstructed, but the update is not what was declared, or time ran out.
     doubt : str
         The most frequent reason.
+    note : str
+        The most frequent of what was not as declared and taken into account, and of how many.
     seen : int
         Images with at least 20 dB, of those that can be compared.
     median_db, best_db, unaware_db : float
@@ -122,6 +124,7 @@ class Figures:
     evidence: WithoutTruth = field(default_factory=WithoutTruth)
     doubtful: int = 0
     doubt: str = ""
+    note: str = ""
     seen: int = 0
 
     @property
@@ -183,6 +186,7 @@ def figures(arm: Arm) -> Figures:
         evidence=evidence(leakage),
         doubtful=int((leakage["status"] == "doubtful").sum()),
         doubt=most_frequent(leakage, "doubtful"),
+        note=most_frequent_note(leakage),
         seen=int((scored["psnr_db"] >= RECOGNISABLE).sum()),
     )  # fmt: skip
 

@@ -34,8 +34,6 @@ from fedleak.untrusted import dig, finite, within
 from fedleak.wording import RECOGNISABLE, clean, defence_words, strength_words
 
 Kind = Literal["run", "evaluation", "attack", "audit"]
-#: Of these, what a table of leakage has no column for.
-_EVIDENCE = ("fit", "certified")
 _GROUP = ["scenario", "data", "model"]
 _ARM = ["defence", "strength"]
 
@@ -319,7 +317,7 @@ def _attacks(folder: Path) -> Source:
         settings = settings_in(try_json(one / ATTACK, source.notes))
         source.about.setdefault("attack", settings)
         found = try_table(one, ATTACKS, source.notes)
-        leakage = found.reindex(columns=[*LEAKAGE.columns, *_EVIDENCE]).assign(seed=0.0)
+        leakage = found.reindex(columns=list(LEAKAGE.columns)).assign(seed=0.0)
         label = one.name if len(folders) > 1 else str(settings.get("attack", one.name))
         arms.append(Arm("?", "", _whole(leakage, source.notes), folders=[one], label=label))
     source.studies = [Study(folder.name, arms, {}, False)]

@@ -225,6 +225,8 @@ def details(arm: Arm, found: Figures) -> list[tuple[str, str]]:
     said += _evidence(found)
     if found.doubtful:
         said.append(("Doubtful", f"{images(found.doubtful)}; most often: {found.doubt or '–'}"))
+    if found.note:
+        said.append(("Seen, and taken into account", found.note))
     if found.clients:
         said.append(("From whom", _who(found)))
     if len(found.rounds) > 1 and not math.isnan(found.first_db):

@@ -84,11 +84,11 @@ _QUIET = ("attack", "psnr_fitted_db", "mse", "seconds", "psnr_together_db")
 LEAKAGE = Table(
     "leakage.csv",
     ("round", "client", "image", "attack", "defence", "strength", "psnr_db", "psnr_fitted_db",
-     "predicted_psnr_db", "ssim", "mse", "label_true", "label_inferred", "seconds", "status",
-     "reason", "psnr_together_db"),
+     "predicted_psnr_db", "ssim", "mse", "label_true", "label_inferred", "fit", "certified",
+     "seconds", "status", "reason", "notes", "psnr_together_db"),
     needed=("round", "psnr_db", "status"),
     late=("predicted_psnr_db",),
-    quiet=_QUIET,
+    quiet=(*_QUIET, "fit", "certified", "notes"),
 )  # fmt: skip
 #: A row for each round.
 ROUNDS = Table(
@@ -123,8 +123,9 @@ METRIC = Table(
 ATTACKS = Table(
     "attacks.csv",
     ("round", "client", "image", "attack", "psnr_db", "psnr_fitted_db", "ssim", "mse",
-     "label_true", "label_inferred", "fit", "certified", "defence", "seconds", "status", "reason"),
-    quiet=_QUIET,
+     "label_true", "label_inferred", "fit", "certified", "defence", "seconds", "status", "reason",
+     "notes"),
+    quiet=(*_QUIET, "notes"),
 )  # fmt: skip
 #: A row for each client and round of a server with memory: how many of the client's images it holds
 #: that well (20, 40, 60 dB), from rounds alone and from all together.
@@ -171,7 +172,7 @@ PAPER = Table(
 #: Columns that are text; all others are numbers.
 TEXT = {
     "attack", "data", "defence", "kind", "model", "name", "reason", "scenario", "status",
-    "strength", "exact", "client", "tamper", "network", "options", "signs", "arm",
+    "strength", "exact", "client", "tamper", "network", "options", "signs", "arm", "notes",
 }  # fmt: skip
 #: Of columns whose name starts so, what can be true; of all others, the last.
 RANGES: tuple[tuple[str, float, float], ...] = (

@@ -380,7 +380,9 @@ def test_a_time_limit_ends_an_attack_with_what_there_is(
 def test_what_an_attack_proved_and_allowed_for_is_in_the_table(tmp_path: Path) -> None:
     make_capture(tmp_path / "captures")
     capture, name = Capture(tmp_path / "captures"), f"{ROUND}0"
-    made = Result(name, np.zeros((2, *SHAPE)), (1, 2), 0.5, certified=(True, False))
+    made = Result(
+        name, np.zeros((2, *SHAPE)), (1, 2), 0.5, certified=(True, False), notes="a factor of 2"
+    )  # fmt: skip
     stored = Results(tmp_path / "out", {}, SHAPE)
     stored.save(Chunk((name,), "d"), [made])
     found = stored.load(name, "d")
@@ -388,4 +390,6 @@ def test_what_an_attack_proved_and_allowed_for_is_in_the_table(tmp_path: Path) -
     assert found.certified == (True, False)
     table = write_table(capture, "rows", {name: found}, tmp_path / "out")
     assert table["certified"].tolist() == [1, 0]
+    assert table["notes"].tolist() == ["a factor of 2"] * 2
+    assert summary(table)["note"] == "2 images: a factor of 2"
     assert table["defence"].isna().all()  # none is declared

@@ -18,6 +18,7 @@ import torch
 
 from fedleak.errors import FedleakError, InvalidInputError
 from fedleak.models import build_model
+from fedleak.report.page import write_report
 from fedleak.results.format import COVERAGE, LEAKAGE, ROUNDS
 from fedleak.status import reconstructed
 from simulations.engines import simulate
@@ -406,3 +407,15 @@ def test_batches_drawn_anew_repeat_images_before_all_are_used() -> None:
     assert all(len(set(used)) == 4 for used in rounds)
     assert len({tuple(sorted(used)) for used in rounds}) > 2
     assert {i for used in rounds for i in used} == set(range(9))
+def test_what_was_seen_of_clients_and_used_is_in_table_and_report(tmp_path: Path) -> None:
+    """A server that knows of no clipping finds the factor: a note, and no doubt."""
+    clipped = ["defence=clip:0.1", "attack.name=linear", "federation.rounds=1"]
+    simulate(load_scenario(None, [*SMALL, *clipped]), tmp_path)
+    leakage, _, _ = _tables(tmp_path)
+    assert (leakage["status"] == "ok").all()
+    assert (leakage["fit"] < 1e-4).all()
+    assert leakage["notes"].str.contains("times what was declared").all()
+    assert leakage["certified"].isna().all()  # this attack proves nothing
+    page = write_report(tmp_path)[0].read_text(encoding="utf-8")
+    assert "Seen, and taken into account" in page
+    assert "times what was declared" in page
