@@ -389,9 +389,11 @@ def ended(error: BaseException | None = None) -> dict[str, Any]:
     return {"status": status, "reason": reason, "finished": now()}
 
 
-def _certified(made: Reconstruction | None, place: int | None) -> bool:
-    """Return whether the attack itself proves an image, without the truth."""
-    told = False if made is None else made.details.get("certified", False)
+def _certified(made: Reconstruction | None, place: int | None) -> int | str:
+    """Return whether the attack itself proves an image, without the truth: empty, 1 or 0."""
+    told = None if made is None else made.details.get("certified")
+    if told is None:
+        return ""  # it has no proof
     if isinstance(told, (list, tuple)):
-        return place is not None and place < len(told) and bool(told[place])
-    return bool(told)
+        return int(place is not None and place < len(told) and bool(told[place]))
+    return int(bool(told))
