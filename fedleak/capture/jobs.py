@@ -87,6 +87,8 @@ class Result:
         Of each image, whether the attack's own test proved it; empty where it has none.
     notes : str
         What is not as declared, and was taken into account.
+    details : dict
+        What a dossier of several rounds asks of the attack's details.
     """
 
     name: str
@@ -99,6 +101,7 @@ class Result:
     doubtful: bool = False
     certified: tuple[bool, ...] = ()
     notes: str = ""
+    details: dict[str, Any] = field(default_factory=dict)
 
     @property
     def status(self) -> Status:
@@ -141,6 +144,7 @@ def attack_chunk(work: Work, chunk: Chunk) -> list[Result]:
                     doubtful=made.status == "doubtful",
                     certified=_certified(made),
                     notes=notes_text(made.notes),
+                    details=_asked(made),
                 )
     return [results[name] for name in chunk.names]
 
@@ -151,6 +155,17 @@ def _certified(made: Reconstruction) -> tuple[bool, ...]:
     count = len(made.images)
     each = [told] * count if isinstance(told, bool) else list(told)
     return tuple(bool(c) for c in each) if len(each) == count else ()
+
+
+def _asked(made: Reconstruction) -> dict[str, Any]:
+    """Return of an attack's details what a dossier asks: noise, ranks, whom to trust."""
+    told: dict[str, Any] = {
+        k: made.details[k] for k in ("by", "noise", "certified") if k in made.details
+    }
+    layers = made.details.get("layers") or ()
+    told["layers"] = [{k: s[k] for k in ("rank", "unknowns")} for s in layers if "rank" in s]
+    head = made.details.get("head") or {}
+    return told | ({"head": {"trusted": head["trusted"]}} if "trusted" in head else {})
 
 
 def _unread(captured: Captured) -> Result:

@@ -14,6 +14,7 @@ import pandas as pd
 
 from fedleak import deadline
 from fedleak.attacks import resolve_device
+from fedleak.capture.galleries import write_galleries
 from fedleak.capture.jobs import Chunk, Result, Work, run_inline, run_processes, run_ray
 from fedleak.capture.manifest import sha256
 from fedleak.capture.reader import Capture, place_of
@@ -43,12 +44,15 @@ class Attacked:
         Updates that an earlier call had done.
     simulated : bool
         Whether the clients are simulated.
+    gallery : DataFrame or None
+        With ``memory``: one row for each distinct image that is held of a client.
     """
 
     folder: Path
     table: pd.DataFrame
     skipped: int
     simulated: bool
+    gallery: pd.DataFrame | None = None
 
 
 def attack_capture(
@@ -65,6 +69,7 @@ def attack_capture(
     together: int = 8,
     limit: int = 0,
     seconds: float = SECONDS,
+    memory: bool = False,
     overwrite: bool = False,
     on_progress: OnProgress | None = None,
 ) -> Attacked:
@@ -103,6 +108,9 @@ def attack_capture(
     seconds : float
         Allowed for each update; 0: no limit. What is attacked together has the sum. What the
         limit cuts short is the best until then, and ``doubtful``; it depends on the machine.
+    memory : bool
+        Put all rounds of each client together, in this process: a gallery of distinct images
+        (:mod:`fedleak.capture.galleries`).
     overwrite : bool
         Forget what is done.
     on_progress : callable, optional
@@ -148,7 +156,8 @@ def attack_capture(
                 on_progress(finished, total)
         stored = {n: _stored(results, n, c) for c in chunks for n in c.names}
         table = write_table(capture, attack, stored, results.folder)
-    return Attacked(results.folder, table, skipped, capture.manifest.simulated)
+        held = write_galleries(capture, work, stored, results.folder) if memory else None
+    return Attacked(results.folder, table, skipped, capture.manifest.simulated, held)
 
 
 def _run(

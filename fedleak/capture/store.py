@@ -19,12 +19,14 @@ from fedleak.capture.manifest import sha256
 from fedleak.files import TEXT, read_bytes, tensors, to_json, write_atomically
 from fedleak.images import png
 from fedleak.results.folder import Kind, claim
-from fedleak.results.format import ATTACK, ATTACKS
+from fedleak.results.format import ATTACK, ATTACKS, GALLERIES, GALLERY
 from fedleak.wording import clean_reason
 
 OVERVIEW = "reconstructions.png"
 _RESULTS, _PICTURES = "results", "pictures"
-KIND = Kind("attack", ATTACK, (ATTACK, ATTACKS.file, OVERVIEW, _RESULTS, _PICTURES))
+KIND = Kind(
+    "attack", ATTACK, (ATTACK, ATTACKS.file, OVERVIEW, _RESULTS, _PICTURES, GALLERIES.file, GALLERY)
+)
 #: Pictures are drawn at least this high, in pixels.
 _HEIGHT = 64
 
@@ -42,6 +44,7 @@ class _Row(BaseModel):
     doubtful: bool = False
     certified: tuple[bool, ...] = ()
     notes: str = ""
+    details: dict[str, Any] = {}
 
 
 class Results:
@@ -92,6 +95,7 @@ class Results:
         return Result(
             name, images, row.labels, row.fit, row.seconds, row.reason, row.retry, row.doubtful,
             row.certified if len(row.certified) == len(row.labels) else (), row.notes,
+            row.details,
         )  # fmt: skip
 
     def save(self, chunk: Chunk, results: Sequence[Result]) -> None:
@@ -116,6 +120,7 @@ class Results:
                 doubtful=result.doubtful,
                 certified=result.certified,
                 notes=result.notes,
+                details=result.details,
             )
             write_atomically(self._path(result.name, ".json"), to_json(row.model_dump(mode="json")))
 

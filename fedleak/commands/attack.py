@@ -49,6 +49,9 @@ def attack(
     seconds: Annotated[
         float, typer.Option(min=0, help="Time for each update; then the best so far. 0: no limit")
     ] = 600.0,
+    memory: Annotated[
+        bool, typer.Option("--memory", help="All rounds of each client together: a gallery")
+    ] = False,
     out: Annotated[
         Path | None, typer.Option(help="Output folder [default: CAPTURE/attacks/ATTACK-...]")
     ] = None,
@@ -68,7 +71,8 @@ def attack(
         attacked = attack_capture(
             capture, attack, options, out, model=model, device=device, jobs=jobs,
             engine=engine, threads=threads, together=together,  # type: ignore[arg-type]
-            limit=limit, seconds=seconds, overwrite=overwrite, on_progress=on_progress,
+            limit=limit, seconds=seconds, memory=memory, overwrite=overwrite,
+            on_progress=on_progress,
         )  # fmt: skip
     _report(attacked, attack, json_)
 
@@ -96,6 +100,7 @@ def _report(attacked: Attacked, attack: str, json_: bool) -> None:
     for line in _notes(attacked, found):
         _console.print(line, highlight=False, soft_wrap=True)
     for name, what in (
+        ("gallery.csv", "distinct images of each client, drawn in gallery"),
         ("attacks.csv", "every image: scores, labels, fit, status"),
         ("reconstructions.png", "the first images"),
         ("pictures", "every update's images"),
@@ -117,6 +122,13 @@ def _notes(attacked: Attacked, found: dict[str, Any]) -> Iterator[str]:
         yield (
             "The true images are not known here, so neither is how close these come. fit is the "
             "part of an update that they do not explain (0: none, 1: all); look at the pictures."
+        )
+    if attacked.gallery is not None:
+        held, clients = attacked.gallery, attacked.gallery["client"].nunique()
+        more = int((held["together"] > 1).sum())
+        yield (
+            f"Together: {len(held)} distinct images of {clients} clients, {more} of them from "
+            "several rounds as one estimate."
         )
     if attacked.skipped:
         yield f"{attacked.skipped} updates had been done before and were not attacked again."

@@ -76,3 +76,46 @@ def predict(
         error_db=0.0,
         rms=torch.stack([p.variance for p in found]).mean(0).sqrt(),
     )
+
+
+def over_rounds(references: Sequence[Reference], prior: Prior) -> list[float]:
+    """Return the predicted PSNR in dB after each of several rounds of the same images.
+
+    Parameters
+    ----------
+    references : sequence of Reference
+        One for each round: linearised at the same images, each under the model of its round,
+        with the noise or the pruning of its update.
+    prior : Prior
+        Of the images; Gaussian.
+
+    Returns
+    -------
+    list of float
+        After 1, 2, ... rounds; the difference of two is what one more round buys.
+
+    Raises
+    ------
+    InvalidInputError
+        If the images have too many pixels for Jacobians in memory, or the prior is not Gaussian.
+
+    Notes
+    -----
+    Independent rounds add up what they tell: their Jacobians stand one below the other, in units of
+    their errors. Where every round tells all pixels, ``r`` rounds of noise buy ``10 log10(r)`` dB.
+    """
+    shape = tuple(references[0].jacobian.images.shape)
+    if references[0].jacobian.images.numel() > DENSE_PREDICTION or not prior.gaussian:
+        raise InvalidInputError(
+            f"rounds are predicted for at most {DENSE_PREDICTION} pixels and a Gaussian prior, not "
+            f"for {references[0].jacobian.images.numel()} and {prior}"
+        )
+    factor, out = prior.dense().factor, []
+    known = references[0].jacobian.images.new_zeros(0, references[0].jacobian.images.numel())
+    for reference in references:
+        rows = torch.cat([known.double(), *(b.rows.double() for b in reference.blocks())])
+        if len(rows) > rows.shape[1]:  # as many rows as pixels say the same
+            rows = torch.linalg.qr(rows, mode="r")[1]
+        known = rows
+        out.append(posterior([Block("rounds", "rounds", rows, len(rows))], factor, shape).psnr_db)
+    return out

@@ -137,6 +137,12 @@ COVERAGE = Table(
 )  # fmt: skip
 #: The same of several defences in one table.
 COVERAGE_OF_ARMS = replace(COVERAGE, columns=("defence", *COVERAGE.columns))
+#: A row for each image that a server holds of the clients of a capture.
+GALLERIES = Table(
+    "gallery.csv",
+    ("client", "place", "label", "seen", "rounds", "certainty_db", "misfit", "certified",
+     "together", "psnr_db"),
+)  # fmt: skip
 #: Folder of the galleries' pictures.
 GALLERY = "gallery"
 _CELL = ("scenario", "data", "model", *_ARM, "seed")

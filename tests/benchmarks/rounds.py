@@ -1,0 +1,72 @@
+"""The same image every round: alone, together, and as predicted (results/rounds).
+
+Run by hand: ``python -m tests.benchmarks.rounds > results/rounds/same-image.md``. Digits of
+scikit-learn, gradients simulated; the attacker knows the defence. Between rounds the model takes a
+step of 0.5 on eight other digits.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from statistics import median
+
+import torch
+
+from fedleak.attacks import make_attack, together
+from fedleak.client.compute import gradient
+from fedleak.client.replay import Replay
+from fedleak.data import load_data
+from fedleak.defences import defend, parse_defence
+from fedleak.metric.jacobian import UpdateJacobian
+from fedleak.metric.prediction import natural_prior, over_rounds
+from fedleak.metric.reference import Reference, entry_errors
+from fedleak.models import build_model
+from fedleak.observation import Observation
+from fedleak.quality import score
+
+CASES = (
+    ("cnn2-v2", "noise:0.1", 16), ("cnn2-v2", "noise:0.3", 16),
+    ("cnn2-v2", "prune:0.9", 8), ("cnn2-v2", "prune:0.95", 8),
+)  # fmt: skip
+IMAGES = (0, 1, 2, 3)
+
+
+def main() -> None:
+    digits, _ = load_data("digits")
+    attack, prior = make_attack("hybrid"), natural_prior(digits.shape)
+    print("| network | defence | rounds | image | median alone | best alone | together | gain "
+          "| predicted after 1 | predicted after all | one more round |")  # fmt: skip
+    print("|---|---|---|---|---|---|---|---|---|---|---|")
+    for network, defence, rounds in CASES:
+        spec, gains = parse_defence(defence), []
+        for image in IMAGES:
+            x, y = digits.batch([image])
+            model = build_model(network, digits.shape, digits.classes, seed=0)
+            seen, references = [], []
+            for n in range(rounds):
+                sent = copy.deepcopy(model)
+                update, _ = gradient(sent, x, y)
+                noisy = defend(update, spec, 1000 * image + n)
+                one = Observation.from_gradient(sent, noisy, digits.shape, defence=spec)
+                seen.append(replace(one, place=(n, 0)))
+                jacobian = UpdateJacobian(Replay(sent, digits.shape), x, y)
+                exact = defend(jacobian.gradient, spec, 1000 * image + n)
+                errors = entry_errors(jacobian.gradient, spec, exact)
+                references.append(Reference(jacobian, exact, errors))
+                others, _ = gradient(model, *digits.batch(list(range(100 + 8 * n, 108 + 8 * n))))
+                with torch.no_grad():
+                    for name, p in model.named_parameters():
+                        p -= 0.5 * others[name]
+            alone = [attack([o])[0] for o in seen]
+            single = [score(a.images[0], x[0]).psnr_db for a in alone]
+            joint = score(together(attack, seen, alone).images[0], x[0]).psnr_db
+            told = over_rounds(references, prior)
+            gains.append(joint - median(single))
+            print(f"| {network} | {defence} | {rounds} | {image} | {median(single):.1f} "
+                  f"| {max(single):.1f} | {joint:.1f} | {gains[-1]:+.1f} | {told[0]:.1f} "
+                  f"| {told[-1]:.1f} | {told[-1] - told[-2]:+.2f} |", flush=True)  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
