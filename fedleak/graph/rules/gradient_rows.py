@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fedleak.graph.capture import Node
 from fedleak.graph.kernels.geometry import Geometry
-from fedleak.graph.kernels.rows import cotangent_matrix
+from fedleak.graph.kernels.rows import cotangent_matrix, least_squares
 from fedleak.graph.kinds import Kind
 from fedleak.graph.knowledge import ROUNDING, Knowledge, Known
 from fedleak.graph.rules.masks import mend
@@ -25,6 +25,9 @@ _KNOWN = 1e-3
 _FACTOR = 20.0
 #: Part of the worst residual from which channels are left out together with the worst.
 _TOGETHER = 0.3
+#: Singular values below this part of the largest leave a direction open; those that are small but
+#: tell something make the error large.
+_NEGLIGIBLE = 1e-9
 #: Positions beyond which no matrix is built.
 _MOST = 5000
 #: Rows for each unknown from which a residual says something.
@@ -123,14 +126,14 @@ def _solve(knowledge: Knowledge, edge: str, layers: list[Node]) -> bool:
     rows = _rows(systems, used)
     if rows < unknowns:
         return _give_up(knowledge, layers, f"{names}: {rows} rows for {unknowns} positions")
-    value, error = least_squares(systems, used)
+    value, error = _solved(systems, used)
     while (worst := _worst(systems, used, value)) > _FACTOR:
         # Wrong channels show; the worst are left out until the others agree.
         bound = max(_FACTOR, _TOGETHER * worst)
         used = [u & (s.residuals(value) <= bound) for s, u in zip(systems, used, strict=True)]
         if _rows(systems, used) < _REDUNDANT * unknowns:
             return _contradiction(knowledge, layers)
-        value, error = least_squares(systems, used)
+        value, error = _solved(systems, used)
     size = float(value.square().mean().sqrt())
     error = max(error, ROUNDING * size)
     if error > _KNOWN * size:
@@ -191,7 +194,7 @@ def _check_known(knowledge: Knowledge) -> bool:
     return new
 
 
-def least_squares(systems: list[System], used: list[Tensor]) -> tuple[Tensor, float]:
+def _solved(systems: list[System], used: list[Tensor]) -> tuple[Tensor, float]:
     """Solve stacked systems on the channels that are used.
 
     Returns
@@ -205,18 +208,9 @@ def least_squares(systems: list[System], used: list[Tensor]) -> tuple[Tensor, fl
     ]
     matrix = torch.cat([s.matrix[k] for s, k in zip(systems, kept, strict=True)])
     right = torch.cat([s.right[k] for s, k in zip(systems, kept, strict=True)])
-    q, r = torch.linalg.qr(matrix)
-    u, s, vh = torch.linalg.svd(r)
-    inverse = torch.where(s > 1e-9 * s[0], 1 / s.clamp_min(1e-300), 0.0)
-    value = vh.mT @ (inverse[:, None] * (u.mT @ (q.mT @ right)))
-    rest = right - matrix @ value
-    freedom = max(1, len(matrix) - matrix.shape[1]) * right.shape[1]
-    if not bool((inverse > 0).all()):
-        return value, float("inf")
-    sigma = max(
-        float((rest.square().sum() / freedom).sqrt()), 0.1 * float(value.square().mean().sqrt())
-    )
-    return value, sigma * float(inverse.square().mean().sqrt())
+    value, deviation, _, null = least_squares(matrix[None], right[None], _NEGLIGIBLE)
+    error = float("inf") if null.shape[2] else float(deviation.square().mean().sqrt())
+    return value[0], error
 
 
 def _patches(node: Node) -> bool:
