@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import torch
 from torch import Tensor
 
 from fedleak import deadline
@@ -30,8 +33,6 @@ def why_not(evidence: Evidence) -> str:
         return "the rules on the model's graph cover one step"
     if evidence.defended or evidence.rescales:
         return "the rules on the model's graph cover updates without a known defence"
-    if evidence.replay.client.mean:
-        return "the rules on the model's graph cover images that clients do not normalise"
     return ""
 
 
@@ -64,7 +65,8 @@ def solve(evidence: Evidence, prior: Prior) -> Reconstruction | str:
             spread(knowledge, RULES)
             if not frontier(knowledge)[0]:
                 return "nothing is known above the image"
-            images = match_images(knowledge, prior)
+            seen = evidence.replay.client.seen
+            images = _unseen(match_images(knowledge, prior, seen=seen), seen)
     except TimeLimitError as error:
         return str(error)
     evidence = evidence.with_labels(_labels(evidence, knowledge))
@@ -79,6 +81,12 @@ def solve(evidence: Evidence, prior: Prior) -> Reconstruction | str:
         **proof.details(),
     }
     return package(evidence, images[None], [details])[0]
+
+
+def _unseen(images: Tensor, seen: Callable[[Tensor], Tensor]) -> Tensor:
+    """Return the images of which a model sees these; what it sees is affine."""
+    shift = seen(torch.zeros_like(images))
+    return (images - shift) / (seen(torch.ones_like(images)) - shift)
 
 
 def _labels(evidence: Evidence, knowledge: Knowledge) -> Tensor:

@@ -36,10 +36,16 @@ _EACH, _NEAR = 60, 1e-2
 
 #: Is told the misfit and the images of each stage.
 Watch = Callable[[float, Tensor], None]
+#: What a model sees of images.
+Seen = Callable[[Tensor], Tensor]
 
 
 def match_images(
-    knowledge: Knowledge, prior: Prior, steps: int = 150, watch: Watch | None = None
+    knowledge: Knowledge,
+    prior: Prior,
+    steps: int = 150,
+    watch: Watch | None = None,
+    seen: Seen = torch.positive,
 ) -> Tensor:
     """Find the images that make what is known.
 
@@ -51,27 +57,30 @@ def match_images(
         Quasi-Newton evaluations at each level, at most.
     watch : callable, optional
         Is given the misfit and the images after each stage.
+    seen : callable
+        What the model sees of images with values in [0, 1].
 
     Returns
     -------
     Tensor, shape (B, C, H, W)
+        As the model sees them.
     """
     image = knowledge.value(knowledge.graph.image)
     if image is not None:
         return image
     nearest = NearestTargets(knowledge)
-    search = _Search(nearest, prior, watch)
+    search = _Search(nearest, prior, watch, seen)
     u = search.finish(search.descend(search.start(), steps))
     matched = search.misfit(u) < _MATCHED
     if not matched and nearest.layers:
-        values = _Search(NearestTargets(knowledge, rows=False), prior, watch)
+        values = _Search(NearestTargets(knowledge, rows=False), prior, watch, seen)
         alone = values.finish(u)
         if values.misfit(alone) < _MATCHED:
             u, search.gain, matched = alone, values.gain, True
     below = BelowTargets.of(knowledge)
     if below is None or deadline.passed():
         return search.images(u).detach()
-    whole = _Search(below, prior, watch)
+    whole = _Search(below, prior, watch, seen)
     whole.gain = search.gain
     if matched:  # what is left open there the rest of the gradient may tell, masks being right
         return whole.images(whole.finish(u)).detach()
@@ -80,21 +89,27 @@ def match_images(
         other = whole.cool(other, temperature)
         if temperature < _NEAR and not tried:
             # Perhaps this is the right valley, and the continuous targets lead on at once.
-            tried, end = True, search.finish(other)
-            if search.misfit(end) < _MATCHED:
-                return search.images(end).detach()
+            near = _Search(nearest, prior, watch, seen)
+            near.gain = whole.gain
+            tried, end = True, near.finish(other)
+            if near.misfit(end) < _MATCHED:
+                return near.images(end).detach()
     other = whole.finish(whole.cool(other, 0.0))
-    better = whole.misfit(other) < whole.misfit(u)
-    return whole.images(other if better else u).detach()
+    images, misfit = whole.images(other).detach(), whole.misfit(other)
+    whole.gain = search.gain
+    return images if misfit < whole.misfit(u) else search.images(u).detach()
 
 
 class _Search:
-    """Images as ``gain (mean + B P w)``: ``B`` of the prior, ``P`` what the data make of it."""
+    """Images as the prior's: ``mean + B P w``, ``P`` what the data make of it.
+
+    The model sees them normalised, and a gain times that.
+    """
 
     gain = 1.0
 
-    def __init__(self, targets: Targets, prior: Prior, watch: Watch | None):
-        self.targets, self.prior, self.watch = targets, prior, watch
+    def __init__(self, targets: Targets, prior: Prior, watch: Watch | None, seen: Seen):
+        self.targets, self.prior, self.watch, self.seen = targets, prior, watch, seen
         graph = targets.knowledge.graph
         self.batch = graph.batch
         self.latent = (self.batch, *prior.latent_shape)
@@ -168,7 +183,7 @@ class _Search:
         return misfit
 
     def images(self, u: Tensor) -> Tensor:
-        return self.gain * self.prior.image(u)
+        return self.gain * self.seen(self.prior.image(u))
 
     def made(self, u: Tensor) -> Tensor:
         return self.targets.made(self.images(u))

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from fedleak import laboratory
+from fedleak import LocalTraining, laboratory
 from fedleak.errors import UnsupportedModelError
 from fedleak.graph.capture import Graph
 from fedleak.graph.knowledge import Knowledge, Known, spread
@@ -142,6 +142,16 @@ def test_a_residual_network_is_solved_from_one_update() -> None:
     details = trial.reconstruction.details
     assert (details["by"], details["certified"], details["missed"]) == ("graph", True, {})
     assert {"blind convolution", "gradient rows"} <= set(details["rules"])
+
+
+@pytest.mark.parametrize("mode", ["eval", "train"])
+def test_images_that_clients_normalise_come_back_as_images(mode: str) -> None:
+    torch.manual_seed(1)
+    image = photo_patches(2, 16)[1:]
+    client = LocalTraining(reply="gradient", mean=(0.5, 0.4, 0.45), std=(0.2,), norm=mode)
+    (trial,) = laboratory.reconstruct(residual(24), image, [2], training=client).trials
+    assert trial.quality.psnr_db > 80
+    assert trial.reconstruction.details["by"] == "graph"
 
 
 def test_a_wrong_mask_is_mended_before_anything_below() -> None:
