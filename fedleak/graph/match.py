@@ -24,8 +24,12 @@ from fedleak.solvers import cgls, lbfgs
 
 #: Relative errors at which known values count, one after the other.
 LEVELS = (1e-1, 1e-2, 1e-3)
+#: Value of the objective from which a level is left as soon as it falls slowly.
+_GOOD = 1.0
 #: Gauss-Newton steps, at most; each must lower the misfit to this part of it.
 MOST_NEWTON, _PAYS = 8, 0.9
+#: Known values for each unknown that tell enough without gradients, which cost more.
+_AMPLE = 8
 #: Misfit, in units of the errors, at which all is said.
 _MATCHED = 2.0
 
@@ -68,7 +72,10 @@ def match_images(
     image = knowledge.value(knowledge.graph.image)
     if image is not None:
         return image
-    nearest = NearestTargets(knowledge)
+    nearest = NearestTargets(knowledge, rows=False)
+    unknowns = knowledge.graph.batch * math.prod(prior.shape)
+    if nearest.values.numel() < _AMPLE * unknowns:
+        nearest = NearestTargets(knowledge)
     search = _Search(nearest, prior, watch, seen)
     u = search.finish(search.descend(search.start(), steps))
     matched = search.misfit(u) < _MATCHED
@@ -215,7 +222,8 @@ class _Search:
             return value.detach()[None], gradient
 
         w = self.prior.damped(u, weight, 0.5).reshape(1, -1)
-        w, _ = lbfgs(objective, w, steps)
+        # At the truth the value is about a half, of the prior: near it Gauss-Newton is faster.
+        w, _ = lbfgs(objective, w, steps, good=_GOOD)
         return self.prior.damped(w.reshape(self.latent), weight)
 
     def gauss_newton(self, u: Tensor, iterations: int = 100) -> Tensor:
