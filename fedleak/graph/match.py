@@ -223,7 +223,7 @@ class _Search:
 
         w = self.prior.damped(u, weight, 0.5).reshape(1, -1)
         # At the truth the value is about a half, of the prior: near it Gauss-Newton is faster.
-        w, _ = lbfgs(objective, w, steps, good=_GOOD)
+        w, _ = lbfgs(objective, w, steps, near=_GOOD)
         return self.prior.damped(w.reshape(self.latent), weight)
 
     def gauss_newton(self, u: Tensor, iterations: int = 100) -> Tensor:

@@ -25,7 +25,7 @@ def lbfgs(
     history: int = 20,
     tolerance: float = 1e-9,
     patience: int = 20,
-    good: float = -torch.inf,
+    near: float = -torch.inf,
     slow: float = 0.1,
 ) -> tuple[Tensor, Tensor]:
     """Minimise many independent functions at once; never end above the start.
@@ -42,8 +42,8 @@ def lbfgs(
     tolerance, patience : float, int
         An update is done when its value has fallen by less than this factor in this
         many steps.
-    good, slow : float
-        Below the value ``good`` it is done as soon as it has fallen by less than ``slow``.
+    near, slow : float
+        Below the value ``near`` it is done as soon as it has fallen by less than ``slow``.
 
     Returns
     -------
@@ -87,7 +87,7 @@ def lbfgs(
         direction = torch.where(good[:, None], fresh, direction)
         step = torch.where(good, 1.0, step * 0.3)
         if count % patience == 0:
-            least = tolerance + (slow - tolerance) * (f < good).to(f)
+            least = tolerance + (slow - tolerance) * (f < near).to(f)
             active = active & (past - f > least * past)
             past = f.clone()
             if not bool(active.any()):

@@ -66,3 +66,19 @@ def test_lbfgs_never_ends_above_its_start() -> None:
     _, after = lbfgs(walled, start, steps=100)
     assert bool((after <= before).all())
     assert bool(after.isfinite().all())
+
+
+def test_lbfgs_leaves_early_only_below_the_value_that_is_near() -> None:
+    scales = torch.logspace(0, 4, 30, dtype=torch.float64)
+    evaluations = []
+
+    def objective(x: Tensor) -> tuple[Tensor, Tensor]:
+        evaluations.append(1)
+        return (scales * x.square()).sum(1) / 2 + 0.5, scales * x
+
+    start = torch.ones(1, 30, dtype=torch.float64)
+    _, patient = lbfgs(objective, start, 400)
+    many = len(evaluations)
+    _, early = lbfgs(objective, start, 400, near=1.0)
+    assert len(evaluations) - many < many
+    assert float(patient) < float(early) < 1.0

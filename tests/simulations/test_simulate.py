@@ -407,6 +407,8 @@ def test_batches_drawn_anew_repeat_images_before_all_are_used() -> None:
     assert all(len(set(used)) == 4 for used in rounds)
     assert len({tuple(sorted(used)) for used in rounds}) > 2
     assert {i for used in rounds for i in used} == set(range(9))
+
+
 def test_what_was_seen_of_clients_and_used_is_in_table_and_report(tmp_path: Path) -> None:
     """A server that knows of no clipping finds the factor: a note, and no doubt."""
     clipped = ["defence=clip:0.1", "attack.name=linear", "federation.rounds=1"]
