@@ -84,12 +84,12 @@ def _norms(scenario: Scenario, message: Message) -> Any:
 
 
 def image_norms(model: nn.Module, images: Tensor, labels: Tensor, scenario: Scenario) -> Tensor:
-    """Return the norm of each image's gradient, shape (B,), without keeping the gradients."""
+    """Return the norms of each image's gradient, (tensors, B), without keeping the gradients."""
     each = []
     for image, label in zip(images.split(1), labels.split(1), strict=True):
         found, _ = gradient(model, image, label, scenario.training.local)
-        each.append(torch.stack([g.double().square().sum() for g in found.values()]).sum().sqrt())
-    return torch.stack(each)
+        each.append(torch.stack([g.double().norm() for g in found.values()]))
+    return torch.stack(each, 1)
 
 
 class GuardNotes(DelegatingStrategy):

@@ -29,7 +29,8 @@ TAMPERED = 7301
 #: Where the last model without signs is kept, and the last one of all.
 _KEPT, _LAST = "fedleak.guard.kept", "fedleak.guard.last"
 
-#: ``(arrays, context) -> norms``: the norm of each image's gradient on the model received.
+#: ``(arrays, context) -> norms``: of each image's gradient on the model received, shape (B,), or
+#: of each tensor's, (tensors, B).
 Norms = Callable[[dict[str, Tensor], Context], Tensor]
 
 

@@ -67,7 +67,8 @@ def _report(evaluated: Evaluated, sweep: Sweep) -> None:
         title=f"{sweep.name} (simulated): {seeds}; PSNR in dB", box=box.SIMPLE,
         title_justify="left", padding=(0, 1, 0, 0), show_edge=False,
     )  # fmt: skip
-    ok = evaluated.table[evaluated.table["status"] == "ok"]
+    finished = evaluated.table[evaluated.table["status"] == "ok"]
+    ok = finished[finished["tamper"] == "none"]
     groups = [c for c in ("scenario", "data", "model") if ok[c].nunique() > 1]
     for column in (*groups, "defence", "accuracy", "unaware", "informed", "worst", "predicted",
                    "identified"):  # fmt: skip
@@ -76,7 +77,11 @@ def _report(evaluated: Evaluated, sweep: Sweep) -> None:
     for key, rows in ok.groupby([*groups, "defence", "strength"], sort=False, dropna=False):
         names = [str(part) for part in key[:-2]]
         table.add_row(*names, _label(key[-2], key[-1]), *_figures(rows))
-    _console.print(table)
+    if len(ok):
+        _console.print(table)
+    if sweep.tampers:
+        _console.print(_tampers(finished))
+        _console.print(_TAMPERS_NOTE, highlight=False, soft_wrap=True)
     for line in _notes(evaluated, sweep):
         _console.print(line, highlight=False, soft_wrap=True)
     for name, what in (
@@ -91,6 +96,37 @@ def _report(evaluated: Evaluated, sweep: Sweep) -> None:
         if any(evaluated.folder.glob(name.replace(".png", "*.png"))):
             _console.print(f"  {name:<28}{what}", highlight=False)
     say_report(_console, evaluated.folder)
+
+
+def _tampers(finished: pd.DataFrame) -> Table:
+    """Return what each tamper gives, what it costs, and who sees it."""
+    table = Table(
+        title="A server that changes the model", box=box.SIMPLE, title_justify="left",
+        padding=(0, 1, 0, 0), show_edge=False,
+    )  # fmt: skip
+    for name in ("tamper", "accuracy", "lost", "recovered", "certified", "seen", "alarms"):
+        table.add_column(name, justify="left" if name == "tamper" else "right", no_wrap=True)
+    keys = ["tamper", "scenario", "data", "model", "defence", "strength"]
+    for key, rows in finished.groupby(keys, sort=False, dropna=False):
+        mean, defence = rows.mean(numeric_only=True), _label(key[-2], key[-1])
+        table.add_row(
+            str(key[0]) if defence == "none" else f"{key[0]}, {defence}",
+            f"{mean['accuracy']:.2f}",
+            *(_share(mean.get(c)) for c in ("accuracy_lost", "recovered", "certified", "detected",
+                                            "false_alarms")),
+        )  # fmt: skip
+    return table
+
+
+_TAMPERS_NOTE = (
+    "\nlost: accuracy beside the honest server's training. recovered, certified: share of the\n"
+    "images of clients that were sent the changed model, at 60 dB, and proved by the attack.\n"
+    "seen, alarms: share of the changed, and of honest models that the clients' guard suspected."
+)
+
+
+def _share(value: float | None) -> str:
+    return "-" if value is None or value != value else f"{value:.1%}"
 
 
 def _label(defence: object, strength: object) -> str:

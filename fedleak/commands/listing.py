@@ -53,8 +53,8 @@ def list_(
     kind: Annotated[
         str | None,
         typer.Argument(
-            help="attacks, defences, losses, optimisers, models, datasets, priors, scenarios or "
-            "sweeps [default: all]"
+            help="attacks, defences, losses, optimisers, models, datasets, priors, tampers, "
+            "scenarios or sweeps [default: all]"
         ),
     ] = None,
     json_: Annotated[bool, typer.Option("--json", help="Print one JSON object")] = False,
@@ -164,6 +164,13 @@ def _priors() -> Iterator[Entry]:
     yield from _registered(PRIORS)
 
 
+def _tampers() -> Iterator[Entry]:
+    from fedleak.tampers import TAMPERS
+
+    yield Entry("none", "The honest model is sent")
+    yield from _registered(TAMPERS)
+
+
 def _scenarios() -> Iterator[Entry]:
     from simulations.tables import SHIPPED
 
@@ -195,6 +202,7 @@ KINDS: dict[str, Callable[[], Iterator[Entry]]] = {
     "models": _models,
     "datasets": _datasets,
     "priors": _priors,
+    "tampers": _tampers,
     "scenarios": _scenarios,
     "sweeps": _sweeps,
 }

@@ -96,6 +96,23 @@ def _progress(scenario: Scenario) -> Iterator[Any]:
         yield on_progress
 
 
+def _tampered(arm: Arm) -> str:
+    """Say what the changed model gave, and who saw it."""
+    from fedleak.results.format import TAMPERING
+    from fedleak.results.reading import read_table
+    from fedleak.results.tampering import tamper_figures
+
+    found = tamper_figures(read_table(arm.out / TAMPERING.file))
+    said = f"{arm.label}: {found.sent} times a client was sent another model; "
+    if found.recovered == found.recovered:
+        said += f"{found.recovered:.0%} of these images came back at 60 dB, "
+        said += f"{found.certified:.0%} proved by the attack; "
+    if found.detected == found.detected:
+        said += f"the client suspected it in {found.detected:.0%}, and "
+        said += f"{found.false_alarms:.1%} of {found.honest} honest models; "
+    return f"{said}trained on what was recovered in {found.restored:.0%}."
+
+
 def _closing_table(scenario: Scenario, arms: list[Arm]) -> None:
     import pandas as pd
 
@@ -137,6 +154,9 @@ def _closing_table(scenario: Scenario, arms: list[Arm]) -> None:
         if note := most_frequent_note(leakage):
             seen[arm.label] = note
     _console.print(table)
+    for arm in arms:
+        if arm.tamper.made is not None:
+            _console.print(_tampered(arm), highlight=False, soft_wrap=True, markup=False)
     for label, doubt in doubts.items():
         _console.print(f"doubtful ({label}): {doubt}", highlight=False, markup=False)
     for arm in arms:

@@ -30,6 +30,7 @@ from fedleak.report.layers import Audited, audited, layers
 from fedleak.report.numbers import GRADES, Figures, figures
 from fedleak.report.pictures import BUDGET, Gallery, Tile, attack_pictures, gallery
 from fedleak.report.sources import Arm, Source, Study, read_source
+from fedleak.report.tampers import TamperRow, basis, sentences, tamper_rows
 from fedleak.report.toml import to_toml
 from fedleak.untrusted import dig
 from fedleak.wording import fit_text, in_order
@@ -63,6 +64,9 @@ class Section:
     predicted: Chart | None
     layers: list[dict[str, Any]]
     commands: list[str]
+    tampers: list[TamperRow]
+    tampers_told: list[str]
+    tampers_basis: str
 
 
 def write_report(folder: Path | str, out: Path | str | None = None) -> tuple[Path, str]:
@@ -153,6 +157,9 @@ def _section(study: Study, source: Source, prefix: str) -> Section:
     shown = gallery(study.arms, source.notes, BUDGET // len(source.studies))
     helps = words.what_helps(study, judged, source)
     told = words.details(*subject)
+    changed = tamper_rows(study)
+    changed_told = sentences(changed)
+    told += [("If the server changes the model", " ".join(changed_told[:2]))]
     told += [("By which server", words.threat_in_short(study, source)),
              ("What would help", " ".join(helps[:2]))]  # fmt: skip
     metric = next((a.metric for a, _ in judged if len(a.metric)), None)
@@ -173,6 +180,9 @@ def _section(study: Study, source: Source, prefix: str) -> Section:
         predicted=predicted_chart(judged, palette, prefix),
         layers=[] if metric is None else layers(metric),
         commands=words.next_commands(study, source, _shape(study)),
+        tampers=changed,
+        tampers_told=changed_told,
+        tampers_basis=basis(changed),
     )
 
 

@@ -24,6 +24,7 @@ from fedleak.results.format import (
     ROUNDS_OF_ARMS,
     RUN,
     SWEEP,
+    TAMPERING,
     UNAWARE,
     Table,
 )
@@ -65,6 +66,10 @@ class Arm:
     per_round: pd.DataFrame = field(default_factory=lambda: _nothing(EVALUATION_ROUNDS))
     folders: list[Path] = field(default_factory=list)
     label: str = ""
+    tamper: str = "none"
+    """What the server sent; the honest model by default."""
+    tampering: pd.DataFrame = field(default_factory=lambda: _nothing(TAMPERING))
+    """Rows of ``tampering.csv``, where there is one."""
 
     def __post_init__(self) -> None:
         self.label = clean(self.label or defence_words(self.defence, self.strength))
@@ -84,6 +89,8 @@ class Study:
     scenario: dict[str, Any]
     informed: bool
     """Whether the attacker knew the defences."""
+    tampered: list[Arm] = field(default_factory=list)
+    """The same of a server that changes the model."""
 
 
 @dataclass(eq=False)
@@ -169,8 +176,19 @@ def _run(folder: Path) -> Source:
         arms = [Arm(label="no defence has run")]
     title = str(dig(scenario, "name", default=folder.name))
     scenario = scenario if isinstance(scenario, dict) else {}
-    source.studies = [Study(title, arms, scenario, dig(scenario, "threat", "defence") is True)]
+    informed = dig(scenario, "threat", "defence") is True
+    honest, tampered = _by_honesty(arms)
+    source.studies = [Study(title, honest, scenario, informed, tampered)]
     return source
+
+
+def _by_honesty(arms: list[Arm]) -> tuple[list[Arm], list[Arm]]:
+    """Return the arms of an honest server, and those of one that changes the model.
+
+    Where there are no honest ones, the others are in their place as well.
+    """
+    tampered = [a for a in arms if a.tamper != "none"]
+    return [a for a in arms if a.tamper == "none"] or arms, tampered
 
 
 def _run_arm(folder: Path, notes: list[str], about: dict[str, Any] | None = None) -> Arm:
@@ -187,9 +205,13 @@ def _run_arm(folder: Path, notes: list[str], about: dict[str, Any] | None = None
         name, strength = leakage["defence"].iloc[0], leakage["strength"].iloc[0]
     label = "" if name is not None else f"unknown defence ({folder.name})"
     name, strength = str(name if name is not None else "?"), str(strength)
-    return Arm(
-        name, strength, _whole(leakage, notes), rounds, metric, folders=[folder], label=label
-    )
+    arm = Arm(
+        name, strength, _whole(leakage, notes), rounds, metric, folders=[folder], label=label,
+        tamper=str(dig(about, "scenario", "tamper", "name", default="none")),
+    )  # fmt: skip
+    if (folder / TAMPERING.file).is_file():
+        arm.tampering = try_table(folder, TAMPERING, notes).assign(seed=seed)
+    return arm
 
 
 def _whole(leakage: pd.DataFrame, notes: list[str]) -> pd.DataFrame:
@@ -220,6 +242,7 @@ def _evaluation(folder: Path) -> Source:
     source.about = try_json(folder / SWEEP, source.notes)
     table = try_table(folder, EVALUATION, source.notes)
     per_round = try_table(folder, EVALUATION_ROUNDS, source.notes)
+    per_round["tamper"] = per_round["tamper"].fillna("none")
     cells = list(_cells(folder, source.notes))
     threshold = finite(dig(source.about, "sweep", "threshold_db"))
     if threshold is not None and threshold != RECOGNISABLE and not cells:
@@ -235,14 +258,17 @@ def _evaluation(folder: Path) -> Source:
         key = tuple(map(str, group))
         arms: list[Arm] = []
         scenario: dict[str, Any] = {}
-        for (defence, strength), own in rows.groupby(_ARM, sort=False):
-            where = (*key, str(defence), str(strength))
+        rows = rows.assign(tamper=rows["tamper"].fillna("none"))
+        for (tamper, *defended), own in rows.groupby(["tamper", *_ARM], sort=False):
+            where = (*key, str(tamper), *map(str, defended))
             of_arm = [c for c in cells if _same(c[0], where)]
             scenario = scenario or (dig(of_arm[0][1], "scenario", default={}) if of_arm else {})
             good = own[own["status"] == "ok"]
-            own_rounds = per_round[(per_round[[*_GROUP, *_ARM]] == where).all(axis=1)]
-            arms.append(_cell_arm(where[-2:], good, own_rounds, of_arm, source.notes))
-        source.studies.append(Study(", ".join(k for k in key if k), arms, scenario, True))
+            own_rounds = per_round[(per_round[[*_GROUP, "tamper", *_ARM]] == where).all(axis=1)]
+            arms.append(_cell_arm(where[-3:], good, own_rounds, of_arm, source.notes))
+        honest, tampered = _by_honesty(arms)
+        title = ", ".join(k for k in key if k)
+        source.studies.append(Study(title, honest, scenario, True, tampered))
     if not source.studies:
         source.notes.append("evaluation.csv has no rows: no cell has finished.")
         source.studies = [Study(folder.name, [Arm(label="no defence has run")], {}, True)]
@@ -258,9 +284,10 @@ def _cells(folder: Path, notes: list[str]) -> Iterator[Cell]:
         run = judged_side(cell)
         about = try_json(run / RUN, notes)
         s = dig(about, "scenario", default={})
-        keys = (("name",), ("data", "name"), ("model", "name"), ("defence", "name"))
-        strength = str(dig(s, "defence", "strength", default=""))
-        yield (*(str(dig(s, *k, default="")) for k in keys), strength), about, run
+        names = (dig(s, "name"), dig(s, "data", "name"), dig(s, "model", "name"),
+                 dig(s, "tamper", "name", default="none"), dig(s, "defence", "name"),
+                 dig(s, "defence", "strength"))  # fmt: skip
+        yield tuple("" if n is None else str(n) for n in names), about, run
 
 
 def _same(one: tuple[str, ...], other: tuple[str, ...]) -> bool:
@@ -280,7 +307,8 @@ def _cell_arm(
         (c for c in cells if finite(c[1].get("seed")) in seeds),
         key=lambda c: finite(c[1].get("seed")) or 0,
     )
-    arm = Arm(key[0], key[1], table=table, per_round=per_round)
+    tamper, defence, strength = key
+    arm = Arm(defence, strength, table=table, per_round=per_round, tamper=tamper)
     runs = [_run_arm(run, notes, about) for _, about, run in order]
     for one in runs:
         _add_predictions(one, notes)
@@ -288,6 +316,7 @@ def _cell_arm(
         arm.leakage = pd.concat([r.leakage for r in runs], ignore_index=True)
         arm.rounds = pd.concat([r.rounds for r in runs], ignore_index=True)
         arm.metric = pd.concat([r.metric for r in runs], ignore_index=True)
+        arm.tampering = pd.concat([r.tampering for r in runs], ignore_index=True)
         arm.folders = [run for _, _, run in order]
     return arm
 

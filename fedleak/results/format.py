@@ -151,14 +151,19 @@ OF_ATTACKER = (
     "psnr_db_median", "psnr_db_worst", "ssim_median", "ssim_worst", "identified", "label_accuracy",
     "failed",
 )  # fmt: skip
+#: What it says of a server that sends a changed model, and of clients that look.
+OF_TAMPER = (
+    "tamper", "recovered", "certified", "certified_wrong", "restored", "accuracy_lost", "detected",
+    "false_alarms",
+)  # fmt: skip
 #: A row for each cell and seed of an evaluation.
 EVALUATION = Table(
     "evaluation.csv",
     (*_CELL, "rounds", "accuracy", "loss", "images",
      *(f"{name}_{who}" for name in OF_ATTACKER for who in (UNAWARE, INFORMED)),
-     "c_metric", "predicted_psnr_db", "cramer_rao_db", "epsilon", "bytes_sent", "seconds",
-     "status", "reason"),
-    quiet=("rounds", "loss", "cramer_rao_db", "seconds", "psnr_db_worst_unaware",
+     "c_metric", "predicted_psnr_db", "cramer_rao_db", "epsilon", "bytes_sent",
+     *OF_TAMPER, "seconds", "status", "reason"),
+    quiet=(*OF_TAMPER, "rounds", "loss", "cramer_rao_db", "seconds", "psnr_db_worst_unaware",
            "ssim_median_unaware", "ssim_median_informed", "ssim_worst_unaware",
            "ssim_worst_informed", "identified_unaware", "label_accuracy_unaware",
            "failed_unaware"),
@@ -166,7 +171,9 @@ EVALUATION = Table(
 #: A row for each attacked round of each cell.
 EVALUATION_ROUNDS = Table(
     "rounds.csv",
-    (*_CELL, "round", "accuracy", "psnr_db_unaware", "psnr_db_informed", "predicted_psnr_db"),
+    (*_CELL, "round", "accuracy", "psnr_db_unaware", "psnr_db_informed", "predicted_psnr_db",
+     "tamper"),
+    quiet=("tamper",),
 )  # fmt: skip
 #: A row for each image of the paper's comparison.
 PAPER = Table(

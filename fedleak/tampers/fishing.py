@@ -32,7 +32,7 @@ _DRAWN = 192
 @TAMPERS.register("fishing")
 @dataclass(frozen=True)
 class Fishing(Tamper):
-    """Let one image of a batch alone send a gradient below the head, or those of one class.
+    """Silence all of a batch but one image, or but those of one class.
 
     ``class``: the head keeps the weights of the class, loses those of all others, and gives these a
     bias so large that the class is never expected. An image of another class then sends

@@ -73,7 +73,7 @@ class Ending:
                 (edge,) = node.inputs
                 node = graph.nodes[edge]
             last, carried = _block(graph, node)
-            before, projected = _block(graph, graph.nodes[carried])
+            before, projected = _block(graph, _solid(graph, carried))
             projection, _ = _walk(graph, projected, Kind.SCALE, Kind.CONVOLUTION)
         except (LookupError, ValueError) as error:
             why = f": {error.args[0]}" if error.args and isinstance(error, LookupError) else ""
@@ -104,11 +104,19 @@ class Ending:
         )  # fmt: skip
 
 
+def _solid(graph: Graph, edge: str) -> Node:
+    """Return the node that makes an edge, behind what only hands it on."""
+    node = graph.nodes[edge]
+    while node.kind is Kind.RESHAPE and node.inputs:
+        node = graph.nodes[node.inputs[0]]
+    return node
+
+
 def _walk(graph: Graph, edge: str, *kinds: Kind) -> list[Node]:
     """Return the nodes of these kinds that lead to an edge, the last one first."""
     found = []
     for kind in kinds:
-        node = graph.nodes[edge]
+        node = _solid(graph, edge)
         if node.kind is not kind:
             raise LookupError(f"{node.path or node.name} ({node.kind.value})")
         found.append(node)

@@ -12,6 +12,9 @@ from torch import Tensor
 #: Share of rows that are another row, or all zero, from which it is a sign.
 ALIKE = 0.1
 SILENT = 0.5
+#: Cosine from which rows are alike that are not the same to the last bit, and the least length of
+#: rows that are compared so: short ones are alike by chance.
+PARALLEL, _LONG = 0.999, 16
 #: Logits or activations by which a bias alone decides.
 LARGE_BIAS = 30.0
 #: How far the rows of a fully connected layer lean to one side together, in standard errors.
@@ -95,31 +98,47 @@ def disparity(norms: Tensor) -> float:
 
     Parameters
     ----------
-    norms : Tensor, shape (B,)
-        Norm of each image's gradient.
+    norms : Tensor, shape (B,) or (tensors, B)
+        Norm of each image's gradient, of the whole or of each of the model's tensors.
 
     Returns
     -------
     float
-        The largest norm over the root sum of squares of the others'; 0 for one image alone.
+        The largest norm over the root sum of squares of the others', in the tensor where that is
+        largest; 0 for one image alone, infinite where all others send exactly nothing.
 
     Notes
     -----
     Garov et al. 2024, *Hiding in Plain Sight: Disguising Data Stealing Attacks in Federated
-    Learning*, ICLR: the disaggregation signal-to-noise ratio, here over the whole gradient.
+    Learning*, ICLR: the disaggregation signal-to-noise ratio, there the largest of all layers.
     """
-    if len(norms) < 2:
+    rows = norms.double().reshape(-1, norms.shape[-1])
+    if rows.shape[1] < 2:
         return 0.0
-    largest, rest = norms.max(), norms.square().sum() - norms.max().square()
-    return float(largest / rest.clamp_min(1e-300).sqrt()) if bool(largest > 0) else 0.0
+    ordered = rows.sort(dim=1, descending=True).values
+    largest, rest = ordered[:, 0], ordered[:, 1:].norm(dim=1)
+    says = largest > 0
+    return float((largest[says] / rest[says]).max()) if bool(says.any()) else 0.0
 
 
 def _alike(rows: Tensor) -> float:
-    """Return the share of rows that another one repeats; rows of zeros are not counted."""
+    """Return the share of rows that another one repeats, up to size and noise.
+
+    Rows of zeros are not counted. Of short ones only the same to the last bit are.
+    """
     rows = rows[rows.any(1)]
     if len(rows) < 2:
         return 0.0
-    return 1 - len(torch.unique(rows, dim=0)) / len(rows)
+    same = 1 - len(torch.unique(rows, dim=0)) / len(rows)
+    if rows.shape[1] < _LONG:
+        return same
+    rows = rows / rows.norm(dim=1, keepdim=True)
+    # What is alike is next to each other in any order that the rows' content makes.
+    generator = torch.Generator().manual_seed(0)
+    order = (rows @ torch.randn(rows.shape[1], generator=generator, dtype=rows.dtype)).argsort()
+    ordered = rows[order]
+    near = (ordered[1:] * ordered[:-1]).sum(1) > PARALLEL
+    return max(same, float(near.double().sum()) / len(rows))
 
 
 def _leaning(rows: Tensor) -> float:

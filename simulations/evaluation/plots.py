@@ -47,7 +47,9 @@ def plot_evaluation(folder: Path, cells: Sequence[Cell]) -> list[Path]:
     """
     table = read_table(folder / EVALUATION.file)
     rounds = read_table(folder / EVALUATION_ROUNDS.file)
-    table = table[table["status"] == "ok"]
+    table = table[(table["status"] == "ok") & (table["tamper"] == "none")]
+    rounds = rounds[rounds["tamper"] == "none"]  # defences are compared with an honest server
+    cells = [c for c in cells if c.scenario.tamper.made is None]
     groups = list(table.groupby(_GROUP, sort=False))
     made: list[Path] = []
     for key, rows in groups:

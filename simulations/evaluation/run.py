@@ -20,7 +20,7 @@ from fedleak.results.format import EVALUATION, EVALUATION_ROUNDS, SWEEP
 from fedleak.workers import JobEngine, OnProgress
 from simulations.evaluation.cell import CellOutcome, clear_interrupted, finished, run_cell
 from simulations.evaluation.sweep import Cell, Sweep
-from simulations.evaluation.table import Row, cell_rows, failed_row
+from simulations.evaluation.table import Row, add_costs, cell_rows, failed_row
 
 #: Cells are found by what they are of: another sweep may use the same folder.
 KIND = Kind("evaluation", SWEEP, ())
@@ -151,8 +151,8 @@ def _tell(cell: Cell, outcome: CellOutcome) -> None:
     """Log how a cell ended; a person is told of failures at the end."""
     scenario = cell.scenario
     emit(
-        "cell", defence=str(scenario.defence.spec), model=scenario.model.name,
-        data=scenario.data.name, seed=scenario.seed, **vars(outcome),
+        "cell", defence=str(scenario.defence.spec), tamper=scenario.tamper.name,
+        model=scenario.model.name, data=scenario.data.name, seed=scenario.seed, **vars(outcome),
     )  # fmt: skip
 
 
@@ -179,5 +179,6 @@ class _Book:
     def write(self) -> None:
         found = [self.rows[c.key] for c in self.cells if c.key in self.rows]
         rounds: list[Any] = [row for _, rows in found for row in rows]
+        add_costs(row for row, _ in found)
         EVALUATION.write(self.folder, [row for row, _ in found])
         EVALUATION_ROUNDS.write(self.folder, rounds)

@@ -22,7 +22,7 @@ SHIPPED = Path(__file__).parents[1] / "sweeps"
 
 
 class Sweep(BaseModel):
-    """The grid: every defence on every scenario, data set, model and seed."""
+    """The grid: every defence and tamper on every scenario, data set, model and seed."""
 
     model_config = ConfigDict(
         extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False
@@ -37,6 +37,7 @@ class Sweep(BaseModel):
     strengths: dict[str, tuple[float | str, ...]] = Field(
         default_factory=dict, description="a defence's name, and a list of its strengths"
     )
+    tampers: tuple[str, ...] = Field((), description='as "none", "peel:directions=8"')
     datasets: tuple[str, ...] = Field((), description="data.name; none: the scenario's")
     models: tuple[str, ...] = Field((), description="model.name; none: the scenario's")
     seeds: tuple[int, ...] = Field((0,), min_length=1)
@@ -51,7 +52,7 @@ class Sweep(BaseModel):
     def _one(cls, value: Any) -> Any:
         return (value,) if isinstance(value, (str, dict)) else value
 
-    @field_validator("defences", "datasets", "models", "seeds", "scenario")
+    @field_validator("defences", "tampers", "datasets", "models", "seeds", "scenario")
     @classmethod
     def _each_once(cls, values: tuple[Any, ...]) -> tuple[Any, ...]:
         seen: set[str] = set()
@@ -63,14 +64,19 @@ class Sweep(BaseModel):
 
     @property
     def all_defences(self) -> list[str]:
-        """Each as NAME:STRENGTH: those listed, then those of each list of strengths."""
+        """Each as NAME:STRENGTH: those listed, then those of each list of strengths.
+
+        Where tampers are compared and no defence is listed, clients have none.
+        """
         listed = [f"{n}:{s}" for n, strengths in self.strengths.items() for s in strengths]
-        return [*self.defences, *listed]
+        found = [*self.defences, *listed]
+        return found or (["none"] if self.tampers else [])
 
     @property
     def count(self) -> int:
         """Number of cells."""
-        kinds = (self.scenario, self.datasets or (None,), self.models or (None,), self.seeds)
+        axes = (self.datasets, self.models, self.tampers)
+        kinds = (self.scenario, *(axis or (None,) for axis in axes), self.seeds)
         return math.prod(map(len, (*kinds, self.all_defences)))
 
     def grid(self) -> list[Scenario]:
@@ -92,12 +98,13 @@ class Sweep(BaseModel):
             table = _merged(read_table(source) if isinstance(source, str) else source, self.set)
             for data in self.datasets or (None,):
                 for model in self.models or (None,):
-                    for seed in self.seeds:
-                        chosen: dict[str, Any] = {"seed": seed, "defence": defences[0]}
-                        chosen |= {} if data is None else {"data": {"name": data}}
-                        chosen |= {} if model is None else {"model": {"name": model}}
-                        whole = _merged(table, chosen) | {"compare": defences[1:]}
-                        found.append(make_scenario(whole))
+                    for tamper in self.tampers or (None,):
+                        named = {"data": data, "model": model, "tamper": tamper}
+                        chosen = {k: {"name": v} for k, v in named.items() if v is not None}
+                        for seed in self.seeds:
+                            own = {**chosen, "seed": seed, "defence": defences[0]}
+                            whole = _merged(table, own) | {"compare": defences[1:]}
+                            found.append(make_scenario(whole))
         return found
 
     def cells(self) -> list[Cell]:
@@ -127,7 +134,7 @@ class Cell:
     def setting(self) -> tuple[str, ...]:
         """What the cells of different seeds have in common."""
         s = self.scenario
-        return s.name, s.data.name, s.model.name, str(s.defence.spec)
+        return s.name, s.data.name, s.model.name, str(s.defence.spec), s.tamper.name
 
     @cached_property
     def key(self) -> str:
@@ -139,7 +146,7 @@ class Cell:
             del table["data"][where]
         content = json.dumps([table, _files(self.scenario), __version__], sort_keys=True)
         digest = hashlib.sha256(content.encode()).hexdigest()[:10]
-        return f"{self.scenario.defence.spec.label[:60]}_seed-{self.scenario.seed}_{digest}"
+        return f"{self.scenario.label[:60]}_seed-{self.scenario.seed}_{digest}"
 
 
 def load_sweep(source: str | Path, overrides: Iterable[str] = ()) -> Sweep:

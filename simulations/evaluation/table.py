@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +18,17 @@ from fedleak.results.format import (
     LEAKAGE,
     OF_ATTACKER,
     ROUNDS,
+    TAMPERING,
     UNAWARE,
     plain,
 )
 from fedleak.results.reading import read_table
+from fedleak.results.tampering import tamper_figures
 from fedleak.status import STATUSES, most_frequent, reconstructed
 from simulations.evaluation.cell import CellOutcome
 from simulations.evaluation.sweep import Cell, Sweep
+from simulations.scenario import Scenario
+from simulations.tampering import wanted
 
 #: Columns of the tables of a cell, without which it is run again.
 _NEEDED = (
@@ -36,6 +40,10 @@ _NEEDED = (
     "label_inferred",
     "status",
 )
+#: What ``tampering.csv`` is summed up to.
+_OF_TAMPERING = ("recovered", "certified", "certified_wrong", "restored", "detected",
+                 "false_alarms")  # fmt: skip
+_SAME = ("scenario", "data", "model", "defence", "strength")
 _OF_ROUNDS = ("round", "accuracy", "loss", "c_metric", "cramer_rao_db", "bytes_sent")
 
 Row = dict[str, Any]
@@ -47,6 +55,7 @@ def describe(cell: Cell) -> Row:
     return {
         "scenario": s.name, "data": s.data.name, "model": s.model.name,
         "defence": s.defence.spec.name, "strength": s.defence.spec.strength, "seed": s.seed,
+        "tamper": s.tamper.name,
     }  # fmt: skip
 
 
@@ -99,12 +108,37 @@ def cell_rows(out: Path, cell: Cell, outcome: CellOutcome, sweep: Sweep) -> tupl
         "cramer_rao_db": rounds["cramer_rao_db"].median(),
         "epsilon": math.nan if private is None else private,
         "bytes_sent": rounds["bytes_sent"].mean(),
+        **_tampered(folder / UNAWARE, scenario),
+        "accuracy_lost": math.nan,  # known where the honest server's cell is
         "seconds": outcome.seconds,
         "status": outcome.status,
         "reason": _most_frequent(pd.concat([unaware, informed])),
     }  # fmt: skip
     by_round = _by_round(cell, rounds, unaware, informed)
     return {c: plain(row[c]) for c in EVALUATION.columns}, by_round
+
+
+def _tampered(folder: Path, scenario: Scenario) -> Row:
+    """Return what the changed model gave, and who noticed; NaN where nothing of it was tried."""
+    nothing = dict.fromkeys(_OF_TAMPERING, math.nan)
+    if not wanted(scenario):
+        return nothing
+    found = tamper_figures(read_table(folder / TAMPERING.file))
+    told = {k: getattr(found, k) for k in _OF_TAMPERING}
+    return told if found.sent else {**nothing, "false_alarms": found.false_alarms}
+
+
+def add_costs(rows: Iterable[Row]) -> None:
+    """Note how much accuracy each tamper costs beside the honest server's cell, in place."""
+    keys = (*_SAME, "seed")
+    known = list(rows)
+    honest = {tuple(str(r[k]) for k in keys): r for r in known if r["tamper"] == "none"}
+    for row in known:
+        base = honest.get(tuple(str(row[k]) for k in keys))
+        if base is None or row["tamper"] == "none":
+            continue
+        if row["status"] == base["status"] == "ok":
+            row["accuracy_lost"] = plain(float(base["accuracy"]) - float(row["accuracy"]))
 
 
 def _is_whole(leakage: pd.DataFrame, rounds: pd.DataFrame, count: int) -> bool:

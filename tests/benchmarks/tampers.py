@@ -6,7 +6,7 @@
 Each draw takes random images and new random weights of a network of two fully connected layers
 with ReLU; ``none`` is the honest network. Labels are unknown. ``fishing`` is tried on a
 convolutional network of the paper instead, for the rarest class of the batch. Without ``--data``
-the images are digits, 8x8 pixels. ``--honest-rounds 100`` counts a guard's false alarms instead.
+the images are digits, 8x8 pixels.
 """
 
 from __future__ import annotations
@@ -86,41 +86,10 @@ def measure(
     }
 
 
-def false_alarms(images: Tensor, labels: Tensor, kind: str, rate: float, rounds: int) -> list[dict]:
-    """Train honestly by minibatches, and count the rounds in which the model shows a sign.
-
-    Fresh weights, then weights that were trained ten times as long, then a new head on those.
-    """
-    shape = (images.shape[1], images.shape[2], images.shape[3])
-    classes = int(labels.max()) + 1
-    model = (
-        network(shape, 200, classes, 0) if kind == "mlp" else build_model(kind, shape, classes, 0)
-    )
-    generator, rows = torch.Generator().manual_seed(0), []
-    for phase, steps in (("fresh", rounds), ("trained", rounds), ("fine tuning", rounds)):
-        if phase == "trained":
-            _train(model, images, labels, rate, 10 * rounds, generator)
-        if phase == "fine tuning":
-            head = [m for m in model.modules() if isinstance(m, nn.Linear)][-1]
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(1)
-                head.reset_parameters()
-        before, alarms, kinds = None, 0, set()
-        for _ in range(steps):
-            state = {k: v.detach().clone() for k, v in model.state_dict().items()}
-            signs = signs_of_tampering(state, before)
-            alarms += bool(signs)
-            kinds |= {s.kind for s in signs}
-            before = state
-            _train(model, images, labels, rate, 5, generator)
-        about = {"network": kind, "rate": rate, "phase": phase, "rounds": steps, "alarms": alarms}
-        rows.append({**about, "kinds": ", ".join(sorted(kinds)) or "-"})
-    return rows
-
-
-def _train(
+def train(
     model: nn.Module, images: Tensor, labels: Tensor, rate: float, steps: int, draw: torch.Generator
 ) -> None:
+    """Take steps of minibatches of 32."""
     optimiser = torch.optim.SGD(model.parameters(), lr=rate)
     for _ in range(steps):
         chosen = torch.randint(len(images), (32,), generator=draw)
@@ -137,19 +106,8 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--units", type=int, default=1000)
     parser.add_argument("--draws", type=int, default=10)
-    parser.add_argument("--honest-rounds", type=int, default=0, help="Count false alarms instead")
     options = parse(parser)
     images, labels = images_of(options.data)
-    if options.honest_rounds:
-        rows = [
-            row
-            for kind in ("mlp", "cnn2-v1", "cnn3-v1")
-            for rate in (0.02, 0.1, 0.5)
-            for row in false_alarms(images, labels, kind, rate, options.honest_rounds)
-        ]
-        share = sum(r["alarms"] for r in rows) / sum(r["rounds"] for r in rows)
-        report(rows, options, f"False alarms in {100 * share:.2f} % of honest rounds.")
-        return
     for name in options.tamper or ["none", "trap", "imprint", "peel"]:
         rows = [
             measure(images, labels, name, options.batch_size, options.units, seed)

@@ -185,3 +185,41 @@ def test_the_keys_fit_a_flower_config() -> None:
     assert from_run_config(flatten(described)).guard == described.guard
     assert described.tamper.when == (1, 3)
     assert [v.label for v in described.variants()] == ["none", "none_peel-directions-2"]
+
+
+def test_tampers_are_an_axis_of_an_evaluation_and_it_goes_on(tmp_path: Path) -> None:
+    from fedleak.report.page import write_report
+    from simulations.evaluation.run import evaluate
+    from simulations.evaluation.sweep import Sweep
+
+    one = scenario(guard="warn", tamper={"clients": 1}).model_dump()
+    del one["defence"], one["compare"]
+    sweep = Sweep(scenario=(one,), tampers=("none", "peel", "trap"))
+    assert sweep.count == 3
+    first = evaluate(sweep.model_copy(update={"tampers": ("none", "peel")}), tmp_path / "out")
+    assert first.table["tamper"].tolist() == ["none", "peel"]
+    found = evaluate(sweep, tmp_path / "out")
+    assert found.skipped == 2  # what is finished is not run again
+    table = found.table.set_index("tamper")
+    assert (table["status"] == "ok").all()
+    assert table.loc["peel", ["recovered", "certified", "restored", "detected"]].tolist() == [1] * 4
+    assert table.loc["peel", "accuracy_lost"] == pytest.approx(0, abs=0.011)
+    assert table.loc[["none", "peel"], "false_alarms"].tolist() == [0, 0]
+    assert table.loc["none", ["recovered", "detected", "accuracy_lost"]].isna().all()
+    path, headline = write_report(tmp_path / "out")
+    page = path.read_text()
+    assert headline.startswith("Without a defence, the server")
+    assert "A server that changes the model (peel) gets 8 of 8 images" in page
+    assert page.count('class="mrow') == 3
+
+
+def test_the_report_of_a_run_shows_both_arms(arms: list[Arm]) -> None:
+    from fedleak.report.page import write_report
+
+    path, _ = write_report(arms[0].out.parent)
+    page = path.read_text()
+    assert "an honest server" in page
+    assert "A client that looks at the model before it trains sees it in 100 of 100 rounds." in page
+    assert "computed on the images that it recovered" in page
+    path, _ = write_report(arms[1].out)  # of the tampered arm alone
+    assert "(peel) gets 8 of 8 images" in path.read_text()

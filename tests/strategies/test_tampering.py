@@ -206,6 +206,9 @@ def test_one_image_that_stands_out_is_a_sign() -> None:
     assert disparity(torch.tensor([1.0, 1.0, 1.0, 1.0])) == pytest.approx(1 / 3**0.5)
     assert disparity(torch.tensor([9.0, 1.0])) == pytest.approx(9.0)
     assert disparity(torch.tensor([1.0])) == 0.0
+    of_tensors = torch.tensor([[1.0, 1.0, 1.0, 1.0], [0.0, 3.0, 0.0, 0.0]])
+    assert disparity(of_tensors) == float("inf")  # below a head that fishes
+    assert disparity(of_tensors[:1]) == pytest.approx(1 / 3**0.5)
     assert disparity(torch.zeros(3)) == 0.0
     seen: list[Sign] = []
     guard = TamperGuard(
