@@ -158,7 +158,7 @@ def _run_arms(
         trackers = Trackers(log_to, folder, scenario)
         _run_arm(arms[0], scenario, engine, on_progress, client_app, capture, trackers)
         return arms
-    about = about_run(scenario, engine)
+    about = about_run(scenario, engine, [arm.label for arm in arms])
     write_about(folder, about)
     for count, (arm, own) in enumerate(zip(arms, variants, strict=True), 1):
         try:

@@ -124,9 +124,8 @@ def _clear(out: Path, overwrite: bool) -> None:
         clear(folder, OUTPUTS)
 
 
-def about_run(scenario: Scenario, engine: str) -> dict[str, Any]:
-    """Return what ``run.json`` says of a run that starts now."""
-    variants = scenario.variants()
+def about_run(scenario: Scenario, engine: str, arms: Sequence[str] = ()) -> dict[str, Any]:
+    """Return what ``run.json`` says of a run that starts now, and of the arms in it."""
     return {
         "status": "running",
         "reason": "",
@@ -135,7 +134,7 @@ def about_run(scenario: Scenario, engine: str) -> dict[str, Any]:
         "started": now(),
         "finished": None,
         "seed": scenario.seed,
-        "arms": [v.label for v in variants] if len(variants) > 1 else [],
+        "arms": list(arms),
         "scenario": scenario.model_dump(mode="json"),
         "versions": package_versions(),
         "commit": commit(),
