@@ -23,7 +23,8 @@ _console = PlainConsole()
 
 def evaluate(
     sweep: Annotated[
-        str, typer.Argument(help="A sweep file, or a shipped one: noise-pruning, all-defences")
+        str,
+        typer.Argument(help="A sweep file, or a shipped one: noise-pruning, all-defences, tampers"),
     ],
     out: Annotated[
         Path | None, typer.Option(help="Output folder [default: results/runs/NAME]")

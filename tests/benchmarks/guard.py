@@ -8,7 +8,7 @@ receives. Beside the signs in the weights, D-SNR: how far the largest gradient o
 images stands out. Tampered: a model of the same kind after 50 rounds, then the tampered one; seen
 without the model before (a client that is deceived from the first round on), and with it. ``noise``
 is an evasion: a server that knows the guard adds noise to the rows of its peeling, relative to
-their size, so that no two are alike.
+their size, so that no two are alike, and takes their means out, so that they lean to no side.
 """
 
 from __future__ import annotations
@@ -100,7 +100,8 @@ def tampered(
         if noise:
             rows = state["1.weight"]
             drawn = torch.randn(rows.shape, generator=draw).to(rows)
-            state["1.weight"] = rows + noise * rows.square().mean().sqrt() * drawn
+            rows = rows + noise * rows.square().mean().sqrt() * drawn
+            state["1.weight"] = rows - rows.mean(1, keepdim=True)  # none leans to one side
             column = state["3.weight"]
             drawn = torch.randn(column.shape, generator=draw).to(column)
             state["3.weight"] = column * (1 + noise * drawn)
