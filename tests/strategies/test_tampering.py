@@ -212,7 +212,7 @@ def test_one_image_that_stands_out_is_a_sign() -> None:
     assert disparity(torch.zeros(3)) == 0.0
     seen: list[Sign] = []
     guard = TamperGuard(
-        norms=lambda arrays, context: torch.tensor([8.0, 1.0]),
+        norms=lambda arrays, context: torch.tensor([800.0, 1.0]),
         on_signs=lambda r, s: seen.extend(s),
     )
     run(FedAvg(fraction_evaluate=0.0), app(guard), rounds=1)
