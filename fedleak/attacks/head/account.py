@@ -37,6 +37,9 @@ def account(evidence: Evidence, batch: Demixed) -> tuple[Evidence, Demixed]:
                 seen = seen.and_(one_batch(found, not evidence.scale))
                 return other.divided([seen]), found
     seen = one_batch(batch, not evidence.scale)
+    if batch.loss is not None:
+        seen = of_another_loss(batch.loss).and_(seen)
+        return evidence.with_loss(batch.loss).divided([seen]), batch
     if seen.doubts and evidence.replay.loss == PLAIN and not evidence.defended:
         for loss in _USUAL:
             other = evidence.with_loss(loss)

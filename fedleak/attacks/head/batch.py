@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from fedleak import deadline
-from fedleak.attacks.head import factor
+from fedleak.attacks.head import factor, weights
 from fedleak.attacks.head.equations import Constraint, Mixture, rows_rms
 from fedleak.attacks.head.labels import label_candidates
 from fedleak.client.loss import PLAIN, CanonicalLoss
@@ -74,6 +74,8 @@ class Demixed:
         By what the gradients were found to be multiplied; all else is of them divided by it.
     rank : int
         Of ``G``, where its singular values fall clearly to those of rounding; else 0.
+    loss : CanonicalLoss or None
+        Another than was declared, which explains the batch.
     """
 
     inputs: Tensor
@@ -85,6 +87,7 @@ class Demixed:
     noise: float
     factor: float = 1.0
     rank: int = 0
+    loss: CanonicalLoss | None = None
 
     @property
     def solved(self) -> bool:
@@ -255,6 +258,9 @@ class _Batch:
                     if found is not None and found.solved:
                         return found
                     near = found
+                    weighted = self.weighted()
+                    if weighted is not None:
+                        return weighted
                 left -= 1
                 m, misfit = _sharpen(attempt.problem, _search(attempt.problem, effort))
                 if misfit < _SOLVED:
@@ -292,6 +298,18 @@ class _Batch:
             if misfit < (_CLOSE if best is None else best.misfit):
                 best = replace(_finished(problem, m, misfit, self.ratio), factor=1 / t)
         return best
+
+    def weighted(self) -> Demixed | None:
+        """Demix under class weights that nobody declared; None if none explain it."""
+        if self.loss != PLAIN or self.labels is not None or self.noise > NOISY:
+            return None
+        like = self.problem(torch.zeros(self.images, dtype=torch.int64, device=self.bias.device))
+        for loss, labels in weights.search(like, self.typical):
+            other = replace(self, loss=loss, labels=labels)
+            found = other.scaled((1,))
+            if found is not None and found.solved:
+                return replace(found, loss=loss)
+        return None
 
 
 @dataclass

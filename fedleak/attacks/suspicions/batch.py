@@ -6,7 +6,7 @@ import math
 
 from fedleak.attacks.head.batch import Demixed
 from fedleak.attacks.suspicions.seen import Seen, by_factor
-from fedleak.client.loss import Loss
+from fedleak.client.loss import CrossEntropy, Loss
 
 #: Misfit, in units of the rounding expected, from which no search came near a solution, and the
 #: relative noise up to which an update holds nothing but rounding.
@@ -57,4 +57,8 @@ def of_another_number(declared: int, found: int) -> Seen:
 
 def of_another_loss(loss: Loss) -> Seen:
     """Return what is said where another loss than was declared explains an update."""
-    return Seen(notes=(f"the loss {loss} explains the update, and the declared one does not",))
+    what = f"the loss {loss}"
+    if isinstance(loss, CrossEntropy) and loss.weight:
+        what = f"cross-entropy with the class weights {', '.join(f'{w:.4g}' for w in loss.weight)}"
+        what += " (1 also where the batch has no such label)"
+    return Seen(notes=(f"{what} explains the update, and the declared one does not",))
