@@ -299,6 +299,7 @@ def test_images_that_the_update_hardly_determines_are_doubtful() -> None:
     assert "210 entries of the update say anything, of 576 unknowns" in result.doubts[0]
 
 
+@pytest.mark.slow
 def test_a_certificate_needs_as_many_values_as_pixels() -> None:
     """A frozen first layer with a stride tells 18 values of an image of 64 pixels."""
     (x, y) = digits(1)
