@@ -130,11 +130,14 @@ def coverage_words(coverage: Any) -> str:
     str
         Empty where there is nothing to say.
     """
+    counts = ["round", "images", "together_20", "together_60", "alone_20", "alone_60"]
+    coverage = coverage.dropna(subset=counts)
+    coverage = coverage[coverage["images"] > 0]
     if coverage.empty:
         return ""
     last = coverage.sort_values("round").groupby("client").tail(1)
     most = last.loc[(last["together_20"] / last["images"]).idxmax()]
-    n, client = int(most["round"]), int(most["client"])
+    n, client = int(most["round"]), clean(str(most["client"]))
     return (
         f"after {n} round{'s' * (n > 1)} the server holds {int(most['together_20'])} of the "
         f"{int(most['images'])} images of client {client}, {int(most['together_60'])} of them "

@@ -57,7 +57,8 @@ def simulate(
 ) -> None:
     """Run a federation with an attacking server, and record what leaks in every round.
 
-    SCENARIO is a file, or one of: cifar10, demo, fedavg, femnist, femnist-5-epochs, tampered.
+    SCENARIO is a file, or one of: cifar10, demo, fedavg, femnist, femnist-5-epochs, tampered,
+    rounds.
     """
     from simulations.engines import quiet_flower
     from simulations.engines import simulate as run

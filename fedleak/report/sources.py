@@ -15,6 +15,7 @@ from fedleak.results.format import (
     ATTACK,
     ATTACKS,
     AUDIT,
+    COVERAGE,
     EVALUATION,
     EVALUATION_ROUNDS,
     INFORMED,
@@ -53,6 +54,8 @@ class Arm:
         Rows of ``evaluation.csv``, one for each seed; empty for a run.
     per_round : DataFrame
         Rows of the evaluation's ``rounds.csv``.
+    coverage : DataFrame
+        A row for each client and round, of a server with memory.
     folders : list of Path
         Where the reconstructions are, first seed first.
     """
@@ -64,6 +67,7 @@ class Arm:
     metric: pd.DataFrame = field(default_factory=lambda: _nothing(METRIC))
     table: pd.DataFrame = field(default_factory=lambda: _nothing(EVALUATION))
     per_round: pd.DataFrame = field(default_factory=lambda: _nothing(EVALUATION_ROUNDS))
+    coverage: pd.DataFrame = field(default_factory=lambda: _nothing(COVERAGE))
     folders: list[Path] = field(default_factory=list)
     label: str = ""
     tamper: str = "none"
@@ -199,6 +203,9 @@ def _run_arm(folder: Path, notes: list[str], about: dict[str, Any] | None = None
     metric = _nothing(METRIC)
     if (folder / METRIC.file).is_file():
         metric = try_table(folder, METRIC, notes).assign(seed=seed)
+    coverage = _nothing(COVERAGE)
+    if (folder / COVERAGE.file).is_file():
+        coverage = try_table(folder, COVERAGE, notes)
     name = dig(about, "scenario", "defence", "name")
     strength = dig(about, "scenario", "defence", "strength", default="")
     if name is None and len(leakage):
@@ -207,7 +214,7 @@ def _run_arm(folder: Path, notes: list[str], about: dict[str, Any] | None = None
     name, strength = str(name if name is not None else "?"), str(strength)
     arm = Arm(
         name, strength, _whole(leakage, notes), rounds, metric, folders=[folder], label=label,
-        tamper=str(dig(about, "scenario", "tamper", "name", default="none")),
+        coverage=coverage, tamper=str(dig(about, "scenario", "tamper", "name", default="none")),
     )  # fmt: skip
     if (folder / TAMPERING.file).is_file():
         arm.tampering = try_table(folder, TAMPERING, notes).assign(seed=seed)

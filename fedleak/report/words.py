@@ -9,7 +9,7 @@ from typing import Any
 from fedleak.report.numbers import Exposure, Figures
 from fedleak.report.sources import Arm, Source, Study
 from fedleak.untrusted import dig, finite
-from fedleak.wording import ENOUGH_DB, EXPLAINED, fit_text, grade
+from fedleak.wording import ENOUGH_DB, EXPLAINED, coverage_words, fit_text, grade
 
 Judged = tuple[Arm, Figures]
 #: Between a number and its unit.
@@ -233,6 +233,8 @@ def details(arm: Arm, found: Figures) -> list[tuple[str, str]]:
         said.append(("When", _when(found)))
     elif len(found.rounds) == 1:
         said.append(("When", f"One round was attacked: round {found.rounds[0]}."))
+    if held := coverage_words(arm.coverage):
+        said.append(("All rounds together", f"{held[0].upper()}{held[1:]}."))
     if could := _could(arm, found):
         said.append(("What more could be", could))
     failed = found.grades[-1] if found.grades else found.evidence.counts[-1]

@@ -1,6 +1,6 @@
 """The same image every round: alone, together, and as predicted (results/rounds).
 
-Run by hand: ``python -m tests.benchmarks.rounds > results/rounds/same-image.md``. Digits of
+Run by hand: ``python -m tests.benchmarks.rounds``, or of one defence alone with its name. Digits of
 scikit-learn, gradients simulated; the attacker knows the defence. Between rounds the model takes a
 step of 0.5 on eight other digits.
 """
@@ -8,6 +8,7 @@ step of 0.5 on eight other digits.
 from __future__ import annotations
 
 import copy
+import sys
 from dataclasses import replace
 from statistics import median
 
@@ -39,6 +40,8 @@ def main() -> None:
           "| predicted after 1 | predicted after all | one more round |")  # fmt: skip
     print("|---|---|---|---|---|---|---|---|---|---|---|")
     for network, defence, rounds in CASES:
+        if defence not in (sys.argv[1:] or [defence]):
+            continue
         spec, gains = parse_defence(defence), []
         for image in IMAGES:
             x, y = digits.batch([image])
