@@ -374,3 +374,20 @@ def test_images_that_the_update_leaves_open_say_nothing_of_normalisation() -> No
     result = attack(model, gradient(model, x, y))
     assert result.status == "ok"
     assert "notes" not in result.details
+
+
+def test_a_batch_that_one_output_mixes_is_doubtful() -> None:
+    """Four images at a fit of 0.08, and 7 to 10 dB: nothing tells them apart."""
+    model, (x, _) = net(1), digits(4)
+
+    def binary(z: Tensor, y: Tensor) -> Tensor:
+        return F.binary_cross_entropy_with_logits(z[:, 0], y.float())
+
+    seen = Observation.from_gradient(
+        model,
+        gradient(model, x, torch.tensor([0, 0, 1, 1]), binary),
+        SHAPE, 4, training=LocalTraining(loss="bce", reply="gradient"),
+    )  # fmt: skip
+    images, labels = x.double(), torch.tensor([0, 0, 1, 1])
+    assert "one output mixes" in doubted(Reconstruction(images, labels, 0.08), seen).doubts[0]
+    assert doubted(Reconstruction(images, labels, 1e-6), seen).status == "ok"

@@ -25,6 +25,8 @@ _LITTLE = (
 )
 #: Part of the unknowns of images that the update must be able to determine.
 _ENOUGH = 0.5
+#: Fit up to which only images very near to the true ones explain a mixture of several.
+_ENTIRELY = 1e-3
 
 
 def doubted(result: Reconstruction, observation: Observation) -> Reconstruction:
@@ -45,6 +47,12 @@ def doubted(result: Reconstruction, observation: Observation) -> Reconstruction:
         doubts.append(
             f"only {entries} entries of the update say anything, of {unknowns} unknowns in the "
             "images: others explain it as well, and the prior chose"
+        )
+    last = list(observation.gradient.values())[-1]
+    if len(result.images) > 1 and last.numel() == 1 and result.fit > _ENTIRELY and not doubts:
+        doubts.append(
+            "a model of one output mixes the images of a batch, and these explain the update not "
+            "to its last digits: others may explain as much"
         )
     return replace(result, doubts=tuple(doubts))
 
