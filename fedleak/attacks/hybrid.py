@@ -184,15 +184,22 @@ class HybridAttack(Attack):
                 found[n] = replace(made, images=images[0].cpu(), fit=float(part.fit(images)[0]))
             else:
                 why = made
-            if n not in found or found[n].fit > _SOLVED:
+            if n not in found or found[n].fit > _SOLVED or found[n].details["undetermined"]:
                 open_.append(n)
         if open_:
             rest = evidence.subset(torch.tensor(open_, device=evidence.replay.device))
             for n, other in zip(open_, otherwise(rest), strict=True):
-                if n not in found or other.fit < _CLEARLY * found[n].fit:
+                if n not in found or self._better(other, found[n]):
                     reason = {"why_not_graph": why} if n not in found else {}
                     found[n] = replace(other, details={**other.details, **reason})
         return [found[n] for n in range(len(evidence))]
+
+    @staticmethod
+    def _better(matched: Reconstruction, solved: Reconstruction) -> bool:
+        """Whether images matched as a whole are to be preferred to those of the graph."""
+        if solved.details["undetermined"] and solved.fit < _SOLVED:
+            return matched.fit < _SOLVED  # both explain the update: the prior decides, and it has
+        return matched.fit < _CLEARLY * solved.fit
 
     def _solve_batch(self, evidence: Evidence, batch: Demixed) -> Reconstruction:
         """Solve one batch layer by layer, and match it as a whole where that leaves much open."""

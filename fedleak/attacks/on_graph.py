@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from fedleak import deadline
 from fedleak.attacks.base import Reconstruction
+from fedleak.attacks.determined import undetermined
 from fedleak.attacks.evidence import Evidence
 from fedleak.attacks.packaging import package
 from fedleak.errors import TimeLimitError, UnsupportedModelError
@@ -73,12 +75,24 @@ def solve(evidence: Evidence, prior: Prior) -> Reconstruction | str:
     made = evidence.replay(images[None], evidence.labels).gradients
     rounding = {name: evidence.rounding(name) for name in gradient}
     proof = certify(knowledge, {n: g[0].detach() for n, g in made.items()}, rounding)
+    left = undetermined(evidence, images, evidence.labels) if proof.certified else 0
+    if left:
+        proof = replace(
+            proof,
+            certified=False,
+            open=[
+                *proof.open,
+                f"the image: {left} directions of its {images.numel()} unknowns are not told by "
+                "the update, and the prior filled them in",
+            ],
+        )
     details = {
         "by": "graph",
         "solver": "gauss-newton",
         "prior": str(prior),
         "layers": [],
         **proof.details(),
+        "undetermined": any(text.startswith("the image:") for text in proof.open),
     }
     return package(evidence, images[None], [details])[0]
 

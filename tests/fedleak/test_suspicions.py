@@ -16,6 +16,7 @@ from fedleak.attacks.suspicions.unexplained import doubted
 from fedleak.data import load_data
 from fedleak.defences import defend
 from fedleak.errors import InvalidInputError
+from fedleak.models import build_model
 from fedleak.quality import score_batch
 from fedleak.wording import EXPLAINED
 
@@ -391,3 +392,17 @@ def test_a_batch_that_one_output_mixes_is_doubtful() -> None:
     images, labels = x.double(), torch.tensor([0, 0, 1, 1])
     assert "one output mixes" in doubted(Reconstruction(images, labels, 0.08), seen).doubts[0]
     assert doubted(Reconstruction(images, labels, 1e-6), seen).status == "ok"
+
+
+@pytest.mark.parametrize(("name", "mean", "std"), [("cnn2-v2", 0.3, 0.2), ("cnn3-v2", 0.5, 0.25)])
+def test_pixels_far_out_are_doubted_also_where_much_is_open(
+    name: str, mean: float, std: float
+) -> None:
+    """The prior fills in what such networks do not tell; the unit shows all the same."""
+    x, y = digits(1)
+    large = F.interpolate(x, size=16)
+    model = build_model(name, (1, 16, 16), 10, 0)
+    sent = gradient(model, (large - mean) / std, y)
+    (result,) = make_attack("hybrid")([Observation.from_gradient(model, sent, (1, 16, 16))])
+    assert result.status == "doubtful"
+    assert result.doubts

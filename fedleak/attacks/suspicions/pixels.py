@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fedleak.observation import Observation
+from fedleak.wording import EXPLAINED
 
 if TYPE_CHECKING:  # which is where this is called from
     from fedleak.attacks.base import Reconstruction
@@ -36,6 +37,8 @@ _LEVELS = (255, 16)
 _EXPLAINED = 1e-3
 #: How far pixels may be out of [0, 1], and how near black and white must be to say something.
 _OUTSIDE, _END = 0.02, 2e-3
+#: So far out is no image that explains most of its update, however little determines it.
+_FAR = 0.4
 #: Root mean square distance from steps, in steps: 0.29 where there are none. Of fewer different
 #: values it may be chance.
 _ON_STEPS, _VALUES = 0.1, 6
@@ -56,11 +59,14 @@ def in_pixels(result: Reconstruction, observation: Observation) -> Reconstructio
     if not result.images.numel():  # an attack may leave out what it cannot tell
         return result
     low, high = float(result.images.min()), float(result.images.max())
-    if not result.fit < _EXPLAINED or not (low < -_OUTSIDE or high > 1 + _OUTSIDE):
+    far = low < -_FAR or high > 1 + _FAR
+    exact = result.fit < _EXPLAINED and (low < -_OUTSIDE or high > 1 + _OUTSIDE)
+    if not exact and not (far and result.fit < EXPLAINED):
         return result
     client = observation.training
     declared = client is not None and bool(client.mean)
-    fitting = [] if declared else [s for s in _STANDARD if _are_pixels(result.images, *s[1:])]
+    known = () if declared or not exact else _STANDARD
+    fitting = [s for s in known if _are_pixels(result.images, *s[1:])]
     if len(fitting) == 1:
         ((name, mean, std),) = fitting
         says = (
@@ -69,13 +75,17 @@ def in_pixels(result: Reconstruction, observation: Observation) -> Reconstructio
         )
         details = {**result.details, "notes": [*result.details.get("notes", ()), says]}
         return replace(result, images=_undone(result.images, mean, std), details=details)
-    if not _determined(result.details) or observation.defence is not None:
+    told = _determined(result.details) or far
+    if not told or observation.defence is not None:
         return result  # one of many images that explain the update: it says nothing of clients
-    what = (
-        "clients normalise otherwise than declared"
-        if declared
-        else "clients probably normalise; declare mean and std (LocalTraining(mean=, std=))"
-    )
+    if not (exact and _determined(result.details)):
+        what = (
+            "of no picture: another unit than declared (mean, std), or the update tells too little"
+        )
+    elif declared:
+        what = "clients normalise otherwise than declared"
+    else:
+        what = "clients probably normalise; declare mean and std (LocalTraining(mean=, std=))"
     doubt = f"pixels from {low:.3g} to {high:.3g}: {what}"
     return replace(result, doubts=(*result.doubts, doubt))
 
