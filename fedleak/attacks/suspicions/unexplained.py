@@ -25,8 +25,9 @@ _LITTLE = (
 )
 #: Part of the unknowns of images that the update must be able to determine.
 _ENOUGH = 0.5
-#: Fit up to which only images very near to the true ones explain a mixture of several.
-_ENTIRELY = 1e-3
+#: Fit up to which only images near to the true ones explain a mixture of several: where a softmax
+#: tells them apart, and where there is one output, whose row of numbers all of them share.
+_MIXED, _ONE_OUTPUT = 1e-2, 1e-3
 
 
 def doubted(result: Reconstruction, observation: Observation) -> Reconstruction:
@@ -49,10 +50,12 @@ def doubted(result: Reconstruction, observation: Observation) -> Reconstruction:
             "images: others explain it as well, and the prior chose"
         )
     last = list(observation.gradient.values())[-1]
-    if len(result.images) > 1 and last.numel() == 1 and result.fit > _ENTIRELY and not doubts:
+    most = _ONE_OUTPUT if last.numel() == 1 else _MIXED
+    if len(result.images) > 1 and result.fit > most and not doubts:
+        model = "a model of one output mixes" if last.numel() == 1 else "the update mixes"
         doubts.append(
-            "a model of one output mixes the images of a batch, and these explain the update not "
-            "to its last digits: others may explain as much"
+            f"{model} the images of a batch, and these explain it not to its last digits: others "
+            "may explain as much"
         )
     return replace(result, doubts=tuple(doubts))
 
