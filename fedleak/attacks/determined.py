@@ -8,10 +8,12 @@ from torch import Tensor
 from fedleak.attacks.evidence import Evidence
 from fedleak.modules import mathematical
 
-#: Unknowns up to which the question is asked; twice as many backward passes answer it.
-MOST = 1024
+#: Unknowns up to which the question is asked; as many backward passes answer it.
+MOST = 256
 #: Relative error of the entries of a float32 gradient.
 _ROUNDING = 3e-7
+#: Combinations of rows for each unknown, and how many are made in one backward pass.
+_SKETCH, _TOGETHER = 1.25, 64
 #: How far images may go along a direction, as a norm, before the update says so.
 _FAR = 0.1
 
@@ -19,8 +21,8 @@ _FAR = 0.1
 def undetermined(evidence: Evidence, images: Tensor, labels: Tensor, seed: int = 0) -> int | None:
     """Return how many directions of images their update does not tell, beyond its rounding.
 
-    The Jacobian of the whole update at the images, in units of its rounding, is sketched: twice
-    as many random combinations of its rows as there are unknowns have its rank.
+    The Jacobian of the whole update at the images, in units of its rounding, is sketched: random
+    combinations of its rows, some more than there are unknowns, have its rank.
 
     Parameters
     ----------
@@ -51,9 +53,11 @@ def undetermined(evidence: Evidence, images: Tensor, labels: Tensor, seed: int =
                 parts.append(g.flatten() / error)
         whole = torch.cat(parts)
         rows = []
-        for _ in range(2 * unknowns):
-            mixed = torch.randn(len(whole), generator=generator, dtype=whole.dtype)
-            (row,) = torch.autograd.grad(whole @ mixed.to(whole.device), x, retain_graph=True)
-            rows.append(row.flatten())
-    sketch = torch.stack(rows) / (2 * unknowns) ** 0.5
+        for part in torch.arange(int(_SKETCH * unknowns)).split(_TOGETHER):
+            mixed = torch.randn(len(part), len(whole), generator=generator, dtype=whole.dtype)
+            (made_rows,) = torch.autograd.grad(
+                whole, x, mixed.to(whole.device), retain_graph=True, is_grads_batched=True
+            )
+            rows.append(made_rows.flatten(1))
+    sketch = torch.cat(rows) / int(_SKETCH * unknowns) ** 0.5
     return int((torch.linalg.svdvals(sketch) * _FAR < 1).sum())

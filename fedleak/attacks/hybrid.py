@@ -38,6 +38,7 @@ from fedleak.images import read_images
 from fedleak.observation import Observation
 from fedleak.priors import PRIORS, Prior, make_prior
 from fedleak.systems import Affine, Pointwise
+from fedleak.wording import EXPLAINED
 
 #: Two fits below this are equally good: both are within the rounding of float32.
 _ROUNDED = 1e-6
@@ -174,10 +175,11 @@ class HybridAttack(Attack):
             return otherwise(evidence)
         found: dict[int, Reconstruction] = {}
         open_, why = [], ""
+        prior = self._prior(evidence)
         for n in range(len(evidence)):
             with deadline.part(1 / (len(evidence) - n)):
                 part = evidence.subset(torch.tensor([n], device=evidence.replay.device))
-                made = on_graph.solve(part, self._prior(evidence))
+                made = on_graph.solve(part, prior)
             if isinstance(made, Reconstruction):
                 part = part.with_labels(made.labels[None].to(part.labels.device))
                 images = _snap(part, made.images[None].to(part.labels.device))
@@ -189,16 +191,17 @@ class HybridAttack(Attack):
         if open_:
             rest = evidence.subset(torch.tensor(open_, device=evidence.replay.device))
             for n, other in zip(open_, otherwise(rest), strict=True):
-                if n not in found or self._better(other, found[n]):
+                if n not in found or self._better(other, found[n], prior):
                     reason = {"why_not_graph": why} if n not in found else {}
                     found[n] = replace(other, details={**other.details, **reason})
         return [found[n] for n in range(len(evidence))]
 
     @staticmethod
-    def _better(matched: Reconstruction, solved: Reconstruction) -> bool:
+    def _better(matched: Reconstruction, solved: Reconstruction, prior: Prior) -> bool:
         """Whether images matched as a whole are to be preferred to those of the graph."""
         if solved.details["undetermined"] and solved.fit < _SOLVED:
-            return matched.fit < _SOLVED  # both explain the update: the prior decides, and it has
+            # Both explain the update: the prior decides. The graph takes it for a normal one.
+            return matched.fit < (_SOLVED if prior.gaussian else EXPLAINED)
         return matched.fit < _CLEARLY * solved.fit
 
     def _solve_batch(self, evidence: Evidence, batch: Demixed) -> Reconstruction:

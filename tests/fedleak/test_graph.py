@@ -144,6 +144,7 @@ def test_a_residual_network_is_solved_from_one_update() -> None:
     assert {"blind convolution", "gradient rows"} <= set(details["rules"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["eval", "train"])
 def test_images_that_clients_normalise_come_back_as_images(mode: str) -> None:
     torch.manual_seed(1)
