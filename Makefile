@@ -11,7 +11,7 @@ demo: install
 	$(BIN)/fedleak report results/runs/demo
 
 test: install
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2
 
 slow: install
 	$(BIN)/pytest -m slow

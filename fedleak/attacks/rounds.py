@@ -18,6 +18,7 @@ from torch import Tensor
 from fedleak.attacks.base import Attack, Reconstruction, placed
 from fedleak.attacks.evidence import Evidence
 from fedleak.attacks.prior_matching import Match, match, posterior
+from fedleak.attacks.suspicions.unexplained import UNEXPLAINED
 from fedleak.attacks.targets.local_training import module_target
 from fedleak.attacks.targets.rounds import RoundsTarget
 from fedleak.errors import InvalidInputError
@@ -290,7 +291,8 @@ def joint(rounds: Sequence[Round], prior: Prior) -> Reconstruction:
             images = made
             details = {"by": "rounds", "solver": found.solver, "prior": found.priors[0]}
     missed = [n for n, r in enumerate(rounds) if not r.explained_by(images)]
-    doubts = dict.fromkeys(d for r in rounds for d in r.alone.doubts)
+    answered = UNEXPLAINED if len(rounds) > 1 and not missed else ()
+    doubts = dict.fromkeys(d for r in rounds for d in r.alone.doubts if d not in answered)
     if missed:
         said = f"{len(missed)} of {len(rounds)} rounds are not explained by the same images"
         doubts[said] = None

@@ -45,6 +45,7 @@ def test_a_gallery_of_distinct_images_from_batches_drawn_anew() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.slow
 def test_batches_that_are_ambiguous_alone_are_not_beside_the_next() -> None:
     batch = list(range(20, 28))
     dossier, alone, together = followed([batch] * 3, model="cnn2-v2")

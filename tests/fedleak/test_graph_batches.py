@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from fedleak import laboratory
@@ -13,6 +14,7 @@ from tests.fedleak.test_graph import residual, told, true_cotangent
 LABELS = [2, 2]
 
 
+@pytest.mark.slow
 def test_of_a_batch_what_is_known_is_true() -> None:
     torch.manual_seed(1)
     knowledge, values = told(residual(), photo_patches(2, 16), LABELS)

@@ -77,6 +77,7 @@ def test_informed_is_at_least_unaware(
     assert not unaware.trials[0].reconstruction.threat.defence  # type: ignore[union-attr]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("attack", "defence", "gain_db"),
     [
@@ -108,7 +109,7 @@ def test_a_model_that_is_no_chain(digits: tuple[Tensor, list[int]]) -> None:
             return self.fc((x + self.b(x).tanh()).flatten(1))
 
     torch.manual_seed(0)
-    net, few = Residual(), (digits[0][:2], digits[1][:2])
+    net, few = Residual(), (digits[0][:1], digits[1][:1])
     for defence, gain in (("prune:0.9", 2), ("clip:0.5", 2)):
         unaware = reconstruct(net, *few, defence=defence)
         informed = reconstruct(net, *few, defence=defence, informed=True)

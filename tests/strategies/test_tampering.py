@@ -114,6 +114,7 @@ def test_rounds_without_tampering_are_the_same_bit_for_bit() -> None:
     assert not equal(lost, honest)  # one client's data
 
 
+@pytest.mark.slow
 def test_where_all_are_tampered_with_nothing_is_learned() -> None:
     final = run(server([], rounds=[1, 2], restore=False), app())
     assert equal(final, {k: v.numpy() for k, v in net().state_dict().items()})

@@ -23,6 +23,8 @@ _LITTLE = (
     f"the images explain little of the update (fit of {PARTLY:g} or more): the search failed, or "
     "the client is another than was declared"
 )
+#: Of one round; several that agree up to their noise answer these.
+UNEXPLAINED = (_IN_PART, _LITTLE)
 #: Part of the unknowns of images that the update must be able to determine.
 _ENOUGH = 0.5
 #: Fit up to which only images near to the true ones explain a mixture of several: where a softmax
