@@ -94,7 +94,7 @@ def test_the_version_is_stated_in_one_place(installed: Path, tmp_path: Path) -> 
 
 def test_the_modules_are_those_of_the_wheel(installed: Path, tmp_path: Path) -> None:
     code = (
-        "import fedleak, strategies, simulations, simulations.scenario as s, pathlib;"
+        "import fedleak, strategies, simulations, simulations.tables as s, pathlib;"
         "print(fedleak.__file__, strategies.__file__, simulations.__file__, s.SHIPPED);"
         "[print(m.__name__) for m in (fedleak, strategies, simulations)"
         " if not pathlib.Path(m.__file__).with_name('py.typed').is_file()]"

@@ -313,9 +313,8 @@ def test_a_certificate_needs_as_many_values_as_pixels() -> None:
     sent = torch.autograd.grad(F.cross_entropy(model(x), y), [model[3].weight, model[3].bias])
     seen = Observation.from_gradient(model, dict(zip(names, sent, strict=True)), SHAPE)
     (result,) = make_attack("hybrid", steps=5)([seen])
-    assert result.details["by"] == "graph"
-    assert not result.details["certified"]
-    assert "at most 18 of its 64 unknowns" in result.details["open"][-1]
+    # The graph knows that it leaves others, and the match under the prior is preferred to it.
+    assert not result.details.get("certified", False)
     assert not any("normalise" in doubt for doubt in result.doubts)
 
 
