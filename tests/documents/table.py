@@ -32,6 +32,11 @@ class Elsewhere:
 
 
 SHORTER = (
+    Shorter(
+        r"--log-json simulate demo",
+        "two rounds have all events",
+        "--log-json simulate demo --set federation.rounds=2",
+    ),
     Shorter(r"federation\.rounds=20", "two rounds are enough", "federation.rounds=2"),
     Shorter(r"(?<= )--jobs \d+", "each process imports torch for seconds", "--jobs 1"),
     Shorter(r" --engine ray", "tests/simulations run on Ray", ""),
