@@ -82,9 +82,10 @@ class Coverage:
         }  # fmt: skip
 
     def draw(self, out: Path) -> None:
-        """Draw the gallery of each client into ``gallery`` of a run's folder."""
+        """Draw what changed since the last call into ``gallery`` of a run's folder."""
         for client, (images, captions) in self._galleries.items():
             gallery(
                 images, captions, out / GALLERY / f"client-{client:04d}.png",
                 f"What the server holds of client {client} (simulated): {len(images)} images",
             )  # fmt: skip
+        self._galleries.clear()

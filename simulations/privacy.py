@@ -77,9 +77,7 @@ def privacy_mod(scenario_of: Callable[[Context], Scenario]) -> Mod:
 
     def mod(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
         text = scenario_of(context).strategy.privacy
-        clips = (
-            _MODS[_parse(text)[0]] if text and message.metadata.message_type == "train" else None
-        )
+        clips = _MODS[_parse(text)[0]] if text else None
         return call_next(message, context) if clips is None else clips(message, context, call_next)
 
     return mod

@@ -390,9 +390,6 @@ def ended(error: BaseException | None = None) -> dict[str, Any]:
 
 def _certified(made: Reconstruction | None, place: int | None) -> int | str:
     """Return whether the attack itself proves an image, without the truth: empty, 1 or 0."""
-    told = None if made is None else made.details.get("certified")
-    if told is None:
+    if made is None or not made.certified:
         return ""  # it has no proof
-    if isinstance(told, (list, tuple)):
-        return int(place is not None and place < len(told) and bool(told[place]))
-    return int(bool(told))
+    return int(place is not None and made.certified[place])

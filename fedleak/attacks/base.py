@@ -63,6 +63,16 @@ class Reconstruction:
         return tuple(self.details.get("notes", ()))
 
     @property
+    def certified(self) -> tuple[bool, ...]:
+        """Whether the attack's own test proved each image; empty where it has none.
+
+        A certificate of the whole update is one of all its images.
+        """
+        told = self.details.get("certified", ())
+        each = [told] * len(self.images) if isinstance(told, bool) else list(told)
+        return tuple(map(bool, each)) if len(each) == len(self.images) else ()
+
+    @property
     def status(self) -> Status:
         """``ok``, or ``doubtful`` where there are :attr:`doubts`."""
         return status_of(True, bool(self.doubts))

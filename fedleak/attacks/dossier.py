@@ -296,12 +296,11 @@ class Dossier:
         new = [n for n, m in enumerate(members) if m is None]
         if not new or not one.explained_by(images):
             return members
-        told = one.alone.details.get("certified", False)
-        proved = list(told) if isinstance(told, (list, tuple)) else [bool(told)] * len(images)
+        proved = one.alone.certified
         expected = certainty([one], [range(len(images))], images, prior)
         for n in new:
             label, decibels = int(one.alone.labels[n]), expected[n]
-            proof = n < len(proved) and bool(proved[n])
+            proof = n < len(proved) and proved[n]
             sure = proof or _certain(one, images, n, decibels)
             twin = self._twin(images[n], label, decibels, members)
             if twin is None:

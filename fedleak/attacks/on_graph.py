@@ -80,6 +80,7 @@ def solve(evidence: Evidence, prior: Prior) -> Reconstruction | str:
         proof = replace(
             proof,
             certified=False,
+            undetermined=True,
             open=[
                 *proof.open,
                 f"the image: {left} directions of its {images.numel()} unknowns are not told by "
@@ -92,7 +93,6 @@ def solve(evidence: Evidence, prior: Prior) -> Reconstruction | str:
         "prior": str(prior),
         "layers": [],
         **proof.details(),
-        "undetermined": any(text.startswith("the image:") for text in proof.open),
     }
     return package(evidence, images[None], [details])[0]
 

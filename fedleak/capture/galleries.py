@@ -11,15 +11,14 @@ from typing import Any
 import pandas as pd
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load, save
 
 from fedleak.attacks import Dossier, Held, Reconstruction
 from fedleak.capture.jobs import Result, Work
-from fedleak.capture.manifest import sha256
 from fedleak.capture.reader import Capture, round_of
+from fedleak.capture.store import load_images, save_images
 from fedleak.capture.truth import read_truth
 from fedleak.errors import FedleakError
-from fedleak.files import TEXT, read_bytes, tensors, to_json, write_atomically
+from fedleak.files import TEXT, read_bytes, to_json, write_atomically
 from fedleak.quality import decibels_between
 from fedleak.results.format import GALLERIES, GALLERY, plain
 
@@ -110,13 +109,12 @@ def _digest(work: Work, results: Mapping[str, Result], names: Sequence[str]) -> 
 
 def _store(file: Path, digest: str, held: Sequence[Held]) -> None:
     images = torch.stack([h.image for h in held]) if held else torch.zeros(0)
-    content = save({"images": images.contiguous()})
     said = [{k: v for k, v in vars(h).items() if k != "image"} for h in held]
     for one in said:
         one.update({k: None for k, v in one.items() if v != v})  # JSON has no NaN
-    write_atomically(file.with_suffix(".safetensors"), content)
+    checksum = save_images(file.with_suffix(".safetensors"), images)
     # Last: what is named here is there.
-    told = {"digest": digest, "sha256": sha256(content), "held": said}
+    told = {"digest": digest, "sha256": checksum, "held": said}
     write_atomically(file.with_suffix(".json"), to_json(told))
 
 
@@ -124,10 +122,9 @@ def _stored(file: Path, digest: str) -> list[Held] | None:
     """Return a gallery that an earlier call wrote; None where there is none, whole, of these."""
     try:
         told = json.loads(read_bytes(file.with_suffix(".json"), TEXT))
-        content = read_bytes(file.with_suffix(".safetensors"), tensors())
-        if told["digest"] != digest or told["sha256"] != sha256(content):
+        if told["digest"] != digest:
             return None
-        images = load(content)["images"]
+        images = load_images(file.with_suffix(".safetensors"), told["sha256"])
         nan = float("nan")
         said: list[dict[str, Any]] = [
             {k: nan if v is None else v for k, v in h.items()} for h in told["held"]

@@ -142,19 +142,11 @@ def attack_chunk(work: Work, chunk: Chunk) -> list[Result]:
                     outcome.seconds,
                     outcome.reason,
                     doubtful=made.status == "doubtful",
-                    certified=_certified(made),
+                    certified=made.certified,
                     notes=notes_text(made.notes),
                     details=_asked(made),
                 )
     return [results[name] for name in chunk.names]
-
-
-def _certified(made: Reconstruction) -> tuple[bool, ...]:
-    """Return what an attack certified, of each image; a certificate of a batch is one of all."""
-    told = made.details.get("certified", ())
-    count = len(made.images)
-    each = [told] * count if isinstance(told, bool) else list(told)
-    return tuple(bool(c) for c in each) if len(each) == count else ()
 
 
 def _asked(made: Reconstruction) -> dict[str, Any]:

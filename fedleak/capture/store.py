@@ -31,6 +31,27 @@ KIND = Kind(
 _HEIGHT = 64
 
 
+def save_images(file: Path, images: Tensor) -> str:
+    """Write images whole; return the checksum that says later that they still are."""
+    content = save({"images": images.contiguous()})
+    write_atomically(file, content)
+    return sha256(content)
+
+
+def load_images(file: Path, checksum: str) -> Tensor:
+    """Read images that :func:`save_images` wrote.
+
+    Raises
+    ------
+    OSError, ValueError, KeyError, SafetensorError
+        If they are missing or damaged.
+    """
+    content = read_bytes(file, tensors())
+    if sha256(content) != checksum:
+        raise ValueError(f"{file.name} is damaged: its checksum differs")
+    return load(content)["images"]
+
+
 class _Row(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -84,10 +105,7 @@ class Results:
                 return None
             images = None
             if row.sha256 is not None:
-                content = read_bytes(self._path(name, ".safetensors"), tensors())
-                if sha256(content) != row.sha256:
-                    return None
-                images = load(content)["images"].numpy()
+                images = load_images(self._path(name, ".safetensors"), row.sha256).numpy()
                 if images.shape != (len(row.labels), *self.shape) or not np.isfinite(images).all():
                     return None
         except (OSError, ValueError, TypeError, SafetensorError, KeyError):
@@ -104,9 +122,7 @@ class Results:
             checksum = None
             if result.images is not None:
                 images = torch.from_numpy(np.array(result.images))  # Ray's are read-only
-                content = save({"images": images})
-                checksum = sha256(content)
-                write_atomically(self._path(result.name, ".safetensors"), content)
+                checksum = save_images(self._path(result.name, ".safetensors"), images)
                 self._draw(result.name, images)
             finite = result.fit is not None and math.isfinite(result.fit)
             row = _Row(

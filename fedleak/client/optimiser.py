@@ -33,7 +33,7 @@ def clipped(gradients: Sequence[Tensor], max_norm: float, each: bool = False) ->
         return list(gradients)
     parts = [g.flatten(1 if each else 0).square().sum(-1) for g in gradients]
     # Where all is 0 the root has no derivative.
-    norm = torch.stack(parts).sum(0).clamp_min(1e-300 if parts[0].dtype == torch.float64 else 1e-38)
+    norm = torch.stack(parts).sum(0).clamp_min(torch.finfo(parts[0].dtype).tiny)
     factor = (max_norm / (norm.sqrt() + _BESIDE_NORM)).clamp(max=1.0)
     return [g * factor.reshape(-1, *[1] * (g.ndim - 1)) if each else g * factor for g in gradients]
 

@@ -32,12 +32,15 @@ class Certificate:
         the image.
     rules : dict of str to list of str
         What each rule found: the layers whose output became known by it.
+    undetermined : bool
+        Whether other images are known to reproduce the update as well.
     """
 
     certified: bool
     missed: dict[str, float]
     open: list[str]
     rules: dict[str, list[str]] = field(default_factory=dict)
+    undetermined: bool = False
 
     def details(self) -> dict[str, Any]:
         """Return it as plain values."""
@@ -46,6 +49,7 @@ class Certificate:
             "missed": self.missed,
             "open": self.open,
             "rules": self.rules,
+            "undetermined": self.undetermined,
         }
 
 
@@ -78,12 +82,13 @@ def certify(
     left = list(dict.fromkeys(knowledge.short.values()))
     unknowns = math.prod(knowledge.graph.nodes[knowledge.graph.image].shape)
     equations = _equations(knowledge, unknowns)
-    if equations < unknowns:
+    undetermined = equations < unknowns
+    if undetermined:
         left.append(
             f"the image: at most {equations} of its {unknowns} unknowns are determined by the "
             "update, and the prior filled in the others"
         )
-    return Certificate(not missed and equations >= unknowns, missed, left, rules)
+    return Certificate(not missed and not undetermined, missed, left, rules, undetermined)
 
 
 def _equations(knowledge: Knowledge, unknowns: int) -> int:

@@ -185,7 +185,7 @@ PAPER = Table(
 #: Columns that are text; all others are numbers.
 TEXT = {
     "attack", "data", "defence", "kind", "model", "name", "reason", "scenario", "status",
-    "strength", "exact", "client", "tamper", "network", "options", "signs", "arm", "notes",
+    "strength", "exact", "client", "tamper", "signs", "arm", "notes",
 }  # fmt: skip
 #: Of columns whose name starts so, what can be true; of all others, the last.
 RANGES: tuple[tuple[str, float, float], ...] = (

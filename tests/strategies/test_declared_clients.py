@@ -10,6 +10,7 @@ import pytest
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
+from flwr.clientapp.typing import Mod
 from flwr.serverapp.strategy import FedAvg
 from torch import Tensor, nn
 
@@ -35,8 +36,10 @@ def make() -> nn.Module:
     return build_model("cnn2-v1", SHAPE, 10, seed=0)
 
 
-def app(declared: Declared, images: Callable[[int], tuple[Tensor, Tensor]]) -> ClientApp:
-    client = ClientApp()
+def app(
+    declared: Declared, images: Callable[[int], tuple[Tensor, Tensor]], *mods: Mod
+) -> ClientApp:
+    client = ClientApp(mods=list(mods))
 
     @client.train()
     def fit(message: Message, context: Context) -> Message:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.clientapp.mod import (
     LocalDpMod,
@@ -27,26 +27,22 @@ from flwr.serverapp.strategy import (
     Strategy,
 )
 from flwr.supercore import differential_privacy
-from torch import Tensor, nn
+from torch import Tensor
 
 from fedleak import LocalTraining
-from fedleak.client import train
 from fedleak.defences import defend, parse_defence
 from fedleak.defences.accountant import epsilon
 from fedleak.errors import InvalidInputError
-from fedleak.models import build_model
 from fedleak.quality import score_batch
 from simulations.grid import InlineGrid
 from strategies import Leak, MaliciousServer, clipping_told
 from strategies.mods import CLIPPING_NORM
 from tests.fedleak.test_client import SHAPE, digits
+from tests.strategies.test_declared_clients import app as declared_app
+from tests.strategies.test_declared_clients import make
 
 RATE, CLIENTS = 0.5, 2
 Wrap = Callable[[Strategy], Strategy]
-
-
-def make() -> nn.Module:
-    return build_model("cnn2-v1", SHAPE, 10, seed=0)
 
 
 def own(client: int, count: int) -> tuple[Tensor, Tensor]:
@@ -54,19 +50,7 @@ def own(client: int, count: int) -> tuple[Tensor, Tensor]:
 
 
 def app(count: int, *mods: Mod) -> ClientApp:
-    client = ClientApp(mods=list(mods))
-
-    @client.train()
-    def fit(message: Message, context: Context) -> Message:
-        model = make()
-        model.load_state_dict(message.content["arrays"].to_torch_state_dict())
-        x, y = own(int(context.node_config["partition-id"]), count)
-        train(model, [(x, y)], LocalTraining(RATE, count))
-        metrics = MetricRecord({"num-examples": count})
-        content = {"arrays": ArrayRecord(model.state_dict()), "metrics": metrics}
-        return Message(RecordDict(content), reply_to=message)
-
-    return client
+    return declared_app(lambda _: LocalTraining(RATE, count), lambda c: own(c, count), *mods)
 
 
 def run(

@@ -63,5 +63,4 @@ def doubted(result: Reconstruction, observation: Observation) -> Reconstruction:
 
 
 def _proved(result: Reconstruction) -> bool:
-    told = result.details.get("certified", False)
-    return told if isinstance(told, bool) else bool(told) and all(told)
+    return bool(result.certified) and all(result.certified)
