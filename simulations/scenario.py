@@ -83,6 +83,21 @@ class Scenario(Section):
             self.threat.model.demand(
                 made.needs, f"tamper {self.tamper.name!r}", "set tamper.name=none"
             )
+            if self.threat.view == "sum" and self.tamper.clients:
+                raise InvalidInputError(
+                    f"tamper.clients is {self.tamper.clients}, but with threat.view=sum the server "
+                    "gets one sum over updates of one model; set tamper.clients=0"
+                )
+        if self.attack.memory and self.threat.view == "sum":
+            raise InvalidInputError(
+                "attack.memory keeps a gallery of each client, and with threat.view=sum the server "
+                "sees no client alone; set attack.memory=false"
+            )
+        if self.guard.leakage and self.training.local_steps * self.training.epochs > 1:
+            raise InvalidInputError(
+                "guard.leakage is predicted for one local step; set training.local_steps=1 and "
+                "training.epochs=1, or guard.leakage=0"
+            )
         labels = [d.spec.label for d in self.arms()]
         if len(set(labels)) != len(labels):
             raise InvalidInputError(f"a defence is listed twice: {', '.join(labels)}")

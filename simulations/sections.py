@@ -373,6 +373,10 @@ class Guard(Section):
     disparity: float = Field(
         0.0, ge=0, description="D-SNR from which one image stands out; 0: it is not looked at"
     )
+    leakage: float = Field(
+        0.0, ge=0, description="PSNR in dB, predicted for the own update, from which it is a sign; "
+        "0: it is not predicted",
+    )  # fmt: skip
 
     @model_validator(mode="before")
     @classmethod

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from fedleak.attacks import attack_for
 from fedleak.client.compute import gradient
+from fedleak.metric.prediction import leakage_db
 from fedleak.strategies import (
     DelegatingStrategy,
     TamperGuard,
@@ -56,6 +57,8 @@ def guard_mod(scenario_of: Any) -> Mod:
             lambda _, signs: seen.extend(map(str, signs)),
             scenario.guard.disparity or TamperGuard.limit,
             scenario.seed,
+            _leakage(scenario, message) if scenario.guard.leakage else None,
+            scenario.guard.leakage or TamperGuard.most_db,
         )
         reply = guard(message, context, call_next)
         if seen and not reply.has_error():
@@ -67,20 +70,38 @@ def guard_mod(scenario_of: Any) -> Mod:
 
 def _norms(scenario: Scenario, message: Message) -> Any:
     """Return a function of the norms of a client's images' gradients, as the guard takes it."""
-    from simulations.task import make_model
 
     def norms(arrays: Mapping[str, Tensor], context: Context) -> Tensor:
-        config = next(iter(message.content.config_records.values()))
-        client, number = int(context.node_config["partition-id"]), int(str(config["server-round"]))
-        images, labels = training_data(scenario).batch(
-            [i for batch in client_batches(scenario, client, number) for i in batch]
-        )
-        model = make_model(scenario)
-        model.load_state_dict(dict(arrays))
-        model.train()
-        return image_norms(model, images, labels, scenario)
+        return image_norms(*_received(scenario, message, arrays, context), scenario)
 
     return norms
+
+
+def _leakage(scenario: Scenario, message: Message) -> Any:
+    """Return a function of what is predicted for a client's images, as the guard takes it."""
+
+    def leakage(arrays: Mapping[str, Tensor], context: Context) -> Tensor:
+        given = _received(scenario, message, arrays, context)
+        return leakage_db(*given, scenario.training.local, scenario.defence.spec)
+
+    return leakage
+
+
+def _received(
+    scenario: Scenario, message: Message, arrays: Mapping[str, Tensor], context: Context
+) -> tuple[nn.Module, Tensor, Tensor]:
+    """Return the model that a client received, and its images and labels of this round."""
+    from simulations.task import make_model
+
+    config = next(iter(message.content.config_records.values()))
+    client, number = int(context.node_config["partition-id"]), int(str(config["server-round"]))
+    images, labels = training_data(scenario).batch(
+        [i for batch in client_batches(scenario, client, number) for i in batch]
+    )
+    model = make_model(scenario)
+    model.load_state_dict(dict(arrays))
+    model.train()
+    return model, images, labels
 
 
 def image_norms(model: nn.Module, images: Tensor, labels: Tensor, scenario: Scenario) -> Tensor:

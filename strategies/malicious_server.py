@@ -349,7 +349,8 @@ class MaliciousServer(DelegatingStrategy):
     def _remembered(self, leak: Leak, observation: Observation) -> Leak:
         """Add a leak to the dossier of its client."""
         if leak.nodes not in self.dossiers:
-            self.dossiers[leak.nodes] = Dossier(self._attack_for(leak.nodes))
+            assert self.attack is not None
+            self.dossiers[leak.nodes] = Dossier(self.attack)
         dossier = self.dossiers[leak.nodes]
         if leak.reconstruction is None:
             return replace(leak, dossier=dossier)

@@ -14,8 +14,8 @@ from flwr.clientapp.typing import ClientAppCallable
 from flwr.common.logger import log
 from torch import Tensor
 
-from fedleak.errors import InvalidInputError
-from fedleak.tampers.signs import DISPARITY, Sign, disparity, signs_of_tampering
+from fedleak.errors import FedleakError, InvalidInputError
+from fedleak.tampers.signs import DISPARITY, LEAKAGE_DB, Sign, disparity, signs_of_tampering
 
 from .malicious_server import Shared
 from .mods import noise_seed
@@ -32,6 +32,9 @@ _KEPT, _LAST = "fedleak.guard.kept", "fedleak.guard.last"
 #: ``(arrays, context) -> norms``: of each image's gradient on the model received, shape (B,), or
 #: of each tensor's, (tensors, B).
 Norms = Callable[[dict[str, Tensor], Context], Tensor]
+#: ``(arrays, context) -> decibels``: the PSNR predicted for each image of the update that would be
+#: sent, shape (B,), as :func:`fedleak.metric.prediction.leakage_db` does.
+Leakage = Callable[[dict[str, Tensor], Context], Tensor]
 
 
 @dataclass
@@ -48,10 +51,16 @@ class TamperGuard:
     norms : callable, optional
         ``(arrays, context) -> norms`` of the gradients of the images that would be trained on:
         then one that stands out is a sign, too (:func:`fedleak.tampers.signs.disparity`).
+    leakage : callable, optional
+        ``(arrays, context) -> decibels`` that are predicted for each of these images: then an
+        update that would show one of them is a sign, too, whether the model is tampered with or
+        not.
     on_signs : callable, optional
         Called with the round and the signs, where there are any.
     limit : float
         Disparity from which one image stands out.
+    most_db : float
+        Predicted PSNR in dB from which an update shows an image.
     seed : int
         Draws the noise, together with the client's partition and the round.
 
@@ -73,6 +82,8 @@ class TamperGuard:
     on_signs: Callable[[int, list[Sign]], None] | None = None
     limit: float = DISPARITY
     seed: int = 0
+    leakage: Leakage | None = None
+    most_db: float = LEAKAGE_DB
 
     def __post_init__(self) -> None:
         if self.action not in get_args(Action):
@@ -87,14 +98,17 @@ class TamperGuard:
         state = {k: torch.from_numpy(np.array(v.numpy())) for k, v in record.items()}
         signs = self._signs(state, context)
         copied = ArrayRecord({k: v.clone() for k, v in state.items()})
-        if all(sign.kind == "jump" for sign in signs):  # else nothing is to be held against it
+        suspected = [sign for sign in signs if sign.kind != "leakage"]
+        if all(sign.kind == "jump" for sign in suspected):  # else nothing is held against it
             context.state[_LAST] = copied
-        if not signs:
+        if not suspected:
             context.state[_KEPT] = copied
+        if not signs:
             return call_next(message, context)
         configs = list(message.content.config_records.values())
         server_round = int(str(configs[0].get("server-round", 0))) if configs else 0
-        what = "the model looks tampered with: " + "; ".join(str(s) for s in signs)
+        what = "the model looks tampered with" if suspected else "the update would show an image"
+        what += ": " + "; ".join(str(s) for s in signs)
         log(WARNING, "round %s: %s", server_round, what)
         if self.on_signs is not None:
             self.on_signs(server_round, signs)
@@ -118,6 +132,14 @@ class TamperGuard:
             value = disparity(self.norms(state, context))
             if value >= self.limit:
                 signs.append(Sign("disparity", "update", value, self.limit))
+        if self.leakage is not None:
+            try:
+                value = float(self.leakage(state, context).max())
+            except FedleakError as error:
+                log(WARNING, "the leakage of this update cannot be predicted: %s", error)
+            else:
+                if value >= self.most_db:
+                    signs.append(Sign("leakage", "update", value, self.most_db))
         return signs
 
     def _noise(

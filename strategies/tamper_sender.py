@@ -89,6 +89,11 @@ class TamperSender(DelegatingStrategy):
             isinstance(r, bool) or not isinstance(r, int) or r < 1 for r in rounds
         ):
             raise InvalidInputError(f"rounds must be whole numbers from 1, not {rounds!r}")
+        if alike and clients:
+            raise InvalidInputError(
+                f"clients is {clients}, but under view='sum' the server gets one sum over updates "
+                "of one model; tamper with all of them (0)"
+            )
         self.tamper, self.input_shape = tamper, input_shape
         self.rounds, self.clients, self.alike = rounds, clients, alike
         self.tampered: list[Tampering] = []

@@ -137,6 +137,8 @@ class Dossier:
             ``alone``, with the images that other rounds tell better; ``details["memory"]`` says
             how many of them were known before.
         """
+        if len(alone.images) < observation.images:  # of a model that was tampered with
+            return self._part(server_round, alone)
         alone = self._without_known(observation, alone)
         one = Round.of(self.attack, alone, observation)
         prior = self.attack.image_prior(observation.input_shape, one.evidence.replay.device)
@@ -157,6 +159,27 @@ class Dossier:
         made = torch.stack(shown)
         fit = float(one.evidence.fit(made[None].to(one.evidence.labels.device))[0])
         return replace(alone, images=made, fit=fit, details=details)
+
+    def _part(self, server_round: int, alone: Reconstruction) -> Reconstruction:
+        """Take from some images of a batch those that are proved: the others explain nothing."""
+        taken: list[Held | None] = []
+        known = 0
+        for image, label, proof in zip(
+            alone.images, alone.labels.tolist(), alone.certified, strict=False
+        ):
+            if proof:
+                held = self._twin(image, label, math.nan, taken)
+                known += held is not None
+                if held is None:
+                    held = Held(image.clone(), label, [], certified=True, sure=True)
+                    self.held.append(held)
+                elif not held.sure:
+                    held.image, held.certified, held.sure = image.clone(), True, True
+                    held.certainty_db, held.together = math.nan, 1
+                held.rounds.append(server_round)
+                taken.append(held)
+        memory = {"known": known, "held": len(self.gallery)}
+        return replace(alone, details={**alone.details, "memory": memory})
 
     def _near(self, image: Tensor, label: int) -> list[Held]:
         same = [h for h in self.held if h.label == label]

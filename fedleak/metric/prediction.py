@@ -12,12 +12,17 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
+from torch import Tensor, nn
 
-from fedleak.errors import InvalidInputError
+from fedleak.client.replay import Replay
+from fedleak.client.training import LocalTraining
+from fedleak.defences import DefenceSpec, defend
+from fedleak.errors import InvalidInputError, UnsupportedModelError
+from fedleak.metric.jacobian import UpdateJacobian
 from fedleak.metric.jacobian_rows import Block
 from fedleak.metric.matrix_free import estimate
 from fedleak.metric.posterior import Posterior, Prediction, posterior
-from fedleak.metric.reference import Reference
+from fedleak.metric.reference import Reference, demand_judged, entry_errors
 from fedleak.priors import GaussianPrior, Prior
 
 #: The prior of natural images of about 32 pixels: see ``GaussianPrior`` for the terms.
@@ -76,6 +81,55 @@ def predict(
         error_db=0.0,
         rms=torch.stack([p.variance for p in found]).mean(0).sqrt(),
     )
+
+
+def leakage_db(
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    client: LocalTraining | None = None,
+    defence: DefenceSpec | None = None,
+) -> Tensor:
+    """Return the PSNR in dB predicted for each image of an update that a client would send.
+
+    Of its own images, before it sends anything: what the client can know of its leakage.
+
+    Parameters
+    ----------
+    model : nn.Module
+        As received.
+    images : Tensor, shape (B, C, H, W)
+        In [0, 1].
+    labels : Tensor, int64, shape (B,)
+    client : LocalTraining, optional
+        What the client does; one step.
+    defence : DefenceSpec, optional
+        What it does to the update, which the attacker knows.
+
+    Returns
+    -------
+    Tensor, float64, shape (B,)
+
+    Raises
+    ------
+    UnsupportedModelError
+        If the client takes several steps, or the model cannot be judged.
+
+    Notes
+    -----
+    Time grows with the square of all pixels: a Jacobian by them up to
+    :data:`DENSE_PREDICTION`, an estimate from products with it beyond.
+    """
+    if client is not None and client.steps(len(images)) > 1:
+        raise UnsupportedModelError("the update is the sum of several local steps")
+    demand_judged(model)
+    defence = defence or DefenceSpec()
+    shape = (images.shape[1], images.shape[2], images.shape[3])
+    jacobian = UpdateJacobian(Replay(model, shape, client=client), images, labels)
+    sent = defend(jacobian.gradient, defence, 0)
+    reference = Reference(jacobian, sent, entry_errors(jacobian.gradient, defence, sent))
+    rms = predict([reference], natural_prior(shape)).rms
+    return -10 * rms.square().flatten(1).mean(1).clamp_min(1e-300).log10()
 
 
 def over_rounds(references: Sequence[Reference], prior: Prior) -> list[float]:

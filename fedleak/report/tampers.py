@@ -15,8 +15,6 @@ from fedleak.wording import strength_words
 
 #: A change of accuracy that is taken for none, as a share.
 _NO_CHANGE = 0.005
-#: Rounds of a training: one in so many is no small matter.
-_HUNDRED = 100
 
 
 @dataclass(frozen=True)
@@ -49,7 +47,7 @@ class TamperRow:
         f = self.figures
         return (
             ("images of a batch recovered", f.recovered, _of_batch(f)),
-            ("rounds in which a client that looks suspects it", f.detected, _in_rounds(f.detected)),
+            ("models that a client suspects who looks", f.detected, _of_models(f)),
             ("accuracy lost", max(0.0, self.lost), _points(self.lost)),
         )
 
@@ -106,14 +104,16 @@ def sentences(rows: Sequence[TamperRow]) -> list[str]:
     honest = next((r for r in rows if r.honest), None)
     said = [f"A server that changes the model ({worst.label}) gets {_gets(worst.figures)}"]
     if honest is not None and not math.isnan(honest.figures.recovered):
-        said[0] += f"; one that changes nothing gets {_of_batch(honest.figures)}"
+        less = honest.figures.recovered < worst.figures.recovered
+        own = _of_batch(honest.figures) if less else "no fewer, so that here it gains nothing by it"
+        said[0] += f"; one that changes nothing gets {own}"
     said[0] += "."
     if math.isnan(worst.figures.detected):
         said.append("Whether its clients could have seen it is not known: none of them looked.")
     else:
         said.append(
-            f"A client that looks at the model before it trains sees it in "
-            f"{_in_rounds(worst.figures.detected)}{_least(tried, worst)}."
+            f"A client that looks at the model before it trains suspected "
+            f"{_of_models(worst.figures)} of this kind{_least(tried, worst)}."
         )
         if alarms := _alarms(rows):
             said.append(alarms)
@@ -135,8 +135,8 @@ def _least(tried: Sequence[TamperRow], worst: TamperRow) -> str:
     least = min(known, key=lambda r: r.figures.detected, default=worst)
     if least is worst or least.figures.detected >= worst.figures.detected:
         return ""
-    seen = _in_rounds(least.figures.detected)
-    return f", and {least.label}, which gets {_of_batch(least.figures)}, in {seen}"
+    seen = _of_models(least.figures)
+    return f", but {seen} of {least.label}, which gets {_of_batch(least.figures)}"
 
 
 def _alarms(rows: Sequence[TamperRow]) -> str:
@@ -170,12 +170,11 @@ def _images(share: float, f: TamperFigures) -> str:
     return f"{count:.0f}" if count == 0 or count > 9.95 or count == round(count) else f"{count:.1f}"
 
 
-def _in_rounds(share: float) -> str:
-    if math.isnan(share):
+def _of_models(f: TamperFigures) -> str:
+    """Say of how many models it was suspected: as many as were sent, no share of a hundred."""
+    if math.isnan(f.detected):
         return "not looked for"
-    count = share * _HUNDRED
-    shown = f"{count:.0f}" if count == round(count) or count > 1 else f"{count:.1f}"
-    return f"{shown} of {_HUNDRED} rounds"
+    return f"{f.detected * f.sent:.0f} of {f.sent} models"
 
 
 def _points(share: float) -> str:

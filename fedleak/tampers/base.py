@@ -5,8 +5,10 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
+from fedleak.errors import UnsupportedModelError
 from fedleak.registry import Registry, make
 from fedleak.spelling import parse
 
@@ -66,10 +68,30 @@ class Tamper(ABC):
 
 
 def changed_state(model: nn.Module, changed: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return a copy of a model's state with some entries in the place of its own."""
-    state = {k: v.detach().clone() for k, v in model.state_dict().items()}
+    """Return a copy of a model's state with some entries in the place of its own.
+
+    Raises
+    ------
+    UnsupportedModelError
+        If one of them is shared with an entry that keeps other values, or the model's numbers
+        do not hold the new ones.
+    """
+    own = model.state_dict()
+    state = {k: v.detach().clone() for k, v in own.items()}
     for name, value in changed.items():
         state[name] = value.to(state[name]).contiguous()
+        if bool((value.isfinite() & ~state[name].isfinite()).any()):
+            raise UnsupportedModelError(
+                f"{name!r} would need values that its numbers, {str(state[name].dtype)[6:]}, do "
+                "not hold; use float32"
+            )
+    for name in changed:
+        for other, value in own.items():
+            tied = other != name and value.data_ptr() == own[name].data_ptr() and value.numel()
+            if tied and not torch.equal(state[other], state[name]):
+                raise UnsupportedModelError(
+                    f"the weights of {name!r} and {other!r} are tied: one cannot be changed alone"
+                )
     return state
 
 

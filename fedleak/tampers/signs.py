@@ -28,6 +28,9 @@ JUMP = 0.9
 #: where that is largest. Honest training passes 5 in 2 of 100 batches of 32 digits, once most are
 #: learned, and 100 in none; below a head that fishes it is infinite.
 DISPARITY = 100.0
+#: PSNR in dB, predicted for one image of the own update, from which it shows the image: nobody can
+#: tell what is recovered from the original.
+LEAKAGE_DB = 40.0
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,7 @@ class Sign:
     ----------
     kind : str
         ``equal rows``, ``equal columns``, ``silent rows``, ``large bias``, ``leaning rows``,
-        ``jump`` or ``disparity``.
+        ``jump``, ``disparity`` or ``leakage``.
     place : str
         Name of the tensor; of all together ``update``.
     value, limit : float

@@ -1,6 +1,6 @@
 """A client's guard: how often it errs over honest training, and what it sees of each tamper.
 
-``python -m tests.benchmarks.guard [--rounds 100] [--draws 10] [--honest | --tampered]``
+``python -m tests.benchmarks.guard [--rounds 100] [--draws 10] [--honest | --tampered | --leakage]``
 
 Honest: digits, three networks, learning rates 0.02, 0.1 and 0.5; fresh weights, weights trained ten
 times as long, and a new head on those; five steps of 32 images between two models that a client
@@ -9,11 +9,13 @@ images stands out. Tampered: a model of the same kind after 50 rounds, then the 
 without the model before (a client that is deceived from the first round on), and with it. ``noise``
 is an evasion: a server that knows the guard adds noise to the rows of its peeling, relative to
 their size, so that no two are alike, and takes their means out, so that they lean to no side.
+Leakage: what a client predicts for its own update, honest and tampered, after 50 rounds.
 """
 
 from __future__ import annotations
 
 import copy
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -24,6 +26,7 @@ from torch import Tensor, nn
 from fedleak import Observation, ThreatModel, build_model
 from fedleak.attacks import attack_for
 from fedleak.client.compute import gradient
+from fedleak.metric.prediction import leakage_db
 from fedleak.quality import score_batch
 from fedleak.tampers import parse_tamper
 from fedleak.tampers.signs import disparity, signs_of_tampering
@@ -39,6 +42,11 @@ TAMPERED = (
     ("peel", "mlp", 64, 0.0), ("peel", "mlp", 64, 1e-3), ("peel", "mlp", 64, 0.1),
     ("imprint", "mlp", 64, 0.0), ("trap", "mlp", 64, 0.0), ("trap", "mlp", 8, 0.0),
     ("fishing:by=class", "cnn2-v1", 64, 0.0), ("fishing:by=class", "cnn2-v1", 8, 0.0),
+)  # fmt: skip
+#: (network, tamper) of what a client predicts.
+LEAKING = (
+    ("mlp", "peel"), ("mlp", "trap"), ("cnn2-v1", "fishing:by=class"),
+    ("cnn3-v1", "fishing:by=class"),
 )  # fmt: skip
 
 
@@ -132,6 +140,21 @@ def tampered(
     }  # fmt: skip
 
 
+def leakage(images: Tensor, labels: Tensor, kind: str, name: str, batch: int) -> dict[str, Any]:
+    """Predict what an update would show of its images: of the honest model, and tampered."""
+    row: dict[str, Any] = {"network": kind, "tamper": name, "images": batch}
+    model = made(kind, 0)
+    train(model, images, labels, 0.1, 250, torch.Generator().manual_seed(0))
+    for who in ("honest", "tampered"):
+        if who == "tampered":
+            model.load_state_dict(parse_tamper(name).prepare(model, SHAPE, 1, 0, batch))
+        begin = time.perf_counter()
+        told = leakage_db(model.eval(), images[:batch], labels[:batch])
+        row |= {f"{who}, best": round(float(told.max()), 1),
+                f"{who}, median": round(float(told.median()), 1)}  # fmt: skip
+    return {**row, "seconds": round(time.perf_counter() - begin, 1)}
+
+
 def main() -> None:
     """Print both tables."""
     parser = parser_of(__doc__, repeats=1)
@@ -139,8 +162,13 @@ def main() -> None:
     parser.add_argument("--draws", type=int, default=10)
     parser.add_argument("--honest", action="store_true", help="Only false alarms")
     parser.add_argument("--tampered", action="store_true", help="Only detection")
+    parser.add_argument("--leakage", action="store_true", help="Only what a client predicts")
     options = parse(parser)
     images, labels = images_of(None)
+    if options.leakage:
+        rows = [leakage(images, labels, k, t, b) for k, t in LEAKING for b in (8, 32)]
+        report(rows, options, "PSNR in dB, predicted by the client for its own images.")
+        return
     if not options.tampered:
         rows = [
             row

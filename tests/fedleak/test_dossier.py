@@ -44,7 +44,19 @@ def test_a_gallery_of_distinct_images_from_batches_drawn_anew() -> None:
         assert held.certainty_db > 60
 
 
-@pytest.mark.slow
+def test_of_a_batch_that_is_read_in_part_the_proved_images_are_held() -> None:
+    (seen,) = observed([[0, 1, 2, 3]])
+    truth, labels = DIGITS.batch([0, 1, 2, 3])
+    dossier = Dossier(make_attack("rows"))
+    details = {"by": "rows", "certified": [True, False]}
+    first = Reconstruction(truth[:2].double(), labels[:2], 0.5, details, seen.terms.threat)
+    assert dossier.add(1, seen, first).details["memory"] == {"known": 0, "held": 1}
+    details = {"by": "rows", "certified": [True, True, True]}
+    both = Reconstruction(truth[:3].double(), labels[:3], 0.5, details, seen.terms.threat)
+    assert dossier.add(2, seen, both).details["memory"] == {"known": 1, "held": 3}
+    assert [h.rounds for h in dossier.gallery] == [[1, 2], [2], [2]]
+
+
 @pytest.mark.slow
 def test_batches_that_are_ambiguous_alone_are_not_beside_the_next() -> None:
     batch = list(range(20, 28))

@@ -65,7 +65,7 @@ def test_the_words_are_those_of_the_numbers() -> None:
     assert "(peel) gets 8 of 8 images of a client so exactly" in said
     assert "prove all of them right" in said
     assert "one that changes nothing gets 1 of 8 images" in said
-    assert "sees it in 100 of 100 rounds" in said
+    assert "suspected 2 of 2 models of this kind" in said
     assert "Of 2 honest models that arrived it suspected none." in said
     assert "becomes as good" in said
     assert [round(share, 3) for _, share, _ in rows[1].shown] == [1, 1, 0]
@@ -74,7 +74,7 @@ def test_the_words_are_those_of_the_numbers() -> None:
 def test_what_it_costs_is_said() -> None:
     said = " ".join(sentences(tamper_rows(study(seen=0, lost=0.125))))
     assert "It costs the training 12.5 points of accuracy." in said
-    assert "sees it in 0 of 100 rounds" in said
+    assert "suspected 0 of 2 models of this kind" in said
 
 
 def test_without_a_guard_it_is_not_known() -> None:

@@ -274,6 +274,16 @@ def test_a_model_that_does_not_allow_it_is_told_why(model: nn.Module, message: s
         FirstLayer.of(model, SHAPE)
 
 
+def test_weights_that_are_tied_or_too_coarse_are_refused() -> None:
+    layer = nn.Linear(64, 64)
+    tied = nn.Sequential(nn.Flatten(), layer, nn.ReLU(), layer)
+    for name in ("peel", "imprint", "trap", "fishing"):
+        with pytest.raises(UnsupportedModelError, match="are tied"):
+            make_tamper(name).prepare(tied, SHAPE)
+    with pytest.raises(UnsupportedModelError, match=r"float16, do not hold"):
+        make_tamper("fishing", margin=1e6).prepare(mlp().half(), SHAPE)
+
+
 def test_fishing_needs_a_head() -> None:
     model = nn.Sequential(nn.Conv2d(1, 10, 8), nn.Flatten())
     with pytest.raises(UnsupportedModelError, match="ends in a fully connected layer"):

@@ -130,6 +130,18 @@ def test_one_image_that_stands_out_is_seen_in_the_update(tmp_path: Path) -> None
     assert (leakage["attack"] == "fished").all()
 
 
+def test_an_update_that_leaks_is_seen_before_it_is_sent(tmp_path: Path) -> None:
+    described = scenario(
+        model={"name": "cnn3-v1"}, tamper={"name": "fishing:label=6", "clients": 1},
+        guard={"action": "refuse", "leakage": 60}, attack={"name": "none"},
+        federation={"clients": 2, "rounds": 1},
+    )  # fmt: skip
+    arms = run(described, tmp_path / "run", capture=True)
+    honest, tampered = (pd.read_csv(a.out / "tampering.csv")["signs"].fillna("") for a in arms)
+    assert (honest == "").all()
+    assert tampered.str.contains("leakage in update").tolist() == [True, False]
+
+
 def test_both_attackers_of_a_defence_read_the_same_tampered_update(tmp_path: Path) -> None:
     from simulations.evaluation.cell import run_cell
     from simulations.evaluation.sweep import Cell
@@ -168,6 +180,10 @@ def test_a_sum_is_tampered_with_as_a_whole(tmp_path: Path) -> None:
         ({"guard": "watch"}, "guard.action = 'watch'"),
         ({"guard": {"action": "warn", "disparity": -1}}, "guard.disparity = -1"),
         ({"tamper": "peel", "model": {"name": "cnn2-v1"}}, "not fully connected to the pixels"),
+        ({"tamper": {"name": "peel", "clients": 1}, "threat": {"view": "sum"}}, "tamper.clients=0"),
+        ({"attack": {"memory": True}, "threat": {"view": "sum"}}, "set attack.memory=false"),
+        ({"guard": {"action": "warn", "leakage": 20}, "strategy": {"name": "FedAvg"},
+          "training": {"local_steps": 2, "share": "weights"}}, "predicted for one local step"),
         ({"tamper": "fishing:label=12"}, "label 12 is not one of the 10 classes"),
     ],
 )  # fmt: skip
@@ -219,7 +235,10 @@ def test_the_report_of_a_run_shows_both_arms(arms: list[Arm]) -> None:
     path, _ = write_report(arms[0].out.parent)
     page = path.read_text()
     assert "an honest server" in page
-    assert "A client that looks at the model before it trains sees it in 100 of 100 rounds." in page
+    assert (
+        "A client that looks at the model before it trains suspected 2 of 2 models of this kind."
+        in page
+    )
     assert "computed on the images that it recovered" in page
     path, _ = write_report(arms[1].out)  # of the tampered arm alone
     assert "(peel) gets 8 of 8 images" in path.read_text()

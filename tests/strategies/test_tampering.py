@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from fedleak import LocalTraining, ThreatModel
 from fedleak.errors import ForbiddenError, InvalidInputError, UnsupportedModelError
+from fedleak.metric.prediction import leakage_db
 from fedleak.quality import score_batch
 from fedleak.tampers import make_tamper
 from fedleak.tampers.signs import Sign, disparity, signs_of_tampering
@@ -219,6 +220,32 @@ def test_one_image_that_stands_out_is_a_sign() -> None:
     run(FedAvg(fraction_evaluate=0.0), app(guard), rounds=1)
     assert {s.kind for s in seen} == {"disparity"}
     assert len(seen) == CLIENTS
+
+
+def test_an_update_that_would_show_an_image_is_a_sign() -> None:
+    predicted: dict[int, float] = {}
+
+    def leakage(arrays: dict[str, Tensor], context: Context) -> Tensor:
+        client = int(context.node_config["partition-id"])
+        model = net()
+        model.load_state_dict(arrays)
+        images, labels = data(client)
+        told = leakage_db(model, images[:4], labels[:4])
+        predicted[client] = float(told.max())
+        return told
+
+    seen: list[Sign] = []
+    guard = TamperGuard(leakage=leakage, on_signs=lambda r, s: seen.extend(s))
+    run(FedAvg(fraction_evaluate=0.0), app(guard), rounds=1)
+    assert {s.kind for s in seen} == {"leakage"}
+    assert sorted(s.value for s in seen) == sorted(predicted.values())
+    assert min(predicted.values()) > 60  # an honest model that shows small batches
+    seen.clear()
+    guard.most_db = 1e3
+    run(FedAvg(fraction_evaluate=0.0), app(guard), rounds=1)
+    assert not seen
+    with pytest.raises(UnsupportedModelError, match="several local steps"):
+        leakage_db(net(), *data(0), LocalTraining(0.1, 4))
 
 
 def test_an_unknown_action_is_refused() -> None:
