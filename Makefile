@@ -14,7 +14,7 @@ test: install
 	$(BIN)/pytest -n 2
 
 slow: install
-	$(BIN)/pytest -m slow
+	$(BIN)/pytest -m slow -n 2 --dist loadgroup
 
 # Ratios against dense linear algebra and the published attacks; takes about an hour.
 bench: install

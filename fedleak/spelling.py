@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import math
+from collections.abc import Iterable
 from dataclasses import MISSING, fields, is_dataclass
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
@@ -31,20 +33,49 @@ def parse(registry: Registry[type[T]], text: str) -> T:
     kind = registry[name]
     types = get_type_hints(kind)
     keys = [f.name for f in fields(kind) if f.init] if is_dataclass(kind) else []
+    where = f"{registry.kind} {text!r}"
     options: dict[str, Any] = {}
-    for part in filter(None, (p.strip() for p in rest.split(","))):
-        key, equals, value = (p.strip() for p in part.partition("="))
-        if not equals:
-            raise InvalidInputError(
-                f"{registry.kind} {text!r}: write {name}:KEY=VALUE, not {part!r}"
-            )
+    for key, value in pairs(rest.split(","), where, f"{name}:KEY=VALUE").items():
         if key not in keys:
             raise UnknownNameError(f"option of {registry.kind} {name!r}", key, keys)
-        options[key] = _value(f"{registry.kind} {text!r}", types[key], value)
+        options[key] = _value(where, types[key], value)
     try:
         return kind(**options)
     except TypeError as error:  # an option without a default
         raise InvalidInputError(f"{registry.kind} {text!r}: {error}") from error
+
+
+def pairs(parts: Iterable[str], where: str, form: str) -> dict[str, str]:
+    """Read ``KEY=VALUE`` of each part; empty parts are passed over.
+
+    Parameters
+    ----------
+    parts : iterable of str
+    where, form : str
+        Where they stand, and what to write there, for the message.
+
+    Raises
+    ------
+    InvalidInputError
+        If one is of another form, or a key comes twice.
+    """
+    found: dict[str, str] = {}
+    for part in filter(None, (p.strip() for p in parts)):
+        key, equals, value = (p.strip() for p in part.partition("="))
+        if not (key.isidentifier() and equals and value):
+            raise InvalidInputError(f"{where}: write {form}, not {part!r}")
+        if key in found:
+            raise InvalidInputError(f"{where}: {key!r} is given twice")
+        found[key] = value
+    return found
+
+
+def literal(text: str) -> Any:
+    """Return the Python literal that a text is, else the text."""
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
 
 
 def spell(registry: Registry[type[T]], item: T) -> str:

@@ -16,6 +16,7 @@ from flwr.serverapp.strategy import Strategy
 
 from fedleak.defences import DefenceSpec, parse_defence
 from fedleak.errors import InvalidInputError, UnknownNameError
+from fedleak.spelling import pairs
 from fedleak.strategies import clipping_told
 from simulations.scenario import Scenario
 
@@ -60,13 +61,13 @@ def _parse(text: str) -> tuple[str, dict[str, float]]:
     if name not in _MODS:
         raise UnknownNameError("strategy.privacy", name, _MODS)
     options: dict[str, float] = {}
-    for part in filter(None, (p.strip() for p in rest.split(","))):
-        key, _, value = part.partition("=")
+    form = f"{name}:KEY=NUMBER,..."
+    for key, value in pairs(rest.split(","), "strategy.privacy", form).items():
         try:
             number = float(value)
         except ValueError:
             raise InvalidInputError(
-                f"strategy.privacy: write {name}:KEY=NUMBER,..., not {part!r}"
+                f"strategy.privacy: write {form}, not {f'{key}={value}'!r}"
             ) from None
         options[key] = int(number) if key == "num_sampled_clients" else number
     return name, options

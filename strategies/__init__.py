@@ -4,7 +4,8 @@ from fedleak.client.training import LocalTraining
 
 from .delegate import DelegatingStrategy
 from .fedsgd import FedSGD
-from .malicious_server import Leak, MaliciousServer
+from .leak import Leak
+from .malicious_server import MaliciousServer
 from .mods import choosing_defence_mod, clipping_told, defence_mod
 from .old_api import capture_fit
 from .reject_invalid import RejectInvalid

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import atexit
 import random
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from logging import ERROR, INFO
+from dataclasses import replace
+from logging import ERROR
 from pathlib import Path
 from typing import Any
 
@@ -19,75 +19,25 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 from torch import Tensor, nn
 
-from fedleak.attacks import Attack, Dossier, Outcome, Reconstruction, make_attack
+from fedleak.attacks import Attack, Dossier, Outcome, make_attack
 from fedleak.capture import CaptureWriter, Update
 from fedleak.capture.update import load_sent
 from fedleak.client.loss import PLAIN
 from fedleak.client.probe import probe
 from fedleak.client.training import LocalTraining
-from fedleak.defences import DefenceSpec, parse_defence
-from fedleak.errors import FedleakError, InvalidInputError, InvalidUpdateError, UnknownNameError
+from fedleak.defences import parse_defence
+from fedleak.errors import FedleakError, InvalidInputError, UnknownNameError
 from fedleak.modules import copied, unwrapped
 from fedleak.observation import Observation
-from fedleak.status import Status
-from fedleak.terms import Shared, Terms, needs_gradients
+from fedleak.terms import Terms
 from fedleak.threat import HONEST, ThreatModel
-from fedleak.wording import clean_reason, fit_words
 
+from .declared import Config, Declared, Defended, named, to_tensors
 from .delegate import DelegatingStrategy
+from .leak import Leak, log_leak
 from .work import PLACES, InBackground, InRound, Limits, Place
 
-__all__ = ["Leak", "MaliciousServer", "Shared"]
-
-#: What the server's message to a client holds beside the weights.
-Config = Mapping[str, object]
-
-Defended = DefenceSpec | str | None
-
-#: Images of one update that a reply may claim.
-_MANY = 100_000
-
-
-@dataclass(frozen=True, eq=False)
-class Leak:
-    """What the server made of one client's update, or of their sum, in one round.
-
-    Attributes
-    ----------
-    server_round : int
-    nodes : tuple of int
-        The client's node; where the server sees a sum, those of all clients in it.
-    reconstruction : Reconstruction or None
-        None if the attack failed or there was nothing to attack.
-    reason : str
-        Why there is none, or why it is doubtful; empty otherwise.
-    seconds : float
-        Time of the attack, shared evenly among clients attacked together.
-    received : bool
-        Whether there was an update to attack; False where it is missing or cannot be read.
-    together : Reconstruction or None
-        What the server makes of the same images with all rounds before; None without ``memory``.
-    dossier : Dossier or None
-        With ``memory``: what it knows of the client by then.
-    """
-
-    server_round: int
-    nodes: tuple[int, ...]
-    reconstruction: Reconstruction | None
-    reason: str = ""
-    seconds: float = 0.0
-    received: bool = True
-    together: Reconstruction | None = None
-    dossier: Dossier | None = field(default=None, repr=False)
-
-    def __post_init__(self) -> None:
-        # A client's names end in it, and it ends in tables.
-        object.__setattr__(self, "reason", clean_reason(self.reason))
-
-    @property
-    def status(self) -> Status:
-        """``ok``, ``doubtful`` or ``failed``, see :mod:`fedleak.status`."""
-        return "failed" if self.reconstruction is None else self.reconstruction.status
+__all__ = ["Leak", "MaliciousServer"]
 
 
 class MaliciousServer(DelegatingStrategy):
@@ -189,34 +139,29 @@ class MaliciousServer(DelegatingStrategy):
         memory: bool = False,
     ):
         super().__init__(strategy)
-        if threat.labels and labels_of is None:
-            raise InvalidInputError("the threat model grants the labels; name them by labels_of")
         if every < 1 or max_clients < 0:
             raise InvalidInputError(
                 f"every ({every}) must be at least 1 and max_clients ({max_clients}) at least 0"
             )
-        if threat.defence and defence is None:
-            raise InvalidInputError("the threat model grants the defence; name it by defence")
         if attack is None and capture is None:
             raise InvalidInputError("nothing to do: name an attack, or a folder to capture into")
+        self.declared = Declared(
+            input_shape,
+            training,
+            images,
+            threat,
+            labels_of,
+            parse_defence(defence) if isinstance(defence, str) else defence,
+        )
+        self.threat = self.declared.threat
         with _preserved_random_state():  # the app may draw its first weights after this
             self.model = unwrapped(model if isinstance(model, nn.Module) else model())
             if attack is not None and not callable(training):
                 loss = PLAIN if training is None else training.criterion
                 probe(self.model, input_shape, loss)  # refuses what cannot be attacked
             self.attack = make_attack(attack) if isinstance(attack, str) else attack
-        self.input_shape = input_shape
-        self.training, self.images = training, images
-        self.defence: DefenceSpec | Callable[[int, int, Config], Defended] | None = (
-            parse_defence(defence) if isinstance(defence, str) else defence
-        )
-        known = None if callable(self.defence) else self.defence
-        if isinstance(training, LocalTraining) and training.trains:
-            needs_gradients(known)  # here, not in the first round
-        self.threat = replace(threat, defence=self.defence is not None)
-        self.labels_of = labels_of
         self.every, self.max_clients = every, max_clients
-        self.on_leak = on_leak or _log_leak
+        self.on_leak = on_leak or log_leak
         if isinstance(capture, (str, Path)):
             with _preserved_random_state():
                 capture = CaptureWriter(capture, model, input_shape)
@@ -247,8 +192,8 @@ class MaliciousServer(DelegatingStrategy):
         """Return the weights that a node was sent; one and the same for nodes that share them."""
         record = self.sent[node]
         if id(record) not in self._weights:
-            named = self._named(_to_tensors(record), self.model.state_dict())
-            self._weights[id(record)] = named
+            weights = named(to_tensors(record), self.model.state_dict())
+            self._weights[id(record)] = weights
         return self._weights[id(record)]
 
     def aggregate_train(
@@ -276,10 +221,16 @@ class MaliciousServer(DelegatingStrategy):
         for place, node in enumerate(asked):
             kept = False
             try:
-                update = self._update(server_round, node, by_node.get(node), models)
+                sent = self._sent_to(node)
+                if id(sent) not in models:
+                    models[id(sent)] = load_sent(copied(self.model), sent)
+                model, config = models[id(sent)], self.sent.configs[node]
+                update = self.declared.update(
+                    server_round, node, by_node.get(node), config, sent, model
+                )
                 update = replace(update, place=place)
                 kept = self.threat.view == "client" and self._keep(update)
-                observations[(node,)] = update.observe(models[id(self._sent_to(node))])
+                observations[(node,)] = update.observe(model)
             except Exception as error:  # a client may send anything
                 self._lose(server_round, node, error, note=not kept)
         if self.threat.view == "sum" and observations:
@@ -385,101 +336,12 @@ class MaliciousServer(DelegatingStrategy):
         assert self.attack is not None
         return self.attack
 
-    def _update(
-        self, server_round: int, node: int, reply: Message | None, models: dict[int, nn.Module]
-    ) -> Update:
-        if reply is None:
-            raise InvalidUpdateError("the client did not reply")
-        if reply.has_error():
-            raise InvalidUpdateError(f"the client replied with an error: {reply.error.reason}")
-        record = next(iter(reply.content.array_records.values()), None)
-        if not record:
-            raise InvalidUpdateError("the client's reply holds no arrays")
-        sent = self._sent_to(node)
-        if id(sent) not in models:
-            models[id(sent)] = load_sent(copied(self.model), sent)
-        model = models[id(sent)]
-        training, images = self._declared(server_round, node)
-        trains = training is not None and training.trains
-        like = model.state_dict() if trains else dict(model.named_parameters())
-        labels = None
-        if self.threat.labels and self.labels_of is not None:
-            labels = tuple(int(y) for y in self.labels_of(server_round, node))
-        terms = Terms(
-            input_shape=self.input_shape,
-            images=self._counted(reply, images),
-            labels=labels,
-            threat=self.threat,
-            training=training,
-            shared="weights" if trains else "gradient",
-            defence=self._defence_of(server_round, node),
-        )
-        received = self._named(_to_tensors(record), like)
-        return Update(server_round, (node,), sent, received, terms)
-
-    def _declared(self, server_round: int, node: int) -> tuple[LocalTraining | None, int]:
-        """Return what one client does in one round, and how many images it has."""
-        config, training, images = self.sent.configs[node], self.training, self.images
-        if callable(training):
-            training = training(server_round, node, config)
-        if callable(images):
-            images = images(server_round, node, config)
-        return None if training is None else training.at(server_round, config), images
-
-    def _defence_of(self, server_round: int, node: int) -> DefenceSpec | None:
-        """Return what one client does to its update in one round."""
-        if not callable(self.defence):
-            return self.defence
-        told = self.defence(server_round, node, self.sent.configs[node])
-        return parse_defence(told) if isinstance(told, str) else told
-
-    def _counted(self, reply: Message, declared: int) -> int:
-        """Return how many images are behind a reply: as it says itself, or as was declared."""
-        if callable(self.images) or not self.threat.batch_size:
-            return declared
-        return _num_examples(reply) or declared
-
-    @staticmethod
-    def _named(arrays: dict[str, Tensor], like: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Name arrays that came as a plain list (``"0"``, ``"1"``, ...) after ``like``."""
-        numbered = [str(i) for i in range(len(arrays))]
-        if list(arrays) == numbered and len(arrays) == len(like) and set(arrays) != set(like):
-            return dict(zip(like, arrays.values(), strict=True))
-        return arrays
-
     def _report(self, leak: Leak) -> None:
         self.last_leaks.append(leak)
         try:
             self.on_leak(leak)
         except Exception as error:  # a full disk must not end the training
             log(ERROR, "round %s: a leak could not be recorded: %r", leak.server_round, error)
-
-
-def _num_examples(reply: Message) -> int | None:
-    """Return what the metrics of a reply say of its number of images, if anything."""
-    for metrics in reply.content.metric_records.values():
-        told = metrics.get("num-examples")
-        if not isinstance(told, (int, float)) or not 1 <= told <= _MANY:  # also no NaN
-            continue
-        if told == int(told):
-            return int(told)
-    return None
-
-
-def _to_tensors(record: ArrayRecord) -> dict[str, Tensor]:
-    return {name: torch.from_numpy(np.array(array.numpy())) for name, array in record.items()}
-
-
-def _log_leak(leak: Leak) -> None:
-    """Log a leak in words that its fit bears out."""
-    who = f"round {leak.server_round}, nodes {leak.nodes}"
-    found = leak.reconstruction
-    if found is None:
-        log(INFO, "%s: %s", who, leak.reason)
-        return
-    labels = f"classes {found.labels.tolist()}"
-    reason = f"; {leak.reason}" if leak.reason else ""
-    log(INFO, "%s: %s (fit %.1e)%s", who, fit_words(found.fit).format(labels), found.fit, reason)
 
 
 @contextmanager

@@ -12,8 +12,7 @@ from flwr.app import Array, ArrayRecord, Context, Message, MessageType
 from flwr.clientapp.typing import ClientAppCallable, Mod
 
 from fedleak.defences import DefenceSpec, defend
-
-from .malicious_server import Shared
+from fedleak.terms import Shared
 
 #: Under this name Flower's ``DifferentialPrivacyClientSide...Clipping`` send their bound.
 CLIPPING_NORM = "clipping_norm"

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from fedleak.errors import FedleakError, InvalidInputError
 from fedleak.tampers.signs import DISPARITY, LEAKAGE_DB, Sign, disparity, signs_of_tampering
+from fedleak.terms import Shared
 
-from .malicious_server import Shared
 from .mods import noise_seed
 
 __all__ = ["TAMPERED", "TamperGuard"]

@@ -14,7 +14,8 @@ from fedleak.errors import InvalidInputError
 from fedleak.tampers import Tamper, parse_tamper
 from fedleak.threat import ThreatModel
 
-from .malicious_server import Leak, MaliciousServer
+from .leak import Leak
+from .malicious_server import MaliciousServer
 from .restoring import restored
 from .tamper_sender import Tampering, TamperSender
 
@@ -96,11 +97,11 @@ class TamperingServer(MaliciousServer):
         own = sender.tamper
         self._reader = attack_for(own.attack, own.attack_options, device)
         if not ready:
-            if callable(self.images):
+            if callable(self.declared.images):
                 raise InvalidInputError(
                     "a model is made for one number of images; name it by images, not by a function"
                 )
-            sender.prepare_for(self.model, self.images)  # refuses a model that it cannot
+            sender.prepare_for(self.model, self.declared.images)  # refuses a model that it cannot
 
     @property
     def tampered(self) -> list[Tampering]:
@@ -121,7 +122,7 @@ class TamperingServer(MaliciousServer):
         reply = next((r for r in replies if r.metadata.src_node_id == node), None)
         if node not in self._sender.nodes or reply is None or reply.has_error():
             return None
-        training, images = self._declared(leak.server_round, node)
+        training, images, _ = self.declared.of(leak.server_round, node, self.sent.configs[node])
         return restored(
             reply, self.model, self._sender.honest, leak.reconstruction, training, images
         )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import functools
 import logging
 import shlex
@@ -25,7 +24,7 @@ from rich.progress import (
 )
 from rich.text import Text
 
-from fedleak.errors import InvalidInputError
+from fedleak import spelling
 from fedleak.events import LOGGER, as_json, emit, fields_of
 from fedleak.stopping import EXIT_CODE, Terminated, terminable
 from fedleak.wording import clean_lines
@@ -67,15 +66,8 @@ def read_options(
     InvalidInputError
         If one is not KEY=VALUE.
     """
-    out: dict[str, Any] = {}
-    for pair in pairs:
-        key, equals, value = pair.partition("=")
-        if not equals or not key.isidentifier():
-            raise InvalidInputError(f"--option {pair!r} is not KEY=VALUE, as steps=300")
-        try:
-            out[key] = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
-            out[key] = value
+    read = spelling.pairs(pairs, "--option", "KEY=VALUE, as steps=300")
+    out = {key: spelling.literal(value) for key, value in read.items()}
     flags = {"prior": prior, "public": public}
     return out | {key: value for key, value in flags.items() if value is not None}
 

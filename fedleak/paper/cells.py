@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import math
 import re
 import time
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 from fedleak import laboratory
 from fedleak.attacks import ATTACKS, Attack, attack_for
 from fedleak.errors import FedleakError, InvalidInputError
+from fedleak.spelling import literal, pairs
 
 #: Attacks that take minutes: they are run on the first ``--slow-limit`` images.
 SLOW = frozenset({"cosine", "dlg", "hybrid-paper", "idlg"})
@@ -82,19 +82,8 @@ def parse_attack(text: str) -> AttackSpec:
     """
     name, _, rest = text.partition(":")
     ATTACKS[name]  # refuses a name that is not known
-    options: dict[str, Any] = {}
-    for part in rest.split(",") if rest else []:
-        key, equals, value = (p.strip() for p in part.partition("="))
-        if not (key.isidentifier() and equals and value):
-            raise InvalidInputError(
-                f"option {part!r} in attack {text!r} is not of the form key=value"
-            )
-        if key in options:
-            raise InvalidInputError(f"attack {text!r} gives {key!r} twice")
-        try:
-            options[key] = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
-            options[key] = value
+    read = pairs(rest.split(","), f"attack {text!r}", f"{name}:KEY=VALUE,...")
+    options = {key: literal(value) for key, value in read.items()}
     return AttackSpec(name, options, ",".join(p.strip() for p in rest.split(",")) if rest else "")
 
 

@@ -56,7 +56,7 @@ def _demix(*case: Tensor) -> Demixed:
 
 
 @given(st.integers(0, 10_000), st.integers(2, 6), st.integers(8, 12), st.integers(20, 60))
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=5, deadline=None)
 def test_inputs_and_labels_are_found(seed: int, images: int, classes: int, features: int) -> None:
     case = _head(seed, images, classes, features)
     inputs, labels = case[:2]

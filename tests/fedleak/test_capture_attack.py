@@ -197,6 +197,7 @@ def test_several_processes_give_the_same_table_and_one_that_ends_costs_its_rows(
     assert crashed["retry"] == "crashed"  # tried again, if it were still there
 
 
+@pytest.mark.xdist_group("ray")
 @pytest.mark.slow
 def test_ray_gives_the_same_table(capture: Path) -> None:
     one, ray = attacked(capture, "one"), attacked(capture, "ray", engine="ray")
@@ -298,7 +299,7 @@ def test_the_closing_table(
         (["nowhere"], "is no capture"),
         (["captures", "--attack", "linaer"], "did you mean 'linear'"),
         (["captures", "--option", "stepz=1"], "does not take these options"),
-        (["captures", "--option", "steps"], "is not KEY=VALUE"),
+        (["captures", "--option", "steps"], "write KEY=VALUE"),
         (["captures", "--option", "device=cpu"], "--device"),
         (["captures", "--prior", "patches:learned"], "--public FOLDER"),
         (["captures", "--engine", "rya"], "did you mean 'ray'"),

@@ -26,6 +26,7 @@ def test_directions_that_nothing_tells_are_counted(rows: int, told: int) -> None
     assert count in (36 - told, 36 - min(rows, 36))
 
 
+@pytest.mark.slow
 def test_what_is_not_told_is_not_certified() -> None:
     """Entries of gradients are as many as one likes, and depend on each other."""
     torch.manual_seed(0)

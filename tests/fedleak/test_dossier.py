@@ -67,6 +67,7 @@ def test_batches_that_are_ambiguous_alone_are_not_beside_the_next() -> None:
     assert dossier.gallery[0].together == 3
 
 
+@pytest.mark.slow
 def test_noisy_rounds_of_two_images_are_told_apart_and_averaged() -> None:
     order = [0, 10, 0, 10, 0, 10]  # two zeros
     dossier, alone, together = followed([[i] for i in order], "noise:0.1")

@@ -32,6 +32,7 @@ def test_of_a_batch_what_is_known_is_true() -> None:
         assert off.square().mean().sqrt() <= 30 * known.error, (edge, known.by)
 
 
+@pytest.mark.slow
 def test_two_images_of_one_label_come_back() -> None:
     torch.manual_seed(1)
     images = photo_patches(2, 16)

@@ -97,6 +97,7 @@ def test_other_attacks_use_it_too(
     assert _mean(informed.psnr_db) >= _bar(unaware.psnr_db, gain_db)
 
 
+@pytest.mark.slow
 def test_a_model_that_is_no_chain(digits: tuple[Tensor, list[int]]) -> None:
     class Residual(nn.Module):
         def __init__(self) -> None:

@@ -151,7 +151,7 @@ def test_priors_and_options_on_the_command_line(
     for extra, words in (
         (["--prior", "gaussian:learned"], "--public FOLDER"),
         (["--attack", "linear", "--prior", "tv"], "does not take these options"),
-        (["--option", "steps"], "is not KEY=VALUE"),
+        (["--option", "steps"], "write KEY=VALUE"),
         (["--option", "steps=fast"], "steps must be a whole number"),
     ):
         monkeypatch.setattr(sys, "argv", [*base, *extra])

@@ -88,10 +88,10 @@ def test_attacks_are_read_with_their_options() -> None:
         spec.make("cpu", 0)
     with pytest.raises(UnknownNameError, match="did you mean 'cosine'"):
         parse_attack("cosin:steps=3")
-    for bad in ("cosine:steps", "cosine:=3", "cosine:steps=", "cosine:steps=3,", "cosine:a b=3"):
-        with pytest.raises(InvalidInputError, match="not of the form key=value"):
+    for bad in ("cosine:steps", "cosine:=3", "cosine:steps=", "cosine:a b=3"):
+        with pytest.raises(InvalidInputError, match="write cosine:KEY=VALUE"):
             parse_attack(bad)
-    with pytest.raises(InvalidInputError, match="'steps' twice"):
+    with pytest.raises(InvalidInputError, match="'steps' is given twice"):
         parse_attack("cosine:steps=3,steps=4")
     with pytest.raises(InvalidInputError, match="does not take these options"):
         parse_attack("linear:stepps=3").make("cpu", 0)

@@ -77,6 +77,7 @@ def _batch(model: nn.Module, images: Tensor, labels: list[int]) -> Observation:
     return Observation.from_gradient(model, gradient, SHAPE, batch_size=len(images))
 
 
+@pytest.mark.slow
 def test_a_model_that_is_no_chain(residual: nn.Module, observe: Observe) -> None:
     """One update and several: each alone is what it is together, and nearly the truth."""
     images = _smooth(2)
@@ -244,6 +245,7 @@ def test_a_noisy_update(deficient: nn.Module, residual: nn.Module, observe: Obse
     assert _psnr(result, image) > 15
 
 
+@pytest.mark.slow
 def test_the_truth_is_out_of_reach(residual: nn.Module, observe: Observe) -> None:
     """The result is a function of model and update: images that send the same get the same."""
     image = _smooth(1)[0]

@@ -298,6 +298,7 @@ def test_hard_activations_are_the_same_and_have_two_derivatives() -> None:
     assert float(rows.abs().max()) > 0
 
 
+@pytest.mark.slow
 def test_hard_activations_can_be_attacked() -> None:
     torch.manual_seed(0)
     model, x = Mobile().eval(), torch.rand(1, *SHAPE)

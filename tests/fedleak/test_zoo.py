@@ -191,7 +191,12 @@ def _image() -> Tensor:
     return (0.5 + 0.3 * torch.sin(4 * t[:, None]) * torch.cos(3 * t))[None, None]
 
 
-@pytest.mark.parametrize("name", ATTACKED)
+_LONG = ("attention", "tied")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow) if n in _LONG else n for n in ATTACKED]
+)
 def test_what_is_attacked(name: str) -> None:
     """In training mode too: no zoo member here has a layer that draws."""
     factory, chain = ATTACKED[name]

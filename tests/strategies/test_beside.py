@@ -14,8 +14,8 @@ import fedleak
 assert not {"flwr", "ray", "strategies", "simulations"} & set(sys.modules)
 import fedleak.strategies, strategies
 assert fedleak.strategies is strategies
-from fedleak.strategies.malicious_server import Leak
-assert Leak is strategies.Leak and Leak.__module__ == "strategies.malicious_server"
+from fedleak.strategies.leak import Leak
+assert Leak is strategies.Leak and Leak.__module__ == "strategies.leak"
 assert strategies.malicious_server.__spec__.name == "strategies.malicious_server"
 import simulations.evaluation.run
 from fedleak.simulations.evaluation.run import evaluate

@@ -138,7 +138,10 @@ def test_clients_that_differ() -> None:
     [
         LocalTraining(0.1, 4, loss="cross-entropy:label_smoothing=0.1", mean=(0.5,), std=(0.5,)),
         LocalTraining(0.1, 4, reply="change", loss="bce"),
-        LocalTraining(0.1, 4, optimiser="adam", loss="cross-entropy:reduction=sum"),
+        pytest.param(
+            LocalTraining(0.1, 4, optimiser="adam", loss="cross-entropy:reduction=sum"),
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=["smoothed", "change", "adam"],
 )

@@ -121,6 +121,7 @@ def test_where_all_are_tampered_with_nothing_is_learned() -> None:
     assert equal(final, {k: v.numpy() for k, v in net().state_dict().items()})
 
 
+@pytest.mark.slow
 def test_the_server_trains_on_what_it_read_off() -> None:
     made = server([], rounds=[1, 2])
     final = run(made, app())

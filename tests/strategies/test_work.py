@@ -19,7 +19,7 @@ from fedleak.observation import Observation
 from simulations.server_app import make_strategy
 from simulations.task import make_model
 from strategies import Leak
-from strategies.malicious_server import _log_leak
+from strategies.leak import log_leak
 from strategies.work import Limits, _Narrator
 from tests.strategies.test_malicious_server import attacker, same, scenario, train
 
@@ -133,6 +133,7 @@ def test_in_the_background_comes_the_same_as_in_the_round() -> None:
         assert torch.equal(one.reconstruction.images, other.reconstruction.images)
 
 
+@pytest.mark.slow
 def test_in_the_background_a_process_that_dies_costs_what_it_had() -> None:
     described = scenario()
     leaks, result = leaks_of(described, attack=Endless(fatal=True), attack_in="background")
@@ -196,7 +197,7 @@ def test_the_log_says_no_more_than_the_fit_bears_out(
     monkeypatch.setattr(logging.getLogger("flwr"), "propagate", True)
     found = Reconstruction(torch.zeros(1, 1, 8, 8), torch.tensor([3]), fit)
     with caplog.at_level(logging.INFO, logger="flwr"):
-        _log_leak(Leak(1, (2,), found))
+        log_leak(Leak(1, (2,), found))
     (said,) = caplog.messages
     assert words in said
     assert not_said not in said
