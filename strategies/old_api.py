@@ -17,9 +17,12 @@ from flwr.server.strategy import Strategy
 from torch import Tensor, nn
 
 from fedleak.capture import CaptureWriter, Update
+from fedleak.capture.update import load_sent
 from fedleak.client.training import LocalTraining
 from fedleak.errors import InvalidInputError, InvalidUpdateError
+from fedleak.observation import Observation
 from fedleak.terms import Terms
+from fedleak.threat import ThreatModel
 
 
 def capture_fit(
@@ -32,7 +35,9 @@ def capture_fit(
     """Have a strategy of Flower's old API capture what clients send back from ``fit``.
 
     The training stays as it is, bit for bit. The number of a client's images is what its
-    ``num_examples`` says. It is not for SecAgg+, which hands the strategy one mean of all clients.
+    ``num_examples`` says. Under SecAgg+ (``SecAggPlusWorkflow``) the server sees one mean of all
+    clients, rounded to integers, and that is captured, as the sum that it is: of clients with
+    equally many images; else the capture says why not.
 
     Parameters
     ----------
@@ -100,9 +105,37 @@ def capture_fit(
         received = named(result.parameters)
         writer.add(Update(server_round, (_node(client.cid),), sent[client.cid], received, terms))
 
+    def keep_mean(server_round: int, results: list[tuple[ClientProxy, FitRes]]) -> None:
+        """Capture the mean that secure aggregation left, with every reply the same."""
+        nodes = tuple(_node(client.cid) for client, _ in results)
+        sizes = sorted({result.num_examples for _, result in results})
+        if len(sizes) > 1:
+            writer.add_failure(
+                server_round, nodes, "secure aggregation left one mean over clients, with "
+                f"{sizes[0]} to {sizes[-1]} images each; only equally many can be attacked",
+            )  # fmt: skip
+            return
+        client, result = results[0]
+        terms = Terms(
+            input_shape=input_shape, images=sizes[0], training=training, shared="weights",
+            threat=ThreatModel(view="sum"),
+        )  # fmt: skip
+        with torch.random.fork_rng(devices=[]):
+            loaded = load_sent(model(), sent[client.cid])
+        one = Observation.of(loaded, named(result.parameters), terms)
+        total = Observation.sum_of([one] * len(results))
+        writer.add(Update.of_sum(server_round, nodes, sent[client.cid], total))
+
     def aggregate_fit(
         server_round: int, results: list[tuple[ClientProxy, FitRes]], failures: Any
     ) -> Any:
+        # Secure aggregation puts its mean into every reply, as one object.
+        if len(results) > 1 and len({id(result.parameters) for _, result in results}) == 1:
+            try:
+                keep_mean(server_round, results)
+            except Exception as error:  # the training goes on, whatever happens here
+                log(ERROR, "round %s: not captured: %r", server_round, error)
+            return aggregate(server_round, results, failures)
         for client, result in results:
             try:
                 keep(server_round, client, result)

@@ -1,23 +1,34 @@
 """Apps of Flower's old API: captured in two lines, attacked from there."""
 
+from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import flwr.server.strategy as old
 import numpy as np
 import pytest
 import torch
-from flwr.common import Code, FitRes, Status, ndarrays_to_parameters, parameters_to_ndarrays
+from flwr.app import Context, RecordDict
+from flwr.client import NumPyClient
+from flwr.client.mod import secaggplus_mod
+from flwr.clientapp import ClientApp
+from flwr.common import Code, FitIns, FitRes, Status, ndarrays_to_parameters, parameters_to_ndarrays
+from flwr.server import ServerConfig
 from flwr.server.client_manager import SimpleClientManager
 from flwr.server.client_proxy import ClientProxy
+from flwr.server.compat import LegacyContext
+from flwr.server.workflow import DefaultWorkflow, SecAggPlusWorkflow
 from flwr.serverapp.strategy import FedAvg
 
 from fedleak import LocalTraining
+from fedleak.capture import Capture, read_captures
 from fedleak.capture.run import attack_capture
-from fedleak.client.compute import train
+from fedleak.client.compute import gradient, train
 from fedleak.data import load_data
 from fedleak.errors import InvalidInputError
 from fedleak.models import build_model
+from simulations.grid import InlineGrid
 from strategies import capture_fit
 
 SHAPE = (1, 8, 8)
@@ -82,6 +93,72 @@ def test_what_cannot_be_captured_does_not_end_the_round(tmp_path: Path) -> None:
                         tmp_path / "captures")  # fmt: skip
     for one, two in zip(one_round(old.FedAvg()), one_round(other), strict=True):
         np.testing.assert_array_equal(one, two)
+
+
+class _Grid(InlineGrid):
+    """With the number of its run, which the old API asks for."""
+
+    @property
+    def run(self) -> Any:
+        return SimpleNamespace(run_id=1)
+
+
+def secure_round(strategy: Any, sizes: Sequence[int]) -> list[np.ndarray]:
+    """Run one round of SecAgg+, from its keys to its mean, with so many images of each client."""
+
+    class Numpy(NumPyClient):
+        def __init__(self, client: int):
+            self.images = [10 * client + n for n in range(sizes[client])]
+
+        def fit(self, parameters: Any, config: Any) -> Any:
+            instructions = FitIns(ndarrays_to_parameters(parameters), {})
+            sent = Client("", self.images).train(instructions)
+            return parameters_to_ndarrays(sent.parameters), sent.num_examples, {}
+
+    app = ClientApp(
+        client_fn=lambda context: Numpy(int(context.node_config["partition-id"])).to_client(),
+        mods=[secaggplus_mod],
+    )
+    strategy.initial_parameters = ndarrays_to_parameters(
+        [v.numpy() for v in make().state_dict().values()]
+    )
+    context = LegacyContext(
+        Context(1, 1, {}, RecordDict(), {}), ServerConfig(num_rounds=1), strategy
+    )
+    workflow = SecAggPlusWorkflow(num_shares=len(sizes), reconstruction_threshold=2)
+    np.random.seed(0)  # the clients' rounding is random
+    DefaultWorkflow(fit_workflow=workflow)(_Grid(app, len(sizes)), context)
+    return [a.numpy() for a in context.state.array_records["parameters"].values()]
+
+
+def secured() -> Any:
+    return old.FedAvg(min_available_clients=3, fraction_evaluate=0.0)
+
+
+def test_under_secure_aggregation_the_sum_is_captured_and_nothing_else(tmp_path: Path) -> None:
+    plain = secure_round(secured(), [2, 2, 2])
+    kept = capture_fit(secured(), make, SHAPE, TRAINING, tmp_path / "captures")
+    for one, other in zip(plain, secure_round(kept, [2, 2, 2]), strict=True):
+        np.testing.assert_array_equal(one, other)
+    capture = Capture(tmp_path / "captures", "cnn2-v1")
+    (name,) = capture.names()
+    update = capture.update(name)
+    assert (update.summed, len(update.nodes)) == (True, 3)
+    assert (update.terms.threat.view, update.terms.clients) == ("sum", 3)
+    # It is the mean gradient of all six images, but for SecAgg+'s rounding.
+    images = load_data("digits")[0].batch([0, 1, 10, 11, 20, 21])
+    mean, _ = gradient(make(), *images)
+    for name, value in mean.items():
+        assert (update.received[name] - value).norm() < 0.2 * value.norm()  # of one client: 1
+
+
+def test_of_unequal_clients_the_capture_says_that_their_mean_is_not_attacked(
+    tmp_path: Path,
+) -> None:
+    kept = capture_fit(secured(), make, SHAPE, TRAINING, tmp_path / "captures")
+    secure_round(kept, [2, 3, 2])
+    (stored,) = read_captures(tmp_path / "captures", "cnn2-v1")
+    assert "one mean over clients, with 2 to 3 images each" in stored.reason
 
 
 def test_strategies_of_the_message_api_have_another_way(tmp_path: Path) -> None:
