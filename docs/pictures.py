@@ -204,8 +204,8 @@ def stranger() -> None:
     torch.manual_seed(0)
     leaks: list[Leak] = []
     strategy = MaliciousServer(
-        FedAvg(fraction_evaluate=0.0), task.Net, SHAPE, training=LocalTraining(0.1, 8), images=8,
-        on_leak=leaks.append,
+        FedAvg(fraction_evaluate=0.0), task.Net, SHAPE, training=LocalTraining(0.1, 8),
+        num_images=8, on_leak=leaks.append,
     )  # fmt: skip
     grid = InlineGrid(client_app.app, 10)
     strategy.start(

@@ -134,7 +134,7 @@ class Observation(WithTerms):
         known = None if labels is None else tuple(int(y) for y in labels)
         terms = Terms(
             input_shape=(channels, height, width),
-            images=batch_size,
+            num_images=batch_size,
             labels=known,
             threat=threat or ThreatModel(labels=known is not None, defence=defence is not None),
             defence=defence,
@@ -149,7 +149,7 @@ class Observation(WithTerms):
         weights: Mapping[str, Any],
         training: LocalTraining,
         input_shape: tuple[int, int, int],
-        images: int | None = None,
+        num_images: int | None = None,
         labels: Sequence[int] | None = None,
         threat: ThreatModel | None = None,
         defence: DefenceSpec | None = None,
@@ -174,7 +174,7 @@ class Observation(WithTerms):
             As for :meth:`from_gradient`.
         defence : DefenceSpec, optional
             What the client did to the change of its weights, where the attacker knows it.
-        images : int, optional
+        num_images : int, optional
             Images that the client trained on; by default one batch.
 
         Raises
@@ -186,7 +186,7 @@ class Observation(WithTerms):
         known = None if labels is None else tuple(int(y) for y in labels)
         terms = Terms(
             input_shape=(channels, height, width),
-            images=training.batch_size if images is None else images,
+            num_images=training.batch_size if num_images is None else num_images,
             labels=known,
             threat=threat or ThreatModel(labels=known is not None, defence=defence is not None),
             training=training,
@@ -256,14 +256,14 @@ class Observation(WithTerms):
         first = observations[0]
 
         def kind(o: Observation) -> Terms:
-            return replace(o.terms, labels=None, images=o.clients)
+            return replace(o.terms, labels=None, num_images=o.clients)
 
         if any(o.model is not first.model or kind(o) != kind(first) for o in observations):
             raise InvalidInputError(
                 "a sum is over updates of one model, one local training, one threat model and one "
                 "defence"
             )
-        if any(o.images != first.images or o.clients != 1 for o in observations):
+        if any(o.num_images != first.num_images or o.clients != 1 for o in observations):
             raise InvalidInputError("a sum is over clients with equally many images each")
         count = len(observations)
 
@@ -274,7 +274,7 @@ class Observation(WithTerms):
         labels = None if None in known else tuple(y for part in known for y in part or ())
         terms = replace(
             first.terms,
-            images=count * first.images,
+            num_images=count * first.num_images,
             labels=labels,
             threat=replace(first.threat, view="sum"),
             clients=count,

@@ -34,7 +34,7 @@ class Terms:
     ----------
     input_shape : tuple of int
         Shape (C, H, W) of one image.
-    images : int
+    num_images : int
         Number of images behind the update, of all its clients.
     labels : tuple of int or None
         The labels, where the threat model says that the server knows them.
@@ -57,7 +57,7 @@ class Terms:
     """
 
     input_shape: tuple[int, int, int]
-    images: int = 1
+    num_images: int = 1
     labels: tuple[int, ...] | None = None
     threat: ThreatModel = HONEST
     training: LocalTraining | None = None
@@ -78,13 +78,13 @@ class Terms:
             )
         if self.shared == "weights":
             needs_gradients(self.defence)
-        for name in ("images", "clients"):
+        for name in ("num_images", "clients"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise InvalidInputError(f"{name} must be a whole number from 1, not {value!r}")
-        if self.images % self.clients:
+        if self.num_images % self.clients:
             raise InvalidInputError(
-                f"{self.images} images cannot be those of {self.clients} clients alike"
+                f"{self.num_images} images cannot be those of {self.clients} clients alike"
             )
         if self.clients > 1 and self.threat.view != "sum":
             raise InvalidInputError(
@@ -94,7 +94,7 @@ class Terms:
     @property
     def own(self) -> int:
         """Number of images of each client."""
-        return self.images // self.clients
+        return self.num_images // self.clients
 
     @property
     def trained(self) -> LocalTraining | None:
@@ -121,9 +121,9 @@ class WithTerms:
         return self.terms.input_shape
 
     @property
-    def images(self) -> int:
+    def num_images(self) -> int:
         """Number of images behind the update, of all its clients."""
-        return self.terms.images
+        return self.terms.num_images
 
     @property
     def labels(self) -> tuple[int, ...] | None:
@@ -156,5 +156,5 @@ class WithTerms:
         return self.terms.defence
 
     def with_terms(self: _T, **changes: Any) -> _T:
-        """Return the same under other terms, as ``with_terms(images=4)``."""
+        """Return the same under other terms, as ``with_terms(num_images=4)``."""
         return replace(self, terms=replace(self.terms, **changes))  # type: ignore[type-var]

@@ -33,7 +33,7 @@ class Declared:
 
     Parameters
     ----------
-    input_shape, training, images, threat, labels_of, defence
+    input_shape, training, num_images, threat, labels_of, defence
         As for :class:`strategies.MaliciousServer`.
 
     Raises
@@ -45,7 +45,7 @@ class Declared:
 
     input_shape: tuple[int, int, int]
     training: LocalTraining | Callable[[int, int, Config], LocalTraining | None] | None
-    images: int | Callable[[int, int, Config], int]
+    num_images: int | Callable[[int, int, Config], int]
     threat: ThreatModel
     labels_of: Callable[[int, int], Sequence[int]] | None
     defence: DefenceSpec | Callable[[int, int, Config], Defended] | None
@@ -73,7 +73,7 @@ class Declared:
         if isinstance(defence, str):
             defence = parse_defence(defence)
         training = None if training is None else training.at(server_round, config)
-        return training, said(self.images), defence
+        return training, said(self.num_images), defence
 
     def update(
         self,
@@ -111,11 +111,11 @@ class Declared:
         labels = None
         if self.threat.labels and self.labels_of is not None:
             labels = tuple(int(y) for y in self.labels_of(server_round, node))
-        if self.threat.batch_size and not callable(self.images):
+        if self.threat.batch_size and not callable(self.num_images):
             images = _num_examples(reply) or images  # a reply knows its own better
         terms = Terms(
             input_shape=self.input_shape,
-            images=images,
+            num_images=images,
             labels=labels,
             threat=self.threat,
             training=training,

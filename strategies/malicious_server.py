@@ -63,7 +63,7 @@ class MaliciousServer(DelegatingStrategy):
         Without it they share a gradient of the mean cross-entropy. A callable says it of each
         client: ``(server_round, node_id, config) -> LocalTraining or None``, with ``config`` what
         the server's message holds beside the weights.
-    images : int or callable
+    num_images : int or callable
         Number of images that a client uses in one round; a callable says it of each client, as
         for ``training``. A plain
         number holds where a reply does not say its own as ``num-examples``.
@@ -124,7 +124,7 @@ class MaliciousServer(DelegatingStrategy):
         input_shape: tuple[int, int, int],
         attack: str | Attack | None = "hybrid",
         training: LocalTraining | Callable[[int, int, Config], LocalTraining | None] | None = None,
-        images: int | Callable[[int, int, Config], int] = 1,
+        num_images: int | Callable[[int, int, Config], int] = 1,
         threat: ThreatModel = HONEST,
         labels_of: Callable[[int, int], Sequence[int]] | None = None,
         every: int = 1,
@@ -148,7 +148,7 @@ class MaliciousServer(DelegatingStrategy):
         self.declared = Declared(
             input_shape,
             training,
-            images,
+            num_images,
             threat,
             labels_of,
             parse_defence(defence) if isinstance(defence, str) else defence,

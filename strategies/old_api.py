@@ -99,7 +99,7 @@ def capture_fit(
 
     def keep(server_round: int, client: ClientProxy, result: FitRes) -> None:
         terms = Terms(
-            input_shape=input_shape, images=result.num_examples, training=training,
+            input_shape=input_shape, num_images=result.num_examples, training=training,
             shared="weights",
         )  # fmt: skip
         received = named(result.parameters)

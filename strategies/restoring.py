@@ -29,7 +29,7 @@ def restored(
     honest: ArrayRecord,
     found: Reconstruction,
     training: LocalTraining | None,
-    images: int,
+    num_images: int,
 ) -> tuple[Message, int] | None:
     """Return a reply on the honest model in the place of a tampered client's.
 
@@ -45,7 +45,7 @@ def restored(
         Of the tampered update; never the true images.
     training : LocalTraining, optional
         What clients do; they share a gradient without it.
-    images : int
+    num_images : int
         How many images the client has.
 
     Returns
@@ -55,8 +55,8 @@ def restored(
         the client takes several steps, whose batches the server does not know.
     """
     count = len(found.images)
-    steps = 1 if training is None or not training.trains else training.steps(images)
-    if count < _ENOUGH * images or found.fit > _EXPLAINED or steps > 1:
+    steps = 1 if training is None or not training.trains else training.steps(num_images)
+    if count < _ENOUGH * num_images or found.fit > _EXPLAINED or steps > 1:
         return None
     try:
         own = load_sent(copied(model), honest.to_torch_state_dict())

@@ -103,7 +103,7 @@ class TamperSender(DelegatingStrategy):
         self._model, self._images = nn.Module(), 1
         self._replaced: dict[int, Message] = {}
 
-    def prepare_for(self, model: nn.Module, images: int) -> None:
+    def prepare_for(self, model: nn.Module, num_images: int) -> None:
         """Take the architecture, and the number of images behind an update.
 
         Raises
@@ -111,8 +111,8 @@ class TamperSender(DelegatingStrategy):
         UnsupportedModelError
             If the tamper does not suit the model.
         """
-        self._model, self._images = model, images
-        self.tamper.prepare(model, self.input_shape, 1, 0, images)
+        self._model, self._images = model, num_images
+        self.tamper.prepare(model, self.input_shape, 1, 0, num_images)
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid

@@ -97,11 +97,14 @@ class TamperingServer(MaliciousServer):
         own = sender.tamper
         self._reader = attack_for(own.attack, own.attack_options, device)
         if not ready:
-            if callable(self.declared.images):
+            if callable(self.declared.num_images):
                 raise InvalidInputError(
-                    "a model is made for one number of images; name it by images, not by a function"
+                    "a model is made for one number of images; name it by num_images, not by a "
+                    "function"
                 )
-            sender.prepare_for(self.model, self.declared.images)  # refuses a model that it cannot
+            sender.prepare_for(
+                self.model, self.declared.num_images
+            )  # refuses a model that it cannot
 
     @property
     def tampered(self) -> list[Tampering]:

@@ -89,7 +89,7 @@ def _normalises(evidence: Evidence) -> bool:
 
 def _open(evidence: Evidence) -> _Open:
     """Ask the model with random images what their update does not show."""
-    replay, batch = evidence.replay, evidence.images
+    replay, batch = evidence.replay, evidence.num_images
     generator = torch.Generator().manual_seed(0)
     shape = (1, batch, *replay.input_shape)
     x = torch.rand(shape, generator=generator, dtype=torch.float64).to(replay.device)

@@ -137,7 +137,7 @@ class Dossier:
             ``alone``, with the images that other rounds tell better; ``details["memory"]`` says
             how many of them were known before.
         """
-        if len(alone.images) < observation.images:  # of a model that was tampered with
+        if len(alone.images) < observation.num_images:  # of a model that was tampered with
             return self._part(server_round, alone)
         alone = self._without_known(observation, alone)
         one = Round.of(self.attack, alone, observation)
@@ -357,7 +357,7 @@ class Dossier:
         What they add to a mean gradient is subtracted, and the rest is attacked as an update of
         fewer images.
         """
-        terms, count = observation.terms, observation.images
+        terms, count = observation.terms, observation.num_images
         plain = terms.shared == "gradient" and terms.defence is None and terms.clients == 1
         if not plain or count == 1 or alone.fit <= SETTLED or not self.gallery:
             return alone

@@ -100,7 +100,7 @@ class Evidence:
         first = observations[0]
         if any(o.model is not first.model for o in observations):
             raise InvalidInputError("the observations of one attack must share one model")
-        kinds = {(o.images, o.clients, o.training, o.defence) for o in observations}
+        kinds = {(o.num_images, o.clients, o.training, o.defence) for o in observations}
         if len(kinds) > 1:
             raise InvalidInputError(
                 "the observations of one attack must have one number of images, of clients, one "
@@ -114,7 +114,7 @@ class Evidence:
         }
         rescales: str = "" if first.defence is None else first.defence.rescales
         replay = Replay(first.model, first.input_shape, device=where, client=first.training)
-        if first.defence is not None and first.images > 1:
+        if first.defence is not None and first.num_images > 1:
             replay = replay.clipped(first.defence.example_norm)
         seen = [Seen()] * len(observations)
         if not errors:
@@ -123,7 +123,9 @@ class Evidence:
             labels = observed_labels(observations, gradient, errors, replay)
             events.tell("labels", labels=labels.tolist())  # long before there are images
         else:
-            labels = torch.zeros(len(observations), first.images, dtype=torch.int64, device=where)
+            labels = torch.zeros(
+                len(observations), first.num_images, dtype=torch.int64, device=where
+            )
         granted = torch.tensor([o.labels is not None for o in observations], device=where)
         simulated = None
         trained = first.terms.trained
@@ -131,8 +133,8 @@ class Evidence:
         # A replay of steps that are nearly signs has hardly a derivative: signs are matched.
         if simulate and trained is not None and first.terms.steps > 1 and not signs:
             # Without recomputation torch.func can transform it; one image needs no memory.
-            simulated = LocalReplay(replay, trained, first.clients, first.images > 1)
-        if rescales == "update" and infer and first.images == 1:
+            simulated = LocalReplay(replay, trained, first.clients, first.num_images > 1)
+        if rescales == "update" and infer and first.num_images == 1:
             gradient, errors, rescales = _unscaled(gradient, errors, labels, replay)
         return cls(
             first.model,
@@ -159,12 +161,12 @@ class Evidence:
             chain.to(self.replay.device)
         except UnsupportedModelError as error:
             return error
-        reason = self._why_not_demixed(chain) if self.images > 1 else ""
+        reason = self._why_not_demixed(chain) if self.num_images > 1 else ""
         return UnsupportedModelError(reason) if reason else chain
 
     def _why_not_demixed(self, chain: Chain) -> str:
         """Return why the images of a batch cannot be told apart at the head."""
-        count, steps, head = self.images, self.terms.steps, chain.head
+        count, steps, head = self.num_images, self.terms.steps, chain.head
         features, classes = head.in_shape[0], head.out_shape[0]
         if steps > 1:
             return f"the update is the sum of {steps} local steps; the linear systems cover one"
@@ -207,7 +209,7 @@ class Evidence:
         return self._chain
 
     @property
-    def images(self) -> int:
+    def num_images(self) -> int:
         """Number of images B behind each update."""
         return self.labels.shape[1]
 
@@ -286,7 +288,7 @@ class Evidence:
     def with_images(self, images: int) -> Evidence:
         """Return the same observations as of another number of images, labels unknown."""
         labels = torch.zeros(len(self), images, dtype=torch.int64, device=self.labels.device)
-        other = replace(self, labels=labels, terms=replace(self.terms, images=images))
+        other = replace(self, labels=labels, terms=replace(self.terms, num_images=images))
         other.__dict__["silent"] = self.silent
         return other
 
@@ -330,14 +332,14 @@ class Evidence:
     def silent(self) -> dict[str, Tensor]:
         """Whether tensors hold rounding only, whatever the images, masks of (N,) by name."""
         rounding = {k: self.rounding(k) for k in self.gradient}
-        return silent_tensors(self.gradient, self.replay, self.images, rounding)
+        return silent_tensors(self.gradient, self.replay, self.num_images, rounding)
 
     def made(self, images: Tensor) -> Gradients:
         """Return what clients would have sent for these images, undefended."""
         if images.dim() == 4:
             images = images.unsqueeze(1)
         with torch.no_grad():
-            if self.is_chain and self.images == 1:
+            if self.is_chain and self.num_images == 1:
                 return self.chain.trace(images[:, 0], self.labels[:, 0]).gradients
             if self.simulated is not None:
                 return self.simulated(images, self.labels, self.plan).gradients

@@ -147,13 +147,13 @@ class RowsAttack(Attack):
 
 def whole_batch(seen: Observation, device: str = "auto") -> Reconstruction | None:
     """Read a batch off the rows of the first layer, if these show all of it, certified."""
-    if seen.images == 1 or seen.errors or seen.terms.steps > 1:
+    if seen.num_images == 1 or seen.errors or seen.terms.steps > 1:
         return None
     try:
         found = _Rows(seen, resolve_device(device)).reconstruction()
     except UnsupportedModelError:
         return None
-    whole = len(found.images) == seen.images and all(found.details["certified"])
+    whole = len(found.images) == seen.num_images and all(found.details["certified"])
     return found if whole else None
 
 
@@ -162,7 +162,7 @@ class _Rows:
 
     def __init__(self, seen: Observation, device: torch.device):
         layer = FirstLayer.of(seen.model, seen.input_shape)
-        self.seen, self.images = seen, seen.images
+        self.seen, self.images = seen, seen.num_images
         self.client = seen.training or LocalTraining()
         if self.client.update_rule.signs:
             raise UnsupportedModelError(
@@ -190,7 +190,7 @@ class _Rows:
         self.whole = self.rows
         self.observed = self.rows.norm(dim=1)
         # What one image's loss counts in the batch's.
-        self.part = 1.0 if self.client.criterion.reduction == "sum" else 1 / seen.images
+        self.part = 1.0 if self.client.criterion.reduction == "sum" else 1 / seen.num_images
         self.found: list[Tensor] = []
         self.labels: list[int] = []
         self.taken: list[Tensor] = []

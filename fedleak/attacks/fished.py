@@ -123,10 +123,10 @@ def ranked(model: nn.Module, head: str) -> tuple[list[int], int]:
 
 def _foremost(seen: Observation, head: str, order: list[int], sink: int) -> Catch:
     """Return the update of the image that outshines all others, if it is one."""
-    told = -seen.gradient[f"{head}.weight"].double() * seen.images
+    told = -seen.gradient[f"{head}.weight"].double() * seen.num_images
     counts = told[:, FLAG]
     off = (counts[order] - counts[order].round()).abs().max()
-    if float(off) > _COUNTED * max(1, seen.images) or bool((counts[order] < -0.5).any()):
+    if float(off) > _COUNTED * max(1, seen.num_images) or bool((counts[order] < -0.5).any()):
         raise FedleakError(
             f"the update says that {counts[order].tolist()} images of the classes {order} passed "
             "the gate: it is not the mean gradient of such a batch"
@@ -145,7 +145,7 @@ def _foremost(seen: Observation, head: str, order: list[int], sink: int) -> Catc
     with torch.no_grad():
         model.get_parameter(f"{head}.weight").zero_()[label] = row
         model.get_parameter(f"{head}.bias").zero_()[sink] = _EXPECTED
-    gradient = {k: g.double() * (seen.images / size) for k, g in seen.gradient.items()}
+    gradient = {k: g.double() * (seen.num_images / size) for k, g in seen.gradient.items()}
     features = told[label]
     rows = torch.zeros_like(told)
     rows[label], rows[sink] = -features, features
@@ -201,12 +201,12 @@ def fished(seen: Observation) -> tuple[int, int]:
             f"the head {name!r} of the model that was sent does not fish for one class"
         )
     label = int(used)
-    share = -float(seen.gradient[f"{name}.bias"][label]) * seen.images
+    share = -float(seen.gradient[f"{name}.bias"][label]) * seen.num_images
     count = round(share)
-    if abs(share - count) > _COUNTED * max(1, count) or not 0 <= count <= seen.images:
+    if abs(share - count) > _COUNTED * max(1, count) or not 0 <= count <= seen.num_images:
         raise FedleakError(
-            f"the update says that {share:.3f} of {seen.images} images are of class {label}: it "
-            "is not the mean gradient of such a batch"
+            f"the update says that {share:.3f} of {seen.num_images} images are of class {label}: "
+            "it is not the mean gradient of such a batch"
         )
     return label, count
 
@@ -219,7 +219,7 @@ def alone(seen: Observation, label: int, count: int) -> Observation:
     ``-1 / (classes - 1)``.
     """
     name = head_name(seen.model, seen.input_shape)
-    gradient = {k: g * (seen.images / count) for k, g in seen.gradient.items()}
+    gradient = {k: g * (seen.num_images / count) for k, g in seen.gradient.items()}
     for part in ("weight", "bias"):
         rows = gradient[f"{name}.{part}"].clone()
         others = torch.arange(len(rows)) != label

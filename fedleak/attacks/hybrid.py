@@ -141,12 +141,12 @@ class HybridAttack(Attack):
         evidence = Evidence.gather(observations, self.device, simulate=self.local_training)
         if evidence.signs:
             return self._match_module(evidence, "only the signs of the update are known")
-        if evidence.rescales == "tensor" and evidence.images > 1:
+        if evidence.rescales == "tensor" and evidence.num_images > 1:
             return self._match_module(evidence, "the update is known up to a factor only")
         if not evidence.is_chain:
             match_module = partial(self._match_module, why=evidence.why_not_chain)
             return self._solve_graphs(evidence, match_module)
-        if evidence.images == 1:
+        if evidence.num_images == 1:
             solve_chain = partial(self._solve_chain, heads=None)
             if on_graph.flat(evidence):
                 return self._solve_graphs(evidence, solve_chain)
@@ -228,7 +228,7 @@ class HybridAttack(Attack):
             return self._match_module(evidence, str(error))
         images, by = solution.image.clone(), [{"by": "linear"}] * len(evidence)
         unknown = solution.deviations[-1].isinf().flatten(1).any(1)
-        unknown = unknown.unflatten(0, (-1, evidence.images)).any(1)
+        unknown = unknown.unflatten(0, (-1, evidence.num_images)).any(1)
         clean = (solution.noise < CLEAN) & evidence.whole & ~unknown
         for mask, known in ((clean, True), (~clean, False)):
             if not bool(mask.any()):
@@ -277,11 +277,11 @@ class HybridAttack(Attack):
         """Match the first ``depth`` layers to what is known above; all of them under noise."""
         layers = evidence.chain.layers
         target: Target
-        if clean or evidence.images > 1 or not evidence.defended:
+        if clean or evidence.num_images > 1 or not evidence.defended:
             target = ChainTarget(evidence, solution, depth if clean else len(layers), clean)
         else:
             target = UpdateTarget(evidence, solution)
-        start, batch = solution.image.clamp(0, 1), evidence.images
+        start, batch = solution.image.clamp(0, 1), evidence.num_images
         prior = self._prior(evidence)
         if clean and not evidence.defended and shared_rows.covers(evidence, prior, depth):
             found = shared_rows.match_batch(evidence, solution, prior, self.precision)
@@ -305,7 +305,7 @@ class HybridAttack(Attack):
 
     def _match_module(self, evidence: Evidence, why: str) -> list[Reconstruction]:
         """Match a model that is no chain, or batches, on the module itself."""
-        prior, count, batch = self._prior(evidence), len(evidence), evidence.images
+        prior, count, batch = self._prior(evidence), len(evidence), evidence.num_images
         # The reverse pass keeps the weights of every client and step.
         kept = evidence.steps * (evidence.terms.clients if evidence.simulated else 1)
         kept *= batch if evidence.replay.clip else 1

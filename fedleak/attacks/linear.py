@@ -89,19 +89,19 @@ def _descend(
     layers = evidence.chain.layers
     value, deviation = head.value, head.deviation
     cotangent = evidence.chain.head.backward(value, value, head.g)
-    out = LinearSolution([value], [cotangent], [deviation], head.noise, [], evidence.images)
+    out = LinearSolution([value], [cotangent], [deviation], head.noise, [], evidence.num_images)
     out.demixed = head.demixed
     grey = evidence.chain.features(torch.full((1, *evidence.chain.input_shape), mid_grey).to(value))
     for i in reversed(range(len(layers))):
         layer = layers[i]
         errors = evidence.errors if evidence.defended else {}
         noise, gradients = out.noise_below(0), evidence.gradient
-        above = Above(value, cotangent, deviation, gradients, errors, noise, evidence.images)
+        above = Above(value, cotangent, deviation, gradients, errors, noise, evidence.num_images)
         found = layer.descend(above, grey[i].expand(len(value), *layer.in_shape))
         x = found.value
         if found.equations is not None:
             step = found.equations
-            unknowns = layer.unknowns * evidence.images
+            unknowns = layer.unknowns * evidence.num_images
             out.layers.insert(
                 0, LayerSolution(layer.name, unknowns, step.rank, step.exact, step.residual)
             )
@@ -143,7 +143,7 @@ class LinearAttack(Attack):
 
     def reconstruct(self, observations: Sequence[Observation]) -> list[Reconstruction]:
         evidence = Evidence.gather(observations, self.device)
-        if evidence.images == 1:
+        if evidence.num_images == 1:
             return self._solve(evidence, None)
         out = []
         for n, batch in enumerate(demix_heads(evidence)):
@@ -162,7 +162,7 @@ def package(
     evidence: Evidence, images: Tensor, solution: LinearSolution, by: Sequence[str]
 ) -> list[Reconstruction]:
     """Return one :class:`Reconstruction` for each update, made ``by`` that method."""
-    each = (-1, evidence.images)
+    each = (-1, evidence.num_images)
     # Inputs of activations that their outputs do not tell: saturated or inactive units.
     lost = [
         (layer, deviation.isinf().unflatten(0, each).flatten(1))

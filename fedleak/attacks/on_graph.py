@@ -57,7 +57,9 @@ def solve(evidence: Evidence, prior: Prior) -> Reconstruction | str:
     if reason := why_not(evidence):
         return reason
     try:
-        graph = Graph.capture(evidence.replay.model, evidence.terms.input_shape, evidence.images)
+        graph = Graph.capture(
+            evidence.replay.model, evidence.terms.input_shape, evidence.num_images
+        )
     except UnsupportedModelError as error:
         return str(error)
     gradient = {name: g[0] for name, g in evidence.gradient.items()}
@@ -106,6 +108,6 @@ def _unseen(images: Tensor, seen: Callable[[Tensor], Tensor]) -> Tensor:
 def _labels(evidence: Evidence, knowledge: Knowledge) -> Tensor:
     """Return the labels, (1, B): those of a batch by the derivative by each image's logits."""
     logits = knowledge.cotangents.get(knowledge.graph.logits)
-    if evidence.images == 1 or logits is None:
+    if evidence.num_images == 1 or logits is None:
         return evidence.labels
     return logits.value.argmin(1)[None]

@@ -78,7 +78,7 @@ class Round:
     @property
     def images(self) -> int:
         """Number of images behind the update."""
-        return self.evidence.images
+        return self.evidence.num_images
 
     def with_labels(self, labels: Tensor) -> Round:
         """Return the same round with other labels, shape (B,)."""
@@ -255,7 +255,7 @@ def together(
     what its own reconstruction leaves unexplained.
     """
     observations = placed(observations)
-    kinds = {(o.images, o.input_shape) for o in observations}
+    kinds = {(o.num_images, o.input_shape) for o in observations}
     if len(kinds) != 1:
         raise InvalidInputError(
             f"rounds of the same images have one number and shape of them, not {sorted(kinds)}"

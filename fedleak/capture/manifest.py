@@ -122,7 +122,7 @@ class _StoredTerms(_Part):
     def of(terms: Terms) -> dict[str, Any]:
         """Return the fields of terms."""
         return {
-            "images": terms.images,
+            "images": terms.num_images,
             "labels": terms.labels,
             "threat": asdict(terms.threat),
             "training": None if terms.training is None else _known_training(terms).to_dict(),
@@ -139,7 +139,7 @@ class _StoredTerms(_Part):
         try:
             terms = Terms(
                 input_shape=input_shape,
-                images=self.images,
+                num_images=self.images,
                 labels=self.labels,
                 threat=ThreatModel(**self.threat),  # type: ignore[arg-type]
                 training=None if self.training is None else LocalTraining(**self.training),  # type: ignore[arg-type]

@@ -40,7 +40,7 @@ class Tamper(ABC):
         input_shape: tuple[int, int, int],
         server_round: int = 1,
         client: int = 0,
-        images: int = 1,
+        num_images: int = 1,
     ) -> dict[str, Tensor]:
         """Return the state to send; the model is left as it is.
 
@@ -52,7 +52,7 @@ class Tamper(ABC):
             Shape (C, H, W) of one image.
         server_round, client : int
             When, and the client's place among those asked: what is drawn depends on nothing else.
-        images : int
+        num_images : int
             Number of images behind the update.
 
         Returns

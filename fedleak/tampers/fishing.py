@@ -95,7 +95,7 @@ class Fishing(Tamper):
         input_shape: tuple[int, int, int],
         server_round: int = 1,
         client: int = 0,
-        images: int = 1,
+        num_images: int = 1,
     ) -> dict[str, Tensor]:
         name = head_name(model, input_shape)
         weight = model.get_parameter(f"{name}.weight").detach()
@@ -111,7 +111,7 @@ class Fishing(Tamper):
                 if self.by == "feature":
                     raise
             else:
-                return self._by_feature(model, ending, input_shape, label, images)
+                return self._by_feature(model, ending, input_shape, label, num_images)
         kept = torch.zeros_like(weight)
         kept[label] = weight[label]
         bias = torch.full((len(weight),), float(self.margin))
@@ -124,7 +124,7 @@ class Fishing(Tamper):
         ending: Ending,
         input_shape: tuple[int, int, int],
         foremost: int,
-        images: int,
+        num_images: int,
     ) -> dict[str, Tensor]:
         channels = model.get_parameter(f"{ending.inner}.weight").shape[0]
         generator = torch.Generator().manual_seed(0)
@@ -134,7 +134,7 @@ class Fishing(Tamper):
         spread = float(told.std().clamp_min(1e-12))
         weight = model.get_parameter(f"{ending.head}.weight").detach().double()
         classes = len(weight)
-        share = min(1.0, _OF_A_CLASS * classes / images)
+        share = min(1.0, _OF_A_CLASS * classes / num_images)
         threshold = float((told / spread).quantile(1 - share)) if share < 1 else -math.inf
         state = gated(model, ending, direction / spread, max(threshold, -1e3))
         row = weight[0].clone()

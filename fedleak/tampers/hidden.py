@@ -92,7 +92,7 @@ class Peel(_Hidden):
         input_shape: tuple[int, int, int],
         server_round: int = 1,
         client: int = 0,
-        images: int = 1,
+        num_images: int = 1,
     ) -> dict[str, Tensor]:
         layer = FirstLayer.of(model, input_shape)
         if layer.units < 2 * self.directions:
@@ -166,7 +166,7 @@ class Trap(_Hidden):
         input_shape: tuple[int, int, int],
         server_round: int = 1,
         client: int = 0,
-        images: int = 1,
+        num_images: int = 1,
     ) -> dict[str, Tensor]:
         layer = FirstLayer.of(model, input_shape)
         prior = make_prior("gaussian", input_shape)
@@ -175,7 +175,7 @@ class Trap(_Hidden):
         sizes = torch.randn(layer.units, pixels, generator=generator, dtype=torch.float64).abs()
         order = torch.rand(layer.units, pixels, generator=generator).argsort(1)
         positive = order < pixels // 2
-        share = self.share or 1 / max(images, 2)
+        share = self.share or 1 / max(num_images, 2)
         quantile = float(_NORMAL.icdf(torch.tensor(1 - share, dtype=torch.float64)))
         ratio = torch.cat(
             [

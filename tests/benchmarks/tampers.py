@@ -61,7 +61,7 @@ def measure(
     model, attack = copy.deepcopy(honest), attack_for("rows", {})
     if name != "none":
         tamper = make_tamper(name, **options)
-        model.load_state_dict(tamper.prepare(honest, shape, images=batch))
+        model.load_state_dict(tamper.prepare(honest, shape, num_images=batch))
         attack = attack_for(tamper.attack, tamper.attack_options)
     names, parameters = zip(*model.named_parameters(), strict=True)
     gradient = torch.autograd.grad(F.cross_entropy(model(x), y), parameters)

@@ -83,7 +83,7 @@ SHORTER_PYTHON = (
     Shorter(r"num_rounds=\d+", "one round", "num_rounds=1"),
     Shorter(r"jobs=\d+", "each process imports torch for seconds", "jobs=1"),
     Shorter(r"\(3, 32, 32\)", "small images", "(3, 12, 12)"),
-    Shorter(r"images=16\b", "two images", "images=2"),
+    Shorter(r"num_images=16\b", "two images", "num_images=2"),
     Shorter(r"batch_size=8\b", "two images", "batch_size=2"),
     Shorter(r"(load_sweep\(.*?)\[\"seeds=\[0\]\"\]", "two defences, one round of two clients",
             r"""\1['seeds=[0]', 'defences=["none", "noise:0.1"]', 'strengths={}', """

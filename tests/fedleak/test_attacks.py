@@ -220,7 +220,7 @@ def test_images_that_cannot_be_told_apart_are_refused(observe: Observe) -> None:
     model = build_model("cnn2-v1", (1, 8, 8), 10, seed=0)
     seen = observe(model, torch.rand(1, 8, 8), 1)
     for images, words in ((10, "mixes 10 images; .* at most 9 apart"), (4, "4 images of a batch")):
-        batch = noisy(seen).with_terms(images=images)
+        batch = noisy(seen).with_terms(num_images=images)
         with pytest.raises(UnsupportedModelError, match=words):
             LinearAttack()([batch])
 
@@ -257,7 +257,7 @@ def test_a_result_that_is_no_image_is_a_failure(observe: Observe) -> None:
 def test_one_bad_update_costs_only_itself(observe: Observe) -> None:
     model = build_model("cnn2-v1", (1, 8, 8), 10, seed=0)
     good = observe(model, torch.rand(1, 8, 8), 1)
-    bad = noisy(good).with_terms(images=2)
+    bad = noisy(good).with_terms(num_images=2)
     first, second, third = run_attack(LinearAttack(), [good, bad, good])
     assert first.reconstruction is not None
     assert third.reconstruction is not None

@@ -116,7 +116,7 @@ def test_the_observation_is_that_of_the_live_attack(
         labels = tuple(y.tolist()) if threat.labels else None
         does = None if shared == "gradient" else training
         terms = Terms(
-            input_shape=SHAPE, images=2, labels=labels, threat=threat, training=does,
+            input_shape=SHAPE, num_images=2, labels=labels, threat=threat, training=does,
             shared="weights" if does else "gradient",
         )  # fmt: skip
         parts.append(Update(4, (node,), sent, received, terms))

@@ -19,7 +19,7 @@ def captured(folder: Path, batches: list[list[int]]) -> Path:
         writer = writer or CaptureWriter(folder, seen.model, DIGITS.shape, "cnn2-v1", 10)
         sent = {k: v.clone() for k, v in seen.model.state_dict().items()}
         for place, node in enumerate((11, 12)):
-            terms = Terms(input_shape=DIGITS.shape, images=seen.images)
+            terms = Terms(input_shape=DIGITS.shape, num_images=seen.num_images)
             writer.add(Update(n, (node,), sent, dict(seen.gradient), terms, place=place))
     return folder
 

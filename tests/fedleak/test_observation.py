@@ -107,7 +107,7 @@ def test_a_sum_over_clients_is_the_mean_of_a_larger_batch() -> None:
         for x, y in zip(images, (3, 7), strict=True)
     ]
     total = Observation.sum_of(seen)
-    assert (total.images, total.clients, total.labels) == (2, 2, (3, 7))
+    assert (total.num_images, total.clients, total.labels) == (2, 2, (3, 7))
     assert total.threat.view == "sum"
     loss = torch.nn.functional.cross_entropy(MODEL(images), torch.tensor([3, 7]))
     whole = torch.autograd.grad(loss, list(MODEL.parameters()))
@@ -119,7 +119,7 @@ def test_a_sum_over_clients_is_the_mean_of_a_larger_batch() -> None:
         Observation.sum_of([seen[0], total])
     with pytest.raises(InvalidInputError, match="at least one client"):
         Observation.sum_of([])
-    more = seen[0].with_terms(images=2, labels=(3, 3))
+    more = seen[0].with_terms(num_images=2, labels=(3, 3))
     with pytest.raises(InvalidInputError, match="equally many images"):
         Observation.sum_of([seen[0], more])
 

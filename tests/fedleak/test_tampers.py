@@ -59,7 +59,7 @@ def attacked(
 
 def tampered(model: nn.Module, name: str, images: int, **options: object) -> nn.Module:
     other = copy.deepcopy(model)
-    other.load_state_dict(make_tamper(name, **options).prepare(model, SHAPE, images=images))
+    other.load_state_dict(make_tamper(name, **options).prepare(model, SHAPE, num_images=images))
     return other
 
 
@@ -164,7 +164,7 @@ def test_rows_of_clients_as_they_are_declared(client: LocalTraining) -> None:
     names, parameters = zip(*model.named_parameters(), strict=True)
     loss = client.criterion.value(model(client.seen(images)), labels)
     sent = dict(zip(names, torch.autograd.grad(loss, parameters), strict=True))
-    terms = Terms(input_shape=SHAPE, images=12, training=client, shared="gradient")
+    terms = Terms(input_shape=SHAPE, num_images=12, training=client, shared="gradient")
     (result,) = make_attack("rows")([Observation.of(model, sent, terms)])
     scored = score_batch(result.images, result.labels, images, labels)
     assert all(s.quality and s.quality.psnr_db > 60 for s in scored)
@@ -177,7 +177,7 @@ def test_rows_need_the_size_of_the_gradient() -> None:
     client = LocalTraining(0.01, 4, optimiser="adam")
     step = gradient(model, images, labels)
     weights = {n: p.detach() - 0.01 * step[n].sign() for n, p in model.named_parameters()}
-    terms = Terms(input_shape=SHAPE, images=4, training=client, shared="weights")
+    terms = Terms(input_shape=SHAPE, num_images=4, training=client, shared="weights")
     with pytest.raises(UnsupportedModelError, match="signs"):
         make_attack("rows")([Observation.of(model, weights, terms)])
 
@@ -232,8 +232,8 @@ def test_a_tamper_leaves_the_model_and_torch_as_they_were(name: str) -> None:
     torch.manual_seed(5)
     expected = torch.rand(1)
     torch.manual_seed(5)
-    state = make_tamper(name).prepare(model, SHAPE, images=8)
-    again = make_tamper(name).prepare(model, SHAPE, images=8)
+    state = make_tamper(name).prepare(model, SHAPE, num_images=8)
+    again = make_tamper(name).prepare(model, SHAPE, num_images=8)
     assert torch.equal(torch.rand(1), expected)
     assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
     assert {k: v.shape for k, v in state.items()} == {k: v.shape for k, v in before.items()}

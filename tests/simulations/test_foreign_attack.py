@@ -32,8 +32,10 @@ class Grey(Attack):
     def reconstruct(self, observations: Sequence[Observation]) -> list[Reconstruction]:
         found = []
         for seen in observations:
-            images = torch.full((seen.images, *seen.input_shape), self.level, dtype=torch.float64)
-            labels = torch.zeros(seen.images, dtype=torch.int64)
+            images = torch.full(
+                (seen.num_images, *seen.input_shape), self.level, dtype=torch.float64
+            )
+            labels = torch.zeros(seen.num_images, dtype=torch.int64)
             # Which explains nothing: doubtful.
             found.append(Reconstruction(images, labels, fit=1.0))
         return found

@@ -91,7 +91,7 @@ def test_a_learning_rate_that_falls() -> None:
     def declared(server_round: int) -> LocalTraining:
         return LocalTraining(rates[server_round - 1], 4)
 
-    _, found = leaks(declared, four, 3, training=LocalTraining(rates, 4), images=4)
+    _, found = leaks(declared, four, 3, training=LocalTraining(rates, 4), num_images=4)
     assert len(found) == 24
     assert min(found) > 110
 
@@ -110,7 +110,7 @@ def test_a_learning_rate_of_the_message_and_unequal_clients() -> None:
         return 4 if node - 2 else 1
 
     _, found = leaks(
-        declared, images, config={"lr": 0.05}, training=LocalTraining("lr", 4), images=count
+        declared, images, config={"lr": 0.05}, training=LocalTraining("lr", 4), num_images=count
     )
     assert len(found) == 5
     assert min(found) > 115
@@ -126,7 +126,7 @@ def test_clients_that_differ() -> None:
     def training(server_round: int, node: int, config: Any) -> LocalTraining:
         return declared(server_round)
 
-    found, psnr = leaks(declared, four, training=training, images=4)
+    found, psnr = leaks(declared, four, training=training, num_images=4)
     assert min(psnr) > 110
     for leak in found:
         assert leak.reconstruction is not None
@@ -147,7 +147,9 @@ def test_clients_that_differ() -> None:
 )
 def test_a_capture_says_it_too(client: LocalTraining, tmp_path: Path) -> None:
     """What is attacked later is what was attacked live."""
-    found, _ = leaks(lambda r: client, four, training=client, images=4, capture=tmp_path / "seen")
+    found, _ = leaks(
+        lambda r: client, four, training=client, num_images=4, capture=tmp_path / "seen"
+    )
     capture = Capture(tmp_path / "seen", "cnn2-v1")
     updates = [capture.update(name) for name in capture.names()]
     assert [u.training for u in updates] == [client] * 2
@@ -181,7 +183,7 @@ def test_scenarios_say_it(training: dict[str, Any]) -> None:
     count = described.training.images
     strategy = MaliciousServer(
         FedAvg(fraction_evaluate=0.0), make_model(described), SHAPE,
-        training=described.training.local, images=count, on_leak=found.append,
+        training=described.training.local, num_images=count, on_leak=found.append,
     )  # fmt: skip
     client = build_client_app(lambda context: described)
     strategy.start(

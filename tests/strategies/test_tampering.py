@@ -75,7 +75,7 @@ def run(strategy: Strategy, client: ClientApp, rounds: int = 2) -> dict[str, np.
 def server(leaks: list[Leak], **options: Any) -> TamperingServer:
     return TamperingServer(
         FedAvg(fraction_evaluate=0.0), net, SHAPE, training=LocalTraining(0.1, IMAGES),
-        images=IMAGES, on_leak=leaks.append, **{"tamper": "peel", "attack": "rows", **options},
+        num_images=IMAGES, on_leak=leaks.append, **{"tamper": "peel", "attack": "rows", **options},
     )  # fmt: skip
 
 
@@ -108,7 +108,7 @@ def test_rounds_without_tampering_are_the_same_bit_for_bit() -> None:
     assert equal(run(server([], rounds=[]), app()), honest)
     assert equal(
         run(MaliciousServer(FedAvg(fraction_evaluate=0.0), net, SHAPE, attack="rows",
-                            training=LocalTraining(0.1, IMAGES), images=IMAGES), app()),
+                            training=LocalTraining(0.1, IMAGES), num_images=IMAGES), app()),
         honest,
     )  # fmt: skip
     lost = run(server([], rounds=[2], clients=1, restore=False), app())
@@ -170,7 +170,7 @@ def test_what_is_not_allowed_or_does_not_suit_is_refused() -> None:
     ],
 )
 def test_each_tamper_leaves_signs(tamper: str, kinds: set[str]) -> None:
-    state = make_tamper(tamper).prepare(net(), SHAPE, images=64)
+    state = make_tamper(tamper).prepare(net(), SHAPE, num_images=64)
     assert kinds <= {s.kind for s in signs_of_tampering(state)}
     seen = signs_of_tampering(state, net().state_dict())
     assert kinds | {"jump"} <= {s.kind for s in seen}

@@ -28,12 +28,12 @@ def account(evidence: Evidence, batch: Demixed) -> tuple[Evidence, Demixed]:
     """
     counted = not bool(evidence.granted[0]) and evidence.terms.clients == 1
     counted &= not evidence.seen[0].doubts
-    if not batch.solved and batch.rank not in (0, evidence.images) and counted:
+    if not batch.solved and batch.rank not in (0, evidence.num_images) and counted:
         other = evidence.with_images(batch.rank)
         if other.is_chain:
             found = next(demix_heads(other, scaled=True))
             if found.solved:
-                seen = of_another_number(evidence.images, batch.rank)
+                seen = of_another_number(evidence.num_images, batch.rank)
                 seen = seen.and_(one_batch(found, not evidence.scale))
                 return other.divided([seen]), found
     seen = one_batch(batch, not evidence.scale)

@@ -73,7 +73,7 @@ def solve_head(evidence: Evidence) -> list[HeadSolution]:
     UnsupportedModelError
         If the images of a batch cannot be told apart.
     """
-    if evidence.images > 1:
+    if evidence.num_images > 1:
         return [of_batches(list(demix_heads(evidence)), evidence)]
     chain, labels = evidence.chain, evidence.labels
     if evidence.defended and evidence.rescales != "tensor":
@@ -133,7 +133,7 @@ def demix_heads(evidence: Evidence, scaled: bool = False) -> Iterator[Demixed]:
             bias,
             head.weight[0],
             head.bias,
-            evidence.images,
+            evidence.num_images,
             typical,
             evidence.labels[n] if bool(evidence.granted[n]) else None,
             demands,
@@ -208,7 +208,7 @@ def of_batches(found: list[Demixed], evidence: Evidence) -> HeadSolution:
     for batch in found:
         if not batch.solved:
             raise UnsupportedModelError(
-                f"the {evidence.images} images of a batch could not be told apart at the head: "
+                f"the {evidence.num_images} images of a batch could not be told apart at the head: "
                 f"{batch.why_not}"
             )
     value = torch.cat([b.inputs for b in found])

@@ -49,7 +49,7 @@ def observed_labels(
     UnsupportedModelError
         If they are neither known nor inferable.
     """
-    images = observations[0].images
+    images = observations[0].num_images
     known = [o.labels for o in observations]
     for labels in known:
         if labels is not None and len(labels) != images:

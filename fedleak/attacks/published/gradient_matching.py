@@ -68,15 +68,15 @@ class DLGAttack(Attack):
 
     def reconstruct(self, observations: Sequence[Observation]) -> list[Reconstruction]:
         evidence = Evidence.gather(observations, self.device, infer=self._infers)
-        replay, shape = evidence.replay, (-1, evidence.images, *evidence.terms.input_shape)
-        pixels = evidence.images * math.prod(evidence.terms.input_shape)
-        soft = 0 if self._infers else evidence.images * replay.classes
+        replay, shape = evidence.replay, (-1, evidence.num_images, *evidence.terms.input_shape)
+        pixels = evidence.num_images * math.prod(evidence.terms.input_shape)
+        soft = 0 if self._infers else evidence.num_images * replay.classes
 
         def dummy(u: Tensor) -> tuple[Tensor, Tensor]:
             images = u[:, :pixels].reshape(shape)
             if self._infers:
                 return images, evidence.labels
-            return images, u[:, pixels:].reshape(-1, evidence.images, replay.classes)
+            return images, u[:, pixels:].reshape(-1, evidence.num_images, replay.classes)
 
         def objective(u: Tensor) -> tuple[Tensor, Tensor]:
             u = u.detach().requires_grad_()
@@ -184,14 +184,14 @@ class CosineAttack(Attack):
     def needs(self, observation: Observation) -> set[str]:
         several = observation.terms.steps > 1
         # Labels of a batch are counted, which takes the size of the update.
-        counts = observation.labels is None and observation.images > 1
+        counts = observation.labels is None and observation.num_images > 1
         if (several and self.local_training) or (observation.shared == "weights" and counts):
             return super().needs(observation)
         return {"batch_size"}
 
     def reconstruct(self, observations: Sequence[Observation]) -> list[Reconstruction]:
         evidence = Evidence.gather(observations, self.device, simulate=self.local_training)
-        shape = (evidence.images, *evidence.terms.input_shape)
+        shape = (evidence.num_images, *evidence.terms.input_shape)
         start = _draw(observations, self.seed, self.restarts * math.prod(shape))
         start = start.to(evidence.replay.device)
         # float32, as published: half the time, and far finer than the last step size.

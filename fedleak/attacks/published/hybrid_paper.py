@@ -78,9 +78,9 @@ class PaperHybridAttack(Attack):
 
     def reconstruct(self, observations: Sequence[Observation]) -> list[Reconstruction]:
         evidence = Evidence.gather(observations, self.device)
-        if evidence.images > 1:
+        if evidence.num_images > 1:
             raise UnsupportedModelError(
-                f"the update mixes {evidence.images} images; the published hybrid is for one"
+                f"the update mixes {evidence.num_images} images; the published hybrid is for one"
             )
         correction = _Correction(evidence, self.steps_fraction, torch.zeros(len(evidence)))
         solution = solve_recursively(evidence, correct=correction)

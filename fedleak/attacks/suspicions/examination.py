@@ -64,11 +64,11 @@ def _one(observation: Observation, own: Gradients, replay: Replay) -> tuple[Grad
     head = replay.head
     if seen.doubts or head is None:
         return own, seen
-    if terms.images > 1 and f"{head}.weight" in own:
+    if terms.num_images > 1 and f"{head}.weight" in own:
         of_sent = float(replay.parameters[f"{head}.weight"].square().mean().sqrt())
         rounding = 0.0 if scale is None else WEIGHT * of_sent / scale
-        return own, seen.and_(far_fewer(own[f"{head}.weight"], terms.images, rounding))
-    if terms.images > 1 or terms.steps > 1:
+        return own, seen.and_(far_fewer(own[f"{head}.weight"], terms.num_images, rounding))
+    if terms.num_images > 1 or terms.steps > 1:
         return own, seen
     weight, bias = own.get(f"{head}.weight"), own.get(f"{head}.bias")
     if weight is None or bias is None:

@@ -124,7 +124,7 @@ class ChainTarget(Target):
 
     def _together(self, each: Tensor) -> Tensor:
         """Return values of (N * B, ...) as (N, B, ...)."""
-        return each.unflatten(0, (-1, self.evidence.images))
+        return each.unflatten(0, (-1, self.evidence.num_images))
 
     def made(self, images: Tensor, hidden: Tensor | None = None) -> Tensor:
         chain = self.evidence.chain
@@ -223,7 +223,7 @@ class SignTarget(ModuleTarget):
 def _head_input(evidence: Evidence) -> Tensor | None:
     """Return the input of a fully connected head, exact for one image: ``G = g x^T``."""
     head = evidence.replay.head
-    if head is None or evidence.images > 1 or evidence.defended:
+    if head is None or evidence.num_images > 1 or evidence.defended:
         return None
     bias = evidence.gradient.get(f"{head}.bias")
     weight = evidence.gradient.get(f"{head}.weight")

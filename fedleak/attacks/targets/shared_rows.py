@@ -40,7 +40,7 @@ def covers(evidence: Evidence, prior: Prior, depth: int) -> bool:
     layers = evidence.chain.layers
     one_layer = depth == lead + 1 and layers[lead].ranked
     one_layer = one_layer and all(layer.reshapes for layer in layers[:lead])
-    return evidence.images > 1 and one_layer and prior.gaussian and small
+    return evidence.num_images > 1 and one_layer and prior.gaussian and small
 
 
 def match_batch(
@@ -65,7 +65,7 @@ def match_batch(
     _, of_gradient = row_deviations(outputs, deviations, gradient, noise)
     images, names = [], []
     for n in range(len(evidence)):
-        rows = slice(n * evidence.images, (n + 1) * evidence.images)
+        rows = slice(n * evidence.num_images, (n + 1) * evidence.num_images)
         target = OwnRows(layer, outputs[rows], deviations[rows])
         size = gradient[n].square().mean().sqrt()
         deviation = (

@@ -34,7 +34,7 @@ def received_statistics(observations: Sequence[Observation], replay: Replay) -> 
         Empty where the update has no such statistics, or the threat model forbids them.
     """
     first = observations[0]
-    once = first.terms.trained is not None and first.terms.trained.steps(first.images) == 1
+    once = first.terms.trained is not None and first.terms.trained.steps(first.num_images) == 1
     if not once or first.clients > 1 or not all(o.buffers for o in observations):
         return {}
     known: Gradients = {}
