@@ -219,7 +219,7 @@ def _attacker(
         training_data(scenario).shape,
         attack=attack,
         training=scenario.training.local,
-        images=scenario.training.images,
+        num_images=scenario.training.images,
         threat=scenario.threat.model,
         labels_of=recorder.labels_of,
         defence=known_defence(scenario) if scenario.threat.defence else None,

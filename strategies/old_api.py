@@ -117,7 +117,7 @@ def capture_fit(
             return
         client, result = results[0]
         terms = Terms(
-            input_shape=input_shape, images=sizes[0], training=training, shared="weights",
+            input_shape=input_shape, num_images=sizes[0], training=training, shared="weights",
             threat=ThreatModel(view="sum"),
         )  # fmt: skip
         with torch.random.fork_rng(devices=[]):

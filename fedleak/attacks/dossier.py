@@ -383,7 +383,7 @@ class Dossier:
                 return alone
         smaller = replace(
             observation.with_terms(
-                images=count - len(found), labels=None if own is None else tuple(own)
+                num_images=count - len(found), labels=None if own is None else tuple(own)
             ),
             gradient=left,
         )

@@ -153,7 +153,7 @@ def _foremost(seen: Observation, head: str, order: list[int], sink: int) -> Catc
     errors[label], errors[sink] = -1.0, 1.0
     gradient |= {f"{head}.weight": rows, f"{head}.bias": errors}
     like = {k: g.to(seen.gradient[k].dtype) for k, g in gradient.items()}
-    own = seen.with_terms(images=1, clients=1, labels=None)
+    own = seen.with_terms(num_images=1, clients=1, labels=None)
     return Catch(label, 1, replace(own, model=model, gradient=like))
 
 
@@ -225,5 +225,5 @@ def alone(seen: Observation, label: int, count: int) -> Observation:
         others = torch.arange(len(rows)) != label
         rows[others] = -rows[label] / (len(rows) - 1)
         gradient[f"{name}.{part}"] = rows
-    own = seen.with_terms(images=count, clients=1, labels=None)
+    own = seen.with_terms(num_images=count, clients=1, labels=None)
     return replace(own, gradient=gradient)

@@ -86,7 +86,7 @@ def same(a: Observation, b: Observation) -> None:
     for name, value in a.model.state_dict().items():
         assert torch.equal(value, b.model.state_dict()[name])
     assert [m.training for m in a.model.modules()] == [m.training for m in b.model.modules()]
-    plain = ("input_shape", "images", "labels", "threat", "training", "shared", "clients")
+    plain = ("input_shape", "num_images", "labels", "threat", "training", "shared", "clients")
     assert [getattr(a, n) for n in plain] == [getattr(b, n) for n in plain]
 
 

@@ -27,6 +27,7 @@ from simulations.scenario import Scenario, make_scenario
 from simulations.server_app import make_strategy
 from simulations.task import make_model
 from strategies import DelegatingStrategy, FedSGD, Leak, MaliciousServer, RejectInvalid
+from strategies.declared import named
 
 CLIENTS = 4
 SHAPE = (1, 8, 8)
@@ -298,10 +299,8 @@ def test_a_client_that_never_replies() -> None:
 
 def test_plain_lists_of_arrays_are_named_after_the_model() -> None:
     """NumPyClient-style apps send arrays called "0", "1", ..."""
-    described = scenario()
-    model = make_model(described)
-    wrapped = attacker(described, flower.FedAvg())
-    names = wrapped._named(
+    model = make_model(scenario())
+    names = named(
         {str(i): v for i, v in enumerate(model.state_dict().values())}, model.state_dict()
     )
     assert list(names) == list(model.state_dict())
