@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -39,8 +40,8 @@ class Declared:
     Raises
     ------
     InvalidInputError
-        If the threat model grants what is not named here, or the defence does not go with
-        what clients reply.
+        If a value is none, the threat model grants what is not named here, or the defence does
+        not go with what clients reply.
     """
 
     input_shape: tuple[int, int, int]
@@ -51,6 +52,22 @@ class Declared:
     defence: DefenceSpec | Callable[[int, int, Config], Defended] | None
 
     def __post_init__(self) -> None:
+        shape = self.input_shape
+        sizes = tuple(shape) if isinstance(shape, Sequence) and not isinstance(shape, str) else ()
+        if len(sizes) != 3 or not all(_counts(size) for size in sizes):
+            raise InvalidInputError(
+                f"input_shape must be (channels, height, width) of one image, not {shape!r}"
+            )
+        object.__setattr__(self, "input_shape", sizes)
+        if not callable(self.images) and not _counts(self.images):
+            raise InvalidInputError(
+                f"images must be a whole number from 1, or a function, not {self.images!r}"
+            )
+        if not (self.training is None or callable(self.training)
+                or isinstance(self.training, LocalTraining)):  # fmt: skip
+            raise InvalidInputError(
+                f"training must say what clients do, as LocalTraining(0.1), not {self.training!r}"
+            )
         if self.threat.labels and self.labels_of is None:
             raise InvalidInputError("the threat model grants the labels; name them by labels_of")
         if self.threat.defence and self.defence is None:
@@ -124,6 +141,11 @@ class Declared:
         )
         like = model.state_dict() if trains else dict(model.named_parameters())
         return Update(server_round, (node,), dict(sent), named(to_tensors(received), like), terms)
+
+
+def _counts(value: object) -> bool:
+    """Whether a value is a whole number from 1."""
+    return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= 1
 
 
 def _arrays(reply: Message | None) -> ArrayRecord:

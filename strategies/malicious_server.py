@@ -153,7 +153,7 @@ class MaliciousServer(DelegatingStrategy):
             labels_of,
             parse_defence(defence) if isinstance(defence, str) else defence,
         )
-        self.threat = self.declared.threat
+        self.threat, input_shape = self.declared.threat, self.declared.input_shape
         with _preserved_random_state():  # the app may draw its first weights after this
             self.model = unwrapped(model if isinstance(model, nn.Module) else model())
             if attack is not None and not callable(training):

@@ -94,7 +94,7 @@ class TamperSender(DelegatingStrategy):
                 f"clients is {clients}, but under view='sum' the server gets one sum over updates "
                 "of one model; tamper with all of them (0)"
             )
-        self.tamper, self.input_shape = tamper, input_shape
+        self.tamper, self.input_shape = tamper, (input_shape[0], input_shape[1], input_shape[2])
         self.rounds, self.clients, self.alike = rounds, clients, alike
         self.tampered: list[Tampering] = []
         self.nodes: set[int] = set()

@@ -62,8 +62,9 @@ def attacker(described: Scenario, strategy: Strategy, **changes: Any) -> Malicio
     arguments: dict[str, Any] = {
         "attack": LinearAttack(),
         "training": described.training.local,
+        "input_shape": SHAPE,
     }
-    return MaliciousServer(strategy, make_model(described), SHAPE, **{**arguments, **changes})
+    return MaliciousServer(strategy, make_model(described), **{**arguments, **changes})
 
 
 def same(a: ArrayRecord, b: ArrayRecord) -> bool:
@@ -360,6 +361,10 @@ def test_bad_settings() -> None:
         ({"threat": ThreatModel(labels=True)}, "name them by labels_of"),
         ({"threat": ThreatModel(defence=True)}, "name it by defence"),
         ({"every": 0}, "every"),
+        ({"input_shape": (2, 2)}, "input_shape must be"),
+        ({"input_shape": "1,8,8"}, "input_shape must be"),
+        ({"training": 0.1}, "as LocalTraining"),
+        *(({"images": n}, "images must be a whole number") for n in (0, 2.5, "8", True)),
         (
             {"defence": "dp:clip=1,noise=1,examples=4", "training": LocalTraining(0.1)},
             "for weights",
