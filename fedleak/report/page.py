@@ -16,7 +16,7 @@ from fedleak import __version__
 from fedleak.errors import InvalidInputError
 from fedleak.files import write_atomically
 from fedleak.provenance import now
-from fedleak.report import words
+from fedleak.report import advice, words
 from fedleak.report.chart_styles import looks
 from fedleak.report.charts import (
     Chart,
@@ -155,7 +155,7 @@ def _section(study: Study, source: Source, prefix: str) -> Section:
     palette = looks(study.arms)
     subject = next((j for j in judged if j[0].undefended and j[1].images), judged[0])
     shown = gallery(study.arms, source.notes, BUDGET // len(source.studies))
-    helps = words.what_helps(study, judged, source)
+    helps = advice.what_helps(study, judged, source)
     told = words.details(*subject)
     changed = tamper_rows(study)
     changed_told = sentences(changed)
@@ -179,7 +179,7 @@ def _section(study: Study, source: Source, prefix: str) -> Section:
         frontier=frontier_chart(judged, palette, prefix),
         predicted=predicted_chart(judged, palette, prefix),
         layers=[] if metric is None else layers(metric),
-        commands=words.next_commands(study, source, _shape(study)),
+        commands=advice.next_commands(study, source, _shape(study)),
         tampers=changed,
         tampers_told=changed_told,
         tampers_basis=basis(changed),
