@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from fedleak.report.numbers import Figures
 from fedleak.report.sources import Source, Study
-from fedleak.report.words import Judged, decibels, percent
+from fedleak.report.words import NBSP, Judged, decibels, percent
 from fedleak.untrusted import dig, finite
 
 __all__ = ["next_commands", "what_helps"]
