@@ -59,9 +59,9 @@ class Declared:
                 f"input_shape must be (channels, height, width) of one image, not {shape!r}"
             )
         object.__setattr__(self, "input_shape", sizes)
-        if not callable(self.images) and not _counts(self.images):
+        if not callable(self.num_images) and not _counts(self.num_images):
             raise InvalidInputError(
-                f"images must be a whole number from 1, or a function, not {self.images!r}"
+                f"num_images must be a whole number from 1, or a function, not {self.num_images!r}"
             )
         if not (self.training is None or callable(self.training)
                 or isinstance(self.training, LocalTraining)):  # fmt: skip
