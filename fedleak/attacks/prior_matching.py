@@ -1,4 +1,7 @@
-"""Joint matching: the image under a prior that explains everything that is known."""
+"""Joint matching: the image under a prior that explains everything that is known.
+
+Of a family of priors the one is taken that the evidence prefers, the middle of the image foremost.
+"""
 
 from __future__ import annotations
 

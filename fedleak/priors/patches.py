@@ -1,4 +1,7 @@
-"""A mixture of Gaussians over small patches: edges, textures and level areas differ."""
+"""A mixture of Gaussians over small patches: edges, textures and level areas differ.
+
+Made normal again around each estimate of an image.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an attacker who knows the defence makes of the fully connected head."""
+"""What an attacker who knows the defence makes of the head, each gradient weighed by its errors."""
 
 from __future__ import annotations
 

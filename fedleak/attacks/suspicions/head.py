@@ -1,4 +1,4 @@
-"""What the head's gradient of one image says of the loss: ``G = g x^T`` holds ``x`` and ``g``.
+"""Whether a head's gradient is that of one image (rank one, ``G = g x^T``), and of which loss.
 
 ``x`` is the ratio of rows, whatever the loss; so the logits ``z = W x + b`` are known, and with
 them what a declared loss makes of every label: ``g`` is that, a multiple of it, or another loss's.
