@@ -28,15 +28,15 @@ def cholesky(matrix: Tensor) -> Tensor:
     return factor
 
 
-def _symmetric(a: Tensor, b: Tensor) -> Tensor:
+def symmetric_product(a: Tensor, b: Tensor) -> Tensor:
     """Return ``a @ b.mT``, shape (N, m, m), which is symmetric: half of it is mirrored."""
     m = a.shape[1]
     if m <= 256:
         return a @ b.mT
     upper, lower = slice(0, m // 2), slice(m // 2, m)
     out = a.new_empty(len(a), m, m)
-    out[:, upper, upper] = _symmetric(a[:, upper], b[:, upper])
-    out[:, lower, lower] = _symmetric(a[:, lower], b[:, lower])
+    out[:, upper, upper] = symmetric_product(a[:, upper], b[:, upper])
+    out[:, lower, lower] = symmetric_product(a[:, lower], b[:, lower])
     out[:, lower, upper] = a[:, lower] @ b[:, upper].mT
     out[:, upper, lower] = out[:, lower, upper].mT
     return out
@@ -167,7 +167,7 @@ class Rows:
             return self._by_colour(prior)
         if id(prior) not in self._grams:  # the prior is kept: its id stays its own
             self._grams = {
-                id(prior): (prior, _symmetric(prior.times(self.jacobian), self.jacobian))
+                id(prior): (prior, symmetric_product(prior.times(self.jacobian), self.jacobian))
             }
         return self._grams[id(prior)][1]
 
@@ -181,12 +181,14 @@ class Rows:
             axes = torch.linalg.eigh(colour)[1]
             rows = self.jacobian.reshape(*self.jacobian.shape[:2], len(colour), -1)
             parts = torch.einsum("nmcs,ca->anms", rows, axes)
-            grams = torch.stack([_symmetric(_product(p, space.covariance), p) for p in parts])
+            grams = torch.stack(
+                [symmetric_product(_product(p, space.covariance), p) for p in parts]
+            )
             self._colours[id(space)] = (space, axes, grams)
         _, axes, grams = self._colours[id(space)]
         share = axes.mT @ colour @ axes
         if float((share - share.diagonal().diag()).abs().max()) > 1e-9 * float(share.max()):
-            return _symmetric(prior.times(self.jacobian), self.jacobian)
+            return symmetric_product(prior.times(self.jacobian), self.jacobian)
         return torch.einsum("anij,a->nij", grams, share.diagonal())
 
     def normal(self, weights: Tensor) -> Tensor:
@@ -194,9 +196,9 @@ class Rows:
         level = weights[:, :1]
         if bool((weights == level).all()):
             if self._normal is None:
-                self._normal = _symmetric(self.jacobian.mT, self.jacobian.mT)
+                self._normal = symmetric_product(self.jacobian.mT, self.jacobian.mT)
             return self._normal * level.unsqueeze(2)
-        return _symmetric((self.jacobian * weights.unsqueeze(2)).mT, self.jacobian.mT)
+        return symmetric_product((self.jacobian * weights.unsqueeze(2)).mT, self.jacobian.mT)
 
 
 class Measurements:

@@ -11,18 +11,22 @@ from fedleak import deadline
 from fedleak.tensors import per_update
 
 Vector = tuple[Tensor, ...]
-
+#: ``(r, U^T r) -> M U^T r``.
+Inverse = Callable[[Vector, Tensor], Tensor]
 
 #: The loop looks this often whether all are done: looking waits for the device.
 _LOOK = 4
+#: Steps within which a preconditioner leads to the end, or is left out of the others.
+_TRUSTED = 50
 
 
-def _dot(a: Vector) -> Tensor:
-    """Squared norm of each update: sum over everything but the first dimension."""
-    flat = [x.flatten(1) for x in a]
-    total = torch.linalg.vecdot(flat[0], flat[0])
-    for x in flat[1:]:
-        total = total + torch.linalg.vecdot(x, x)
+def _dot(a: Vector, b: Vector | None = None) -> Tensor:
+    """Inner product of each update, its square without ``b``: over all but the first dimension."""
+    total: Tensor | None = None
+    for x, y in zip(a, b or a, strict=True):
+        part = torch.linalg.vecdot(x.flatten(1), y.flatten(1))
+        total = part if total is None else total + part
+    assert total is not None
     return total
 
 
@@ -33,6 +37,7 @@ def cgls(
     start: Tensor,
     tolerance: float = 1e-11,
     max_iterations: int = 3000,
+    inverse: Inverse | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Solve ``min ||U x - v||`` for many right sides at once.
 
@@ -54,6 +59,9 @@ def cgls(
         An update is done when ``||U^T r||`` has fallen by this factor.
     max_iterations : int
         Upper bound on the products with ``U``.
+    inverse : callable, optional
+        ``(r, U^T r) -> M U^T r``, with M a function of ``U^T U``, such as ``(U^T U + d)^-1``: a
+        preconditioner, which leaves the least-norm solution what it is.
 
     Returns
     -------
@@ -64,13 +72,24 @@ def cgls(
     x = start.clone()
     r = tuple(v - u for v, u in zip(rhs, apply(x), strict=True))
     s = adjoint(r)
-    p = s
-    gamma = _dot((s,))
+    p, size = s, _dot((s,))
+    gamma = size
     goal = tolerance**2 * _dot((adjoint(rhs),))
+    look = _LOOK if inverse is None else 1  # each of these steps is long
     for step in range(max_iterations):
-        active = gamma > goal
-        if step % _LOOK == 0 and (not bool(active.any()) or deadline.passed()):
+        active = size > goal
+        if step % look == 0 and (not bool(active.any()) or deadline.passed()):
             break
+        z, fresh = s, size
+        if inverse is not None and step < _TRUSTED:
+            z = inverse(r, s)
+            fresh = _dot((s,), (z,))
+            good = fresh > 0  # not where its factors failed
+            z, fresh = torch.where(per_update(good, z), z, s), torch.where(good, fresh, size)
+        beta = torch.where(active, fresh / gamma.clamp_min(1e-300), 0.0)
+        fresh_start = step == 0 or (inverse is not None and step == _TRUSTED)
+        p = z if fresh_start else torch.addcmul(z, per_update(beta, p), p)
+        gamma = torch.where(active, fresh, gamma)
         q = apply(p)
         delta = _dot(q)
         alpha = torch.where(active & (delta > 0), gamma / delta.clamp_min(1e-300), 0.0)
@@ -79,10 +98,6 @@ def cgls(
         for a, b in zip(r, q, strict=True):
             a.addcmul_(per_update(alpha, a), b, value=-1)
         s = adjoint(r)
-        fresh = _dot((s,))
-        beta = torch.where(active, fresh / gamma.clamp_min(1e-300), 0.0)
-        p = torch.addcmul(s, per_update(beta, p), p)
-        gamma = torch.where(active, fresh, gamma)
+        size = _dot((s,))
     r = tuple(v - u for v, u in zip(rhs, apply(x), strict=True))
-    size = _dot(rhs).clamp_min(1e-300)
-    return x, (_dot(r) / size).sqrt()
+    return x, (_dot(r) / _dot(rhs).clamp_min(1e-300)).sqrt()

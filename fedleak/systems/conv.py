@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from scipy.sparse import csr_matrix
 from torch import Tensor, nn
 
 from fedleak.errors import UnsupportedModelError
+from fedleak.solvers.least_squares import Inverse
 from fedleak.systems.base import LAYERS, Shape
+from fedleak.systems.direct import inverse_of, plan
 from fedleak.systems.ranks.blocks import EXACT, Effort, Ranks
 from fedleak.systems.ranks.convolution import convolution_ranks
 from fedleak.systems.ranks.counted import counted_batch_rank, counted_rank
@@ -47,6 +51,15 @@ class Conv(Affine):
 
     def scatter(self, p: Tensor) -> Tensor:
         return self.windows.scatter(p.reshape(p.shape[0], -1, p.shape[-1]))
+
+    @property
+    def solver_entries(self) -> int:
+        return plan(self).entries
+
+    def inverse(
+        self, e: Tensor, a: Tensor, k: Tensor, adjoint: Callable[[tuple[Tensor, ...]], Tensor]
+    ) -> Inverse | None:
+        return inverse_of(self, e, a, k, adjoint)
 
     def block_ranks(
         self, e: Tensor, rows: csr_matrix | None = None, effort: Effort = EXACT

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -73,28 +74,15 @@ _IGNORED = {"size", getattr, operator.getitem}
 
 def read_layers(model: nn.Module, input_shape: Shape) -> list[Layer]:
     """Return the layers of a module, in forward order; see :meth:`Chain.read`."""
-    model = unwrapped(model)
-    _demand_known(model)
-    model = copied(model).eval()
-    named = dict(model.named_parameters())
-    try:
-        tracer = _Tracer()
-        graph = fx.GraphModule(model, tracer.trace(model))
-    except Exception as error:  # fx raises many kinds; each means "not a fixed chain"
-        raise UnsupportedModelError(
-            f"the forward pass of {type(model).__name__} cannot be traced ({error}); "
-            "the linear systems need a fixed chain of layers"
-        ) from error
-    modules = dict(graph.named_modules())
-    reference = next(model.parameters(), torch.empty(0))
-    value = torch.zeros(1, *input_shape, dtype=reference.dtype, device=reference.device)
-    runner = _ShapeRunner(graph, input_shape)
-    with torch.no_grad():
-        runner.run(value)
+    given = unwrapped(model)
+    _demand_known(given)
+    model = copied(given).eval()
+    named, modules = dict(model.named_parameters()), dict(model.named_modules())
+    graph, runner = _traced(given, model, input_shape)
     layers: list[Layer] = []
     seen: set[Any] = set()
     current: fx.Node | None = None
-    for node in graph.graph.nodes:
+    for node in graph.nodes:
         if node.op == "placeholder" and current is None:
             current = node
         elif node.op == "output":
@@ -116,6 +104,35 @@ def read_layers(model: nn.Module, input_shape: Shape) -> list[Layer]:
             layers.append(_read_node(node, modules, runner, current))
             current = node
     return layers
+
+
+#: Graphs of models by what they depend on: weights change in every round, the layers do not.
+_TRACED: weakref.WeakKeyDictionary[nn.Module, dict[Any, tuple[fx.Graph, _ShapeRunner]]]
+_TRACED = weakref.WeakKeyDictionary()
+
+
+def _traced(
+    given: nn.Module, model: nn.Module, input_shape: Shape
+) -> tuple[fx.Graph, _ShapeRunner]:
+    """Return the graph of ``model``, a copy of ``given``, and the shapes of its values."""
+    known = _TRACED.setdefault(given, {})
+    key = (tuple(input_shape), *((id(m), type(m), m.training) for m in given.modules()))
+    if key not in known:
+        try:
+            graph = _Tracer().trace(model)
+        except Exception as error:  # fx raises many kinds; each means "not a fixed chain"
+            raise UnsupportedModelError(
+                f"the forward pass of {type(model).__name__} cannot be traced ({error}); "
+                "the linear systems need a fixed chain of layers"
+            ) from error
+        reference = next(model.parameters(), torch.empty(0))
+        value = torch.zeros(1, *input_shape, dtype=reference.dtype, device=reference.device)
+        runner = _ShapeRunner(model, graph, input_shape)
+        with torch.no_grad():
+            runner.run(value)
+        known.clear()
+        known[key] = graph, runner
+    return known[key]
 
 
 def _demand_own_parameters(name: str, module: nn.Module, named: dict[str, nn.Parameter]) -> None:
@@ -218,8 +235,8 @@ class _Tracer(fx.Tracer):
 class _ShapeRunner(fx.Interpreter):
     """Runs the model once on zeros, to learn the shape of every tensor and all other values."""
 
-    def __init__(self, graph: fx.GraphModule, input_shape: Shape):
-        super().__init__(graph)
+    def __init__(self, model: nn.Module, graph: fx.Graph, input_shape: Shape):
+        super().__init__(model, graph=graph)
         self.shapes: dict[str, Shape] = {}
         self.values: dict[str, Any] = {}
         self.input_shape = input_shape

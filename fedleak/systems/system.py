@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 from fedleak.errors import UnsupportedModelError
 from fedleak.precision import FORWARD, GRADIENT
 from fedleak.solvers import cgls
+from fedleak.solvers.least_squares import Inverse
 from fedleak.systems.base import Above, Descent, Equations, Gradients, Layer, Shape
 from fedleak.systems.ranks.blocks import EXACT, Effort, Ranks, selection
 from fedleak.systems.ranks.operators import (
@@ -23,6 +25,9 @@ from fedleak.systems.ranks.operators import (
 )
 from fedleak.tensors import per_update, rms
 
+#: Memory for the solver's matrices, in entries, by device: it sets how many updates are solved
+#: together.
+_ENTRIES = {"cpu": 3e7, "cuda": 2e9}
 #: Attacks rank systems exactly up to this many unknowns.
 EXACT_UNKNOWNS = 600
 
@@ -86,6 +91,22 @@ class System(Layer):
         deviations = row_deviations(z, above.deviation, gradient, above.noise, errors)
         x, residual = solve_layer(self, z, e, gradient, deviations, start)
         return Descent(x, None, Equations(rank, exact, residual))
+
+    @property
+    def solver_entries(self) -> int:
+        """Memory that :meth:`inverse` takes for one image, in float64 entries."""
+        return 0
+
+    def inverse(
+        self, e: Tensor, a: Tensor, k: Tensor, adjoint: Callable[[tuple[Tensor, ...]], Tensor]
+    ) -> Inverse | None:
+        """Return ``(U^T U + d)^-1 U^T`` of the weighted system, for a small ``d``.
+
+        What a layer knows of its structure, so that the solver ends in a few steps; None where
+        it knows nothing, or the work would not pay. Arguments as of
+        :func:`fedleak.systems.direct.inverse_of`.
+        """
+        return None
 
     def ranks(self, e: Tensor, known: Tensor, batch: int = 1) -> tuple[Tensor, bool]:
         """Return the rank of the system for each update, and whether it is exact.
@@ -411,6 +432,26 @@ def solve_layer(
     x : Tensor, shape (N * B, *in_shape)
     residual : Tensor, shape (N,)
     """
+    count, batch = len(gradient), len(z) // len(gradient)
+    together = _ENTRIES[z.device.type] / max(1, layer.solver_entries * batch)
+    found = []
+    for some in torch.arange(count).split(max(1, min(count, int(together)))):
+        own, of = (slice(k * int(some[0]), k * (int(some[-1]) + 1)) for k in (1, batch))
+        part = deviations[0][of], deviations[1][own]
+        found.append(_solve_together(layer, z[of], e[of], gradient[own], part, start[of]))
+    x, residual = zip(*found, strict=True)
+    return torch.cat(x), torch.cat(residual)
+
+
+def _solve_together(
+    layer: System,
+    z: Tensor,
+    e: Tensor,
+    gradient: Tensor,
+    deviations: tuple[Tensor, Tensor],
+    start: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Solve the systems of as many updates as fit, see :func:`solve_layer`."""
     of_z, of_gradient = deviations
     shape = (len(gradient), len(z) // len(gradient))
     # Rows are weighted by the inverse of their deviation, the most exact weight row by 1;
@@ -435,5 +476,9 @@ def solve_layer(
         return (back * unit).unflatten(0, shape)
 
     rhs = ((target.weight * a).unflatten(0, shape), target.gradient * k)
-    y, residual = cgls(apply, adjoint, rhs, (start / unit).unflatten(0, shape))
+    inverse = None
+    if k.numel() == shape[0]:
+        each = k.reshape(-1, 1) * unit.reshape(shape)
+        inverse = layer.inverse(e, a * per_update(unit.flatten(), a), each, adjoint)
+    y, residual = cgls(apply, adjoint, rhs, (start / unit).unflatten(0, shape), inverse=inverse)
     return y.flatten(0, 1) * unit, residual

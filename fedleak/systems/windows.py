@@ -53,16 +53,19 @@ class Windows:
 
     def patches(self, x: Tensor) -> Tensor:
         """Return what lies under the kernel, shape (N, C * kernel, positions)."""
-        padded = F.pad(x, self.padding)
         if torch.is_grad_enabled() and x.requires_grad:
-            return F.unfold(padded, self.kernel, self.dilation, 0, self.stride)
+            return F.unfold(F.pad(x, self.padding), self.kernel, self.dilation, 0, self.stride)
         # One copy through strides takes a third of the time, but its derivative is slow.
+        rows, columns = self.positions
+        return self.views(x).permute(0, 1, 4, 5, 2, 3).reshape(x.shape[0], -1, rows * columns)
+
+    def views(self, x: Tensor) -> Tensor:
+        """Return what lies under the kernel, shape (N, C, rows, columns, *kernel), uncopied."""
+        x = F.pad(x, self.padding)
         for axis in (0, 1):
             span = self.dilation[axis] * (self.kernel[axis] - 1) + 1
-            padded = padded.unfold(2 + axis, span, self.stride[axis])
-        rows, columns = self.positions
-        padded = padded[..., :: self.dilation[0], :: self.dilation[1]]
-        return padded.permute(0, 1, 4, 5, 2, 3).reshape(x.shape[0], -1, rows * columns)
+            x = x.unfold(2 + axis, span, self.stride[axis])
+        return x[..., :: self.dilation[0], :: self.dilation[1]]
 
     def scatter(self, p: Tensor) -> Tensor:
         """Return the adjoint of :meth:`patches`, shape (N, C, H, W)."""

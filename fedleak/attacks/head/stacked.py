@@ -66,7 +66,7 @@ def observed_labels(
         if bias is not None and not replay.exact_bias and images > 1:
             bias = None  # of each image another share: counts cannot be read from their sum
         typical, first = None, observations[0]
-        if isinstance(replay.loss, CanonicalLoss):
+        if isinstance(replay.loss, CanonicalLoss) and images > 1:
             typical = typical_probabilities(replay)
             if first.terms.trained is not None and first.terms.steps > 1:
                 own = first.terms.own
