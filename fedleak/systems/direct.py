@@ -259,9 +259,9 @@ def _over_outputs(
     def inverse(r: Rows, _: Tensor) -> Tensor:
         # Gradient rows are (filter, channel, offset) outside, (channel, filter, offset) here.
         given = r[1].reshape(-1, filters, channels, offsets).transpose(1, 2).flatten(1)
-        own, shared = arrow.solve(to_strips(r[0].flatten(0, 1), diagonal), given)
+        found, shared = arrow.solve(to_strips(r[0].flatten(0, 1), diagonal), given)
         shared = shared.reshape(-1, channels, filters, offsets).transpose(1, 2)
-        own = from_strips(own, layer.out_shape).reshape(r[0].shape)
+        own = from_strips(found, layer.out_shape).reshape(r[0].shape)
         return adjoint((own, shared.reshape(r[1].shape)))
 
     return inverse
