@@ -56,7 +56,7 @@ class Conv(Affine):
     def solver_entries(self) -> int:
         return plan(self).entries
 
-    def inverse(
+    def regularised_inverse(
         self, e: Tensor, a: Tensor, k: Tensor, adjoint: Callable[[tuple[Tensor, ...]], Tensor]
     ) -> Inverse | None:
         return inverse_of(self, e, a, k, adjoint)

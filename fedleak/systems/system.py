@@ -94,10 +94,10 @@ class System(Layer):
 
     @property
     def solver_entries(self) -> int:
-        """Memory that :meth:`inverse` takes for one image, in float64 entries."""
+        """Memory that :meth:`regularised_inverse` takes for one image, in float64 entries."""
         return 0
 
-    def inverse(
+    def regularised_inverse(
         self, e: Tensor, a: Tensor, k: Tensor, adjoint: Callable[[tuple[Tensor, ...]], Tensor]
     ) -> Inverse | None:
         """Return ``(U^T U + d)^-1 U^T`` of the weighted system, for a small ``d``.
@@ -479,6 +479,6 @@ def _solve_together(
     inverse = None
     if k.numel() == shape[0]:
         each = k.reshape(-1, 1) * unit.reshape(shape)
-        inverse = layer.inverse(e, a * per_update(unit.flatten(), a), each, adjoint)
+        inverse = layer.regularised_inverse(e, a * per_update(unit.flatten(), a), each, adjoint)
     y, residual = cgls(apply, adjoint, rhs, (start / unit).unflatten(0, shape), inverse=inverse)
     return y.flatten(0, 1) * unit, residual
