@@ -223,7 +223,7 @@ def _over_pixels(
     arrow = Arrow(diagonal, right, corner, -1.0)
 
     def inverse(_: Rows, back: Tensor) -> Tensor:
-        found, _ = arrow.solve(to_strips(back.flatten(0, 1), diagonal))
+        found = arrow.solve(to_strips(back.flatten(0, 1), diagonal))[0]
         return from_strips(found, layer.in_shape).reshape(back.shape)
 
     return inverse
