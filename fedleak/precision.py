@@ -41,3 +41,5 @@ NOISY = 5e-7
 #: Of a float32 weight after a step, relative to the weight: one rounding of the sum, 3.4e-8 at
 #: most (see :data:`HALF`), and a little for that of the step itself.
 WEIGHT = 4e-8
+#: Of a first step of Adam, relative to it: a square, a root, a sum and a quotient, rounded each.
+ADAM_STEP = 1.5e-7

@@ -5,13 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fedleak import precision
 from fedleak.attacks.evidence import Evidence
 from fedleak.modules import mathematical
 
 #: Unknowns up to which the question is asked; as many backward passes answer it.
 MOST = 256
-#: Relative error of the entries of a float32 gradient.
-_ROUNDING = 3e-7
 #: Combinations of rows for each unknown, and how many are made in one backward pass.
 _SKETCH, _TOGETHER = 1.25, 64
 #: How far images may go along a direction, as a norm, before the update says so.
@@ -48,7 +47,7 @@ def undetermined(evidence: Evidence, images: Tensor, labels: Tensor, seed: int =
         parts = []
         for name, g in made.items():
             rms = float(g.detach().square().mean().sqrt())
-            error = evidence.rounding(name) + _ROUNDING * rms
+            error = evidence.rounding(name) + precision.GRADIENT * rms
             if error > 0:
                 parts.append(g.flatten() / error)
         whole = torch.cat(parts)

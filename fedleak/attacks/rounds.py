@@ -97,7 +97,8 @@ class Round:
         layers = self.alone.details.get("layers")
         if layers:
             return all(layer["rank"] >= layer["unknowns"] for layer in layers)
-        return self.alone.details.get("by") == "rows" or bool(self.alone.details.get("certified"))
+        proved = self.alone.certified
+        return self.alone.details.get("by") == "rows" or (bool(proved) and all(proved))
 
     def explained_by(self, images: Tensor, exactly: bool = False) -> bool:
         """Whether images explain the update as its noise lets expect, or hardly worse than its own.

@@ -11,6 +11,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from fedleak import precision
 from fedleak.errors import InvalidInputError
 from fedleak.registry import Registry
 
@@ -216,9 +217,6 @@ class SGD(Optimiser):
         )
 
 
-#: Rounding of a first step of Adam in float32, relative to it, and of the weight after it,
-#: relative to the weight: standard deviations.
-_ROUNDED_STEP, _ROUNDED_WEIGHT = 1.5e-7, 4e-8
 #: What a step lacks to a whole one counts from so many times its rounding.
 _RESOLVED = 4
 
@@ -285,7 +283,7 @@ class _Adaptive(Optimiser):
 
         ``|g| / (|g| + eps)`` lacks ``eps / (|g| + eps)``: rounding of weights hides what is small.
         """
-        rounding = torch.hypot(_ROUNDED_STEP * step, _ROUNDED_WEIGHT * sent / rate)
+        rounding = torch.hypot(precision.ADAM_STEP * step, precision.WEIGHT * sent / rate)
         return 1 - step.abs(), rounding
 
     def one_step_view(self, change: Tensor, sent: Tensor, rate: float, gain: float) -> Tensor:
