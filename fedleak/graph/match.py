@@ -17,7 +17,8 @@ from torch.func import jvp, vjp
 
 from fedleak import deadline
 from fedleak.graph.kinds import Kind
-from fedleak.graph.knowledge import Knowledge
+from fedleak.graph.knowledge import Knowledge, spread
+from fedleak.graph.rules import RULES, choices
 from fedleak.graph.targets import BelowTargets, NearestTargets, Targets
 from fedleak.priors import Prior
 from fedleak.solvers import cgls, lbfgs
@@ -84,6 +85,13 @@ def match_images(
         alone = values.finish(u)
         if values.misfit(alone) < _MATCHED:
             u, search.gain, matched = alone, values.gain, True
+    if (
+        not matched
+        and not deadline.passed()
+        and choices.apply(knowledge, search.images(u).detach())
+    ):
+        spread(knowledge, RULES)
+        return match_images(knowledge, prior, steps, watch, seen)
     below = BelowTargets.of(knowledge)
     if below is None or deadline.passed():
         return search.images(u).detach()

@@ -24,6 +24,7 @@ from fedleak.graph.rules.mixtures import geometry_of, resolved
 #: How often factors are found anew that constants between two convolutions disturb.
 _ROUNDS = 8
 
+
 def apply(knowledge: Knowledge) -> bool:
     """Solve one convolution whose cotangent is not known; those nearest to the head first."""
     for node in reversed(knowledge.graph.nodes.values()):
