@@ -28,9 +28,11 @@ def case(images: int) -> tuple[Pooled, Tensor, Tensor]:
     (value * above).sum().backward()
     numbers = torch.arange(images * 64).reshape(images, 8, 8)
     windows = numbers.unfold(1, 2, 2).unfold(2, 2, 2).flatten(3).flatten(0, 2)
-    value, derivative = (t.detach().transpose(0, 1).flatten(1) for t in (value, above * (value > 0)))
+    told = value, above * (value > 0)
+    value, derivative = (t.detach().transpose(0, 1).flatten(1) for t in told)
     geometry = Geometry((8, 8), (3, 3), padding=(1, 1, 1, 1))
-    assert weight.grad is not None and z.grad is not None
+    assert weight.grad is not None
+    assert z.grad is not None
     return Pooled(weight.grad, geometry, windows, derivative, value, entries), x, z.grad
 
 
