@@ -14,7 +14,7 @@ from flwr.app import ArrayRecord
 from flwr.common.logger import log
 from torch import Tensor
 
-from fedleak.client.replay import Gradients, Replay
+from fedleak.client.replay import Replay
 from fedleak.defences import defend
 from fedleak.errors import FedleakError, UnsupportedModelError
 from fedleak.metric.jacobian import Block, UpdateJacobian
@@ -105,12 +105,16 @@ class UpdatePrediction:
         replay = self._replay(clients[0])
         jacobian = UpdateJacobian(replay, images, labels)
         stream = noise_seed(scenario.seed, clients[0], server_round)
-        sent = defend(jacobian.gradient, spec, stream)
-        errors = entry_errors(jacobian.gradient, spec, sent)
-        if local is not None and local.trains:
+        rate, rounding = 1.0, {}
+        if local is not None and local.trains:  # one step: a change of float32 weights is sent
             rate = local.at(server_round).rate
-            errors = _of_weights(errors, replay.parameters, rate)
-        reference = Reference(jacobian, sent, errors)
+            rounding = {k: UNIT * w.square().mean().sqrt() for k, w in replay.parameters.items()}
+        update = {k: rate * g for k, g in jacobian.gradient.items()}
+        sent = defend(update, spec, stream)
+        errors = entry_errors(update, spec, sent, rounding)
+        reference = Reference(
+            jacobian, *({k: v / rate for k, v in part.items()} for part in (sent, errors))
+        )
         if images.numel() > EVERY_CLIENT:
             found = predict([reference], self.prior)
         else:
@@ -160,11 +164,3 @@ def _image_prior(scenario: Scenario) -> dict[str, Any]:
     options = scenario.attack.options
     gaussian = options.get("prior", "gaussian") == "gaussian"
     return scenario.metric.prior_options or (options.get("prior_options", {}) if gaussian else {})
-
-
-def _of_weights(errors: Gradients, weights: Gradients, learning_rate: float) -> Gradients:
-    """Add the rounding of weights: one step is a gradient times the learning rate."""
-    return {
-        k: torch.hypot(e, (UNIT / learning_rate * weights[k].square().mean().sqrt()).to(e))
-        for k, e in errors.items()
-    }

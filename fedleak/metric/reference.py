@@ -41,33 +41,41 @@ class Reference:
         return self.jacobian.blocks(self.errors)
 
 
-def entry_errors(gradient: Gradients, spec: DefenceSpec, sent: Gradients) -> Gradients:
+def entry_errors(
+    update: Gradients, spec: DefenceSpec, sent: Gradients, rounding: Gradients | None = None
+) -> Gradients:
     """Return the standard deviation of the error of each entry that a client sends.
 
     The defence's, as an informed attacker knows it, and the rounding of float32.
 
     Parameters
     ----------
-    gradient : dict
-        The update before the defence, which sets the size of rounding.
+    update : dict
+        Before the defence, which sets the size of rounding.
     spec : DefenceSpec
     sent : dict
         The update after it.
+    rounding : dict, optional
+        Standard deviations of what is lost beside that after the defence, by name: where weights
+        are sent, theirs.
 
     Returns
     -------
     dict
-        In the unit of ``gradient``, broadcastable to each parameter; ``inf`` where an entry
+        In the unit of ``update``, broadcastable to each parameter; ``inf`` where an entry
         says nothing.
     """
-    known, factors = spec.errors(sent), _factors(gradient, spec, sent)
+    known, factors = spec.errors(sent), _factors(update, spec, sent)
     out = {}
-    for name, g in gradient.items():
+    for name, g in update.items():
         size = g.square().mean().sqrt()
         # A gradient that is zero everywhere tells nothing to first order.
         level = UNIT if g.dtype == torch.float64 else DERIVATIVE
-        rounding = torch.where(size > 0, level * size, torch.inf)
-        out[name] = torch.hypot(known[name].to(g) / factors[name], rounding)
+        own = torch.where(size > 0, level * size, torch.inf)
+        lost = known[name].to(g)
+        if rounding:
+            lost = torch.hypot(lost, rounding[name].to(g))
+        out[name] = torch.hypot(lost / factors[name], own)
     return out
 
 

@@ -24,12 +24,12 @@ from fedleak.attacks.linear import solve_layer
 from fedleak.attacks.targets.shared_rows import match_batch
 from fedleak.client.training import LocalTraining
 from fedleak.data import load_data
-from fedleak.defences import DefenceSpec, defend
+from fedleak.defences import DefenceSpec, defend, parse_defence
 from fedleak.errors import UnsupportedModelError
 from fedleak.models import build_model
 from fedleak.observation import Observation
 from fedleak.priors import make_prior
-from fedleak.quality import pair
+from fedleak.quality import pair, score_batch
 from fedleak.systems import Affine, Chain
 from fedleak.systems.dense import dense_system
 
@@ -418,6 +418,24 @@ def test_weights_after_a_short_step_round_more(rate: float) -> None:
     (found,) = demix_heads(Evidence.gather([seen], "cpu"))
     assert found.solved
     assert found.labels.tolist() == y.sort().values.tolist()
+
+
+def test_clipped_weights_of_like_images_are_told_apart() -> None:
+    """Three sixes and a two: what float32 weights round of a small change is allowed for."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 6, 3), nn.Tanh(), nn.Flatten(), nn.Linear(216, 10))
+    digits, _ = load_data("digits")
+    sixes, twos = ((digits.labels == y).nonzero().flatten().tolist() for y in (6, 2))
+    x, y = digits.batch([*sixes[:3], twos[0]])
+    F.cross_entropy(model(x), y).backward()
+    spec, sent = parse_defence("clip:0.1"), model.state_dict()
+    change = {n: -0.5 * p.grad for n, p in model.named_parameters() if p.grad is not None}
+    weights = {n: sent[n] + v for n, v in defend(change, spec, 0).items()}
+    training = LocalTraining(0.5, 4)
+    seen = Observation.from_weights(model, weights, training, (1, 8, 8), defence=spec)
+    (found,) = HybridAttack().reconstruct([seen])
+    quality = score_batch(found.images, found.labels, x, y)
+    assert min(q.quality.psnr_db for q in quality if q.quality) > 80
 
 
 @pytest.mark.parametrize("scale", [5, 10])

@@ -72,6 +72,16 @@ def test_clipping_alone_hides_nothing(tmp_path: Path) -> None:
     pd.testing.assert_frame_equal(noise[names], clipped[names], atol=0.3)
 
 
+def test_clipped_weights_round_as_much_as_they_do(tmp_path: Path) -> None:
+    """Clipping makes the change small beside the weights; attack and prediction agree on it."""
+    options = ["training.share=weights", "strategy.name=FedAvg", "training.learning_rate=0.5"]
+    batch = ["training.batch_size=4", "model.name=cnn2-v1", "federation.rounds=1"]
+    leakage, _ = run(tmp_path, *options, *batch, "defence=clip:0.1", "threat.defence=true")
+    found = leakage.groupby("client")[["psnr_db", "predicted_psnr_db"]].mean()
+    assert found["psnr_db"].min() > 110
+    assert found.diff(axis=1)["predicted_psnr_db"].abs().max() < 8
+
+
 def test_one_step_is_a_gradient(tmp_path: Path) -> None:
     """Shared weights are rounded at their own size, and nothing else is lost."""
     options = ["training.share=weights", "strategy.name=FedAvg"]

@@ -48,6 +48,8 @@ class Mixture:
         rows = self.gradient.square().mean(1).sqrt()
         self.of_g = (ENTRY * rows).maximum(self.noise * rows.square().mean().sqrt())
         self.of_g = self.of_g.clamp_min(self.rounding[0])
+        told = float(self.of_g.mean() / rows.square().mean().sqrt().clamp_min(1e-300))
+        self.noisy = max(self.noise, told) > NOISY  # as the difference of weights may be
         self.of_bias = (self.noise * self.bias.square().mean().sqrt()).clamp_min(self.rounding[1])
         self.constraint: Constraint | None = None
         self.demands = self.bias.new_zeros(())
@@ -89,7 +91,7 @@ class Mixture:
         # Of each image's p, relative: rounding, and what noise in its input does to
         # its logits. (Rounding does so too, but less than its size lets expect.)
         spread = (self.weight - self.weight.mean(0)).square().sum(1).mean().sqrt()
-        spread = spread * (self.noise > NOISY)
+        spread = spread * self.noisy
         rounding = SOFTMAX * (1 + logits.abs().amax(1))
         of_p = torch.hypot(rounding, of_basis * spread)
         of_e = self._counted(of_p.unsqueeze(1) * p)
