@@ -96,6 +96,12 @@ class Terms:
         """Number of images of each client."""
         return self.num_images // self.clients
 
+    def signs(self, errors: bool) -> bool:
+        """Whether only signs of the update mean anything; ``errors``: entries have known errors."""
+        if self.defence is not None and self.defence.signs:
+            return True
+        return self.training is not None and self.training.update_rule.signs and not errors
+
     @property
     def trained(self) -> LocalTraining | None:
         """How clients stepped before they replied; None where they did not, or it is not known."""

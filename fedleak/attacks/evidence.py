@@ -221,10 +221,7 @@ class Evidence:
     @property
     def signs(self) -> bool:
         """Whether only the signs of ``gradient`` are known to mean anything."""
-        if self.terms.defence is not None and self.terms.defence.signs:
-            return True
-        training = self.terms.training
-        return training is not None and training.update_rule.signs and not self.errors
+        return self.terms.signs(bool(self.errors))
 
     def rounding(self, name: str) -> float:
         """Return the standard deviation of rounding in the entries of a parameter's gradient.

@@ -16,16 +16,18 @@ import torch
 from torch import Tensor
 
 from fedleak.attacks.base import Attack, Reconstruction, placed
+from fedleak.attacks.certainty import expected_db, fits, indifferent
 from fedleak.attacks.evidence import Evidence
 from fedleak.attacks.prior_matching import Match, match, posterior
+from fedleak.attacks.suspicions.hidden import HIDDEN
 from fedleak.attacks.suspicions.unexplained import UNEXPLAINED
 from fedleak.attacks.targets.local_training import module_target
 from fedleak.attacks.targets.rounds import RoundsTarget
 from fedleak.errors import InvalidInputError
 from fedleak.priors import Prior
-from fedleak.solvers import Gaussian, Measurements, jacobian
-from fedleak.solvers.gaussian import Rows
+from fedleak.solvers import Gaussian
 from fedleak.systems import Gradients
+from fedleak.wording import RECOGNISABLE
 
 #: Relative error of an entry, at least, where it is asked whether images explain a round.
 TOLERANCE = 1e-2
@@ -42,8 +44,6 @@ _PRECISION, _FINE = 1e-3, 1e-6
 _LEAST_LEFT = 0.1
 #: Evaluations of the objective where Gauss-Newton is out of reach.
 _STEPS = 600
-#: Unknowns of several images, and entries of their Jacobian, up to which it is taken.
-_DENSE, _ENTRIES = 2048, 5e7
 
 
 @dataclass(frozen=True, eq=False)
@@ -183,7 +183,7 @@ def solve(
         Of one update with ``K`` images.
     """
     target = RoundsTarget([module_target(r.weighed) for r in rounds], members)
-    if len(start) > 1 and prior.gaussian and _fits(target, start.numel()):
+    if len(start) > 1 and prior.gaussian and fits(target, start.numel()):
         several, begin = _Several(prior, len(start)), start[None]
         solver, _, chosen = posterior(target, several, begin, _PRECISION, begin)
         images = solver.x.reshape(begin.shape)
@@ -202,25 +202,9 @@ def certainty(
     themselves: no truth is asked. NaN where there are too many unknowns for that.
     """
     target = RoundsTarget([module_target(r.weighed) for r in rounds], members)
-    if not _fits(target, images.numel()):
+    if not fits(target, images.numel()):
         return [math.nan] * len(images)
-    at = images[None].to(rounds[0].evidence.replay.device)
-
-    def residual(x: Tensor) -> Tensor:
-        return target.made(x.reshape(at.shape)) - target.values
-
-    rows = Rows(jacobian(residual, at.flatten(1)))
-    expected = _Several(prior, len(images)).dense()
-    left = Measurements(rows, target.errors.clamp_min(_FINE), expected).covariance()[0]
-    each = left.diagonal().clamp_min(1e-300).reshape(len(images), -1).mean(1)
-    return (-10 * each.log10()).tolist()
-
-
-def _fits(target: RoundsTarget, unknowns: int) -> bool:
-    """Whether the Jacobian by several images is taken."""
-    entries = target.values.shape[1] * unknowns
-    small = unknowns <= _DENSE and entries <= _ENTRIES
-    return small and target.dense and not target.hidden
+    return expected_db(target, images, _Several(prior, len(images)).dense())
 
 
 def together(
@@ -269,6 +253,15 @@ def together(
     return joint(rounds, prior)
 
 
+def _answered(rounds: Sequence[Round], images: Tensor) -> tuple[str, ...]:
+    """Return the doubts of single rounds that all of them together, which agree, dispel."""
+    target = RoundsTarget(
+        [module_target(r.weighed) for r in rounds], [range(len(images))] * len(rounds)
+    )
+    enough = min(expected_db(target, images, indifferent(images))) >= RECOGNISABLE
+    return (*UNEXPLAINED, HIDDEN) if enough else UNEXPLAINED
+
+
 def agreed(rounds: Sequence[Round]) -> list[Round]:
     """Return rounds with the labels that most of them have: noise may have hidden some."""
     each = [tuple(sorted(r.alone.labels.tolist())) for r in rounds]
@@ -292,7 +285,7 @@ def joint(rounds: Sequence[Round], prior: Prior) -> Reconstruction:
             images = made
             details = {"by": "rounds", "solver": found.solver, "prior": found.priors[0]}
     missed = [n for n, r in enumerate(rounds) if not r.explained_by(images)]
-    answered = UNEXPLAINED if len(rounds) > 1 and not missed else ()
+    answered = _answered(rounds, images) if len(rounds) > 1 and not missed else ()
     doubts = dict.fromkeys(d for r in rounds for d in r.alone.doubts if d not in answered)
     if missed:
         said = f"{len(missed)} of {len(rounds)} rounds are not explained by the same images"

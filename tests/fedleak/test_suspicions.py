@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from fedleak import LocalTraining, Observation, Reconstruction, make_attack, parse_defence
 from fedleak.attacks import run_attack
 from fedleak.attacks.suspicions.unexplained import doubted
+from fedleak.client import train
 from fedleak.data import load_data
 from fedleak.defences import defend
 from fedleak.errors import InvalidInputError
@@ -405,3 +407,34 @@ def test_pixels_far_out_are_doubted_also_where_much_is_open(
     (result,) = make_attack("hybrid")([Observation.from_gradient(model, sent, (1, 16, 16))])
     assert result.status == "doubtful"
     assert result.doubts
+
+
+@pytest.mark.parametrize(
+    ("defence", "said"),
+    [
+        ("sign:1", "only the signs"),
+        ("quantise:2", "fewer than 20 dB"),
+        ("dp:clip=1,noise=0.05", "fewer than 20 dB"),
+        ("noise:0.1", ""),
+        ("clip:0.1", ""),
+        ("prune:0.9", ""),
+    ],
+)
+def test_what_a_known_defence_leaves_open_is_doubtful(defence: str, said: str) -> None:
+    """However well images fit: at a fit of 0, signs have left 9 dB of them."""
+    model, (x, y), spec = net(), digits(1), parse_defence(defence)
+    sent = defend(gradient(model, x, y), spec, 0)
+    seen = Observation.from_gradient(model, sent, SHAPE, defence=spec)
+    result = doubted(Reconstruction(x, y, 0.0), seen)
+    assert result.status == ("doubtful" if said else "ok")
+    assert said in "".join(result.doubts)
+
+
+def test_several_steps_of_adam_are_doubtful() -> None:
+    """They are matched by their signs."""
+    model, (x, y) = net(), digits(2)
+    steps = LocalTraining(1e-3, 1, optimiser="adam")
+    trained = copy.deepcopy(model)
+    train(trained, [(x[:1], y[:1]), (x[1:], y[1:])], steps)
+    seen = Observation.from_weights(model, trained.state_dict(), steps, SHAPE, images=2)
+    assert "only the signs" in doubted(Reconstruction(x, y, 0.0), seen).doubts[0]

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from fedleak.attacks.suspicions.hidden import hidden
 from fedleak.observation import Observation
 from fedleak.wording import EXPLAINED, PARTLY
 
@@ -53,6 +54,8 @@ def doubted(result: Reconstruction, observation: Observation) -> Reconstruction:
         )
     last = list(observation.gradient.values())[-1]
     most = _ONE_OUTPUT if last.numel() == 1 else _MIXED
+    if said := "" if doubts else hidden(result.images, result.labels, observation):
+        doubts.append(said)
     if len(result.images) > 1 and result.fit > most and not doubts:
         model = "a model of one output mixes" if last.numel() == 1 else "the update mixes"
         doubts.append(

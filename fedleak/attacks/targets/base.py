@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from fedleak.attacks.evidence import Evidence
-from fedleak.attacks.linear import LinearSolution
 from fedleak.attacks.targets.statistics import batch_statistics
 from fedleak.tensors import per_update
+
+if TYPE_CHECKING:  # attacks, which are what asks
+    from fedleak.attacks.linear import LinearSolution
 
 #: Relative error at which values count, at least, where there is no Jacobian, and where evidence
 #: is weighed.
