@@ -436,5 +436,5 @@ def test_several_steps_of_adam_are_doubtful() -> None:
     steps = LocalTraining(1e-3, 1, optimiser="adam")
     trained = copy.deepcopy(model)
     train(trained, [(x[:1], y[:1]), (x[1:], y[1:])], steps)
-    seen = Observation.from_weights(model, trained.state_dict(), steps, SHAPE, images=2)
+    seen = Observation.from_weights(model, trained.state_dict(), steps, SHAPE, num_images=2)
     assert "only the signs" in doubted(Reconstruction(x, y, 0.0), seen).doubts[0]
