@@ -27,8 +27,10 @@ CIFAR10 = Path(__file__).parents[2] / "shared" / "data" / "cifar10" / "train"
 
 
 @pytest.fixture(autouse=True, scope="session")
-def _two_threads() -> None:
-    torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
+def _threads() -> None:
+    """Two threads, or one for each of several workers; no result may hang on how many."""
+    usual = 1 if "PYTEST_XDIST_WORKER" in os.environ else 2
+    torch.set_num_threads(int(os.environ.get("FEDLEAK_TEST_THREADS", usual)))
 
 
 def client_gradient(model: nn.Module, image: Tensor, label: int) -> dict[str, Tensor]:
