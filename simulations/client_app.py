@@ -57,8 +57,7 @@ def build_client_app(scenario_of: ScenarioOf) -> ClientApp:
             if scenario.training.share == "gradient":
                 shared, loss = local_gradient(model, scenario, client, server_round)
             else:
-                mu = float(config.get("proximal-mu", 0.0))  # type: ignore[arg-type]
-                loss = local_training(model, scenario, client, server_round, mu)
+                loss = local_training(model, scenario, client, server_round)
                 shared = model.state_dict()
         metrics = MetricRecord({"num-examples": scenario.training.images, "train_loss": loss})
         content = RecordDict({"arrays": ArrayRecord(shared), "metrics": metrics})

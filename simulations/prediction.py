@@ -97,7 +97,7 @@ class UpdatePrediction:
         self, server_round: int, clients: Sequence[int], images: Tensor, labels: Tensor
     ) -> list[float]:
         scenario, spec = self.scenario, self.scenario.defence.spec
-        local = scenario.training.local
+        local = scenario.local
         if local is not None and local.steps(scenario.training.images) > 1:
             raise UnsupportedModelError("the update is the sum of several local steps")
         if len(clients) > 1 and spec.parts:
@@ -130,7 +130,7 @@ class UpdatePrediction:
             model = make_model(self.scenario)
             model.load_state_dict(record.to_torch_state_dict())
             demand_judged(model)
-            local = self.scenario.training.local
+            local = self.scenario.local
             self._last = record, Replay(model, self.prior.shape, client=local)
         return self._last[1]
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import Field, ValidationError, model_validator
 
+from fedleak.client.training import LocalTraining
 from fedleak.errors import InvalidInputError
 from simulations.sections import (
     GRADIENT_STRATEGIES,
@@ -102,6 +104,14 @@ class Scenario(Section):
         if len(set(labels)) != len(labels):
             raise InvalidInputError(f"a defence is listed twice: {', '.join(labels)}")
         return self
+
+    @property
+    def local(self) -> LocalTraining | None:
+        """What clients do, FedProx's term with it; None for a gradient of the cross-entropy."""
+        local, mu = self.training.local, self.strategy.options.get("proximal_mu", 0.0)
+        if local is None or self.strategy.name != "FedProx":
+            return local
+        return replace(local, proximal_mu=mu)
 
     def arms(self) -> tuple[Defence, ...]:
         """Return the defences to run: the scenario's own first, then those to compare."""

@@ -171,7 +171,7 @@ def serve(
             model.load_state_dict(clock.sent.usual.to_torch_state_dict())
             metric = _metric(model, training_data(scenario).shape, scenario.seed)
         model.load_state_dict(arrays.to_torch_state_dict())
-        accuracy, loss = evaluate(model, images, scenario.training.local)
+        accuracy, loss = evaluate(model, images, scenario.local)
         row = {
             "accuracy": accuracy,
             "loss": loss,
@@ -218,7 +218,7 @@ def _attacker(
         model,
         training_data(scenario).shape,
         attack=attack,
-        training=scenario.training.local,
+        training=scenario.local,
         num_images=scenario.training.images,
         threat=scenario.threat.model,
         labels_of=recorder.labels_of,

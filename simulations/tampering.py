@@ -82,7 +82,7 @@ def _leakage(scenario: Scenario, message: Message) -> Any:
 
     def leakage(arrays: Mapping[str, Tensor], context: Context) -> Tensor:
         given = _received(scenario, message, arrays, context)
-        return leakage_db(*given, scenario.training.local, scenario.defence.spec)
+        return leakage_db(*given, scenario.local, scenario.defence.spec)
 
     return leakage
 
@@ -108,7 +108,7 @@ def image_norms(model: nn.Module, images: Tensor, labels: Tensor, scenario: Scen
     """Return the norms of each image's gradient, (tensors, B), without keeping the gradients."""
     each = []
     for image, label in zip(images.split(1), labels.split(1), strict=True):
-        found, _ = gradient(model, image, label, scenario.training.local)
+        found, _ = gradient(model, image, label, scenario.local)
         each.append(torch.stack([g.double().norm() for g in found.values()]))
     return torch.stack(each, 1)
 

@@ -54,25 +54,20 @@ def local_gradient(
     model.train()
     spec = scenario.defence.spec
     if spec.examples:
-        examples, each = example_gradients(model, images, labels, scenario.training.local)
+        examples, each = example_gradients(model, images, labels, scenario.local)
         stream = noise_seed(scenario.seed, client, server_round)
         return defend_examples(examples, spec, stream), each
-    return gradient(model, images, labels, scenario.training.local)
+    return gradient(model, images, labels, scenario.local)
 
 
-def local_training(
-    model: nn.Module, scenario: Scenario, client: int, server_round: int, proximal_mu: float = 0.0
-) -> float:
-    """Take the local steps, in place; return the mean loss.
-
-    ``proximal_mu`` weighs FedProx's term ``mu / 2 * ||w - w_sent||^2``.
-    """
+def local_training(model: nn.Module, scenario: Scenario, client: int, server_round: int) -> float:
+    """Take the local steps, in place; return the mean loss."""
     model.train()
-    local, data = scenario.training.local, training_data(scenario)
+    local, data = scenario.local, training_data(scenario)
     assert local is not None  # it shares weights
     local = local.at(server_round)
     batches = (data.batch(batch) for batch in client_batches(scenario, client, server_round))
-    return train(model, batches, local, proximal_mu)
+    return train(model, batches, local)
 
 
 def evaluate(

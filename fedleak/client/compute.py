@@ -85,7 +85,6 @@ def train(
     model: nn.Module,
     batches: Iterable[tuple[Tensor, Tensor]],
     training: LocalTraining,
-    proximal_mu: float = 0.0,
 ) -> float:
     """Take the local steps of one client, in place; return the mean loss.
 
@@ -96,8 +95,6 @@ def train(
     batches : iterable of (images, labels)
         One for each step.
     training : LocalTraining
-    proximal_mu : float
-        Weighs FedProx's term ``mu / 2 * ||w - w_sent||^2``.
 
     Returns
     -------
@@ -111,11 +108,11 @@ def train(
         with _mode(model, training):
             loss = training.criterion.value(logits_of(model(training.seen(images))), labels)
         losses.append(loss.item())
-        if proximal_mu:
+        if training.mu:
             away = sum(
                 (p - s).square().sum() for p, s in zip(model.parameters(), sent, strict=True)
             )
-            loss = loss + proximal_mu / 2 * away
+            loss = loss + training.mu / 2 * away
         loss.backward()
         if training.max_norm:
             torch.nn.utils.clip_grad_norm_(model.parameters(), training.max_norm)

@@ -95,7 +95,7 @@ class LocalReplay:
         for s, part in enumerate(parts):
             if torch.is_grad_enabled():  # a search; what was found is scored in any case
                 deadline.check()  # a client may take thousands of steps
-            step = self._step(names, len(part), s + 1)
+            step = self._step(sent, len(part), s + 1)
             run = partial(_Recomputed.apply, step) if again else step
             if plan is None:
                 shares = x.new_full((len(x), len(part)), 1 / len(part))
@@ -104,8 +104,9 @@ class LocalReplay:
                 state = list(run(x, y, plan[:, s], *state))
         return dict(zip(names, state, strict=False))
 
-    def _step(self, names: list[str], count: int, number: int) -> _Step:
+    def _step(self, sent: Gradients, count: int, number: int) -> _Step:
         """Return the step of that number, whose batch is of ``count`` images."""
+        names, mu = list(sent), self.training.mu
         rate, optimiser = self.training.rate, self.training.update_rule
         model, own = self.replay.model, self.replay.loss
 
@@ -122,7 +123,11 @@ class LocalReplay:
         def step(x: Tensor, y: Tensor, shares: Tensor, *state: Tensor) -> tuple[Tensor, ...]:
             old, kept = state[: len(names)], state[len(names) :]
             made = gradients(dict(zip(names, old, strict=True)), x, y, shares)
-            steps = clipped([made[n] for n in names], self.training.max_norm, each=True)
+            pulled = [
+                made[n] + mu * (w - sent[n]) if mu else made[n]
+                for n, w in zip(names, old, strict=True)
+            ]
+            steps = clipped(pulled, self.training.max_norm, each=True)
             new, fresh = optimiser.step(old, steps, kept, rate, number)
             return (*new, *fresh)
 

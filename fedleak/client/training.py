@@ -55,6 +55,10 @@ class LocalTraining:
         Euclidean norm that the gradient of every step is cut to, over all parameters (as
         ``torch.nn.utils.clip_grad_norm_`` does); 0 for none. How large it was before is not
         known: where one step is behind an update, that is a factor, found as any other.
+    proximal_mu : float or str
+        Weighs FedProx's term ``mu / 2 * ||w - w_sent||^2`` (Li et al. 2020, eq. 2) beside the
+        loss, at the weights that were sent no gradient; or the name under which the server's
+        message holds it, ``"proximal-mu"`` of Flower's ``FedProx``. See :meth:`at`.
 
     Clients that accumulate the gradients of ``k`` batches before a step take batches of
     ``k * batch_size``: declare that size. Where they do not divide the sum by ``k`` the update is
@@ -73,6 +77,7 @@ class LocalTraining:
     std: tuple[float, ...] = field(default=(), kw_only=True)
     norm: Mode = field(default="", kw_only=True)
     max_norm: float = field(default=0.0, kw_only=True)
+    proximal_mu: float | str = field(default=0.0, kw_only=True)
 
     def __post_init__(self) -> None:
         for name, least in (("batch_size", 1), ("epochs", 1)):
@@ -94,6 +99,9 @@ class LocalTraining:
                 raise InvalidInputError(f"learning_rate ({rate}) must be above 0")
         if not _is_number(self.max_norm) or not 0 <= self.max_norm < math.inf:
             raise InvalidInputError(f"max_norm must be a number from 0, not {self.max_norm!r}")
+        mu = self.proximal_mu
+        if not isinstance(mu, str) and (not _is_number(mu) or not 0 <= mu < math.inf):
+            raise InvalidInputError(f"proximal_mu must be a number from 0, not {mu!r}")
         rates = (self.momentum, self.weight_decay)
         if not all(math.isfinite(r) and r >= 0 for r in rates):
             raise InvalidInputError(
@@ -177,7 +185,7 @@ class LocalTraining:
         raise InvalidInputError("the learning rate depends on the round; take training.at(round)")
 
     def at(self, server_round: int, message: Mapping[str, Any] | None = None) -> LocalTraining:
-        """Return what clients do in one round, with its learning rate.
+        """Return what clients do in one round, with its learning rate and proximal weight.
 
         Parameters
         ----------
@@ -189,17 +197,22 @@ class LocalTraining:
         Raises
         ------
         InvalidInputError
-            If the message does not hold the learning rate that is named.
+            If the message does not hold what is named.
         """
-        rate = self.learning_rate
-        if isinstance(rate, str):
-            if message is None or not _is_number(message.get(rate)):
-                held = ", ".join(map(str, message or ())) or "nothing"
+
+        def held(what: str, name: str) -> float:
+            if message is None or not _is_number(message.get(name)):
+                known = ", ".join(map(str, message or ())) or "nothing"
                 raise InvalidInputError(
-                    f"the learning rate is said to be {rate!r} of the server's message, which "
-                    f"holds {held}"
+                    f"{what} is said to be {name!r} of the server's message, which holds {known}"
                 )
-            rate = float(message[rate])
+            return float(message[name])
+
+        mu, rate = self.proximal_mu, self.learning_rate
+        if isinstance(mu, str):
+            return replace(self, proximal_mu=held("proximal_mu", mu)).at(server_round, message)
+        if isinstance(rate, str):
+            rate = held("the learning rate", rate)
         elif isinstance(rate, tuple):
             rate = rate[min(max(server_round, 1), len(rate)) - 1]
         elif callable(rate):
@@ -207,6 +220,19 @@ class LocalTraining:
         else:
             return self
         return replace(self, learning_rate=rate)
+
+    @property
+    def mu(self) -> float:
+        """The weight of FedProx's term, where it is a number.
+
+        Raises
+        ------
+        InvalidInputError
+            If it is named only: see :meth:`at`.
+        """
+        if isinstance(self.proximal_mu, str):
+            raise InvalidInputError("proximal_mu stands in the message; take training.at(round)")
+        return self.proximal_mu
 
     @property
     def trains(self) -> bool:
@@ -221,9 +247,17 @@ class LocalTraining:
         """Return by how much the weights move for a constant gradient, in learning rates.
 
         The number of steps; more with momentum: step ``s`` moves by
-        ``1 + momentum + ... + momentum^(s - 1)``.
+        ``1 + momentum + ... + momentum^(s - 1)``. Less with FedProx's term, which pulls back.
         """
-        return sum(self.update_rule.moves(self.steps(images)))
+        return sum(self._moves(self.steps(images)))
+
+    def _moves(self, steps: int) -> list[float]:
+        """Return how far a gradient moves the weights, by the number of steps since."""
+        moves = self.update_rule.moves(steps)
+        if not self.mu:
+            return moves
+        left = max(0.0, 1 - self.rate * self.mu)  # of each step's way after one step more
+        return [move * left**s for s, move in enumerate(moves)]
 
     def pace(self, images: int) -> list[tuple[float, float]]:
         """Return, for each step, its part of the update and how far the weights had come.
@@ -232,7 +266,7 @@ class LocalTraining:
         the weights are slow at first.
         """
         steps, gain = self.steps(images), self.gain(images)
-        moves = self.update_rule.moves(steps)
+        moves = self._moves(steps)
         return [(moves[steps - 1 - s] / gain, sum(moves[:s]) / gain) for s in range(steps)]
 
     def seen(self, images: Tensor) -> Tensor:

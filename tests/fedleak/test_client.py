@@ -155,15 +155,15 @@ def test_pure_steps_are_those_of_torch(rule: Optimiser) -> None:
         assert torch.allclose(a, c, atol=1e-12)
 
 
-@pytest.mark.parametrize("max_norm", [0.0, 0.5])
+@pytest.mark.parametrize("options", [{}, {"max_norm": 0.5}, {"proximal_mu": 2.0}], ids=str)
 @pytest.mark.parametrize("rule", RULES, ids=str)
 def test_the_replay_of_local_training_is_what_clients_compute(
-    rule: Optimiser, max_norm: float
+    rule: Optimiser, options: dict[str, float]
 ) -> None:
     images, labels = digits(*range(4))
     client = LocalTraining(
         0.01, 2, 2, optimiser=rule, loss=CrossEntropy(0.1, WEIGHTS), mean=(0.5,), std=(0.25,),
-        max_norm=max_norm,
+        **options,
     )  # fmt: skip
     model = network().double()
     trained = copy.deepcopy(model)
@@ -238,6 +238,12 @@ def test_the_gradient_of_a_client_has_its_norm() -> None:
     assert norm > 0.2
     for name, g in whole.items():
         assert torch.allclose(cut[name], g * (0.1 / norm), rtol=1e-4)
+    with pytest.raises(InvalidInputError, match="proximal_mu must be a number from 0, not -1"):
+        LocalTraining(proximal_mu=-1)
+    named = LocalTraining(proximal_mu="proximal-mu")
+    assert named.at(2, {"proximal-mu": 0.5}).mu == 0.5
+    with pytest.raises(InvalidInputError, match="'proximal-mu' of the server's message, which"):
+        named.at(2, {"lr": 0.5})
     with pytest.raises(InvalidInputError, match="max_norm must be a number from 0, not -1"):
         LocalTraining(max_norm=-1)
 

@@ -223,3 +223,12 @@ def test_femnist_on_the_images_that_it_is_made_of(tmp_path: Path) -> None:
     images = training_data(described)
     assert (len(images), images.classes, images.shape) == (1240, 62, (1, 28, 28))
     assert min(map(len, partitions(described))) >= 16
+
+
+def test_clients_of_fedprox_are_declared_with_its_term() -> None:
+    described = load_scenario("fedavg", ["strategy.name=FedProx", "strategy.options.proximal_mu=3"])
+    assert described.local is not None
+    assert described.local.mu == 3
+    plain = load_scenario("fedavg", []).local
+    assert plain is not None
+    assert plain.mu == 0
