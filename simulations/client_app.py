@@ -46,7 +46,7 @@ def build_client_app(scenario_of: ScenarioOf) -> ClientApp:
         config = next(iter(message.content.config_records.values()))
         server_round = int(config["server-round"])  # type: ignore[arg-type]
         (arrays,) = message.content.array_records.values()
-        model = template.copy(scenario)
+        model = template.model(scenario)
         model.load_state_dict(arrays.to_torch_state_dict())
         with cpu_threads(scenario.training.threads), torch.random.fork_rng(devices=[]):
             # What a client draws (dropout) is the same on every engine. It is a processor's:
@@ -73,18 +73,35 @@ def build_client_app(scenario_of: ScenarioOf) -> ClientApp:
 
 
 class _Template:
-    """A process's model, never run: a copy of it is what drawing first weights anew would make."""
+    """A process's model, which is as good as one with first weights that are drawn anew.
+
+    Clients overwrite all of its state, one after the other. A model that may hold more state than
+    it names, a stranger's, is not used itself: each client has a copy.
+    """
 
     def __init__(self) -> None:
         self._made: tuple[Scenario, nn.Module] | None = None
 
-    def copy(self, scenario: Scenario) -> nn.Module:
+    def model(self, scenario: Scenario) -> nn.Module:
         if self._made is None or self._made[0] != scenario:
             self._made = scenario, make_model(scenario)
+        made = self._made[1]
+        if all(_stateless(module) for module in made.modules()):
+            return made
         try:
-            return copy.deepcopy(self._made[1])
+            return copy.deepcopy(made)
         except Exception:  # a stranger's model may hold what cannot be copied
             return make_model(scenario)
+
+
+def _stateless(module: nn.Module) -> bool:
+    """Return whether a module has no state but what ``state_dict`` names."""
+    torchs = type(module).__module__.startswith("torch.nn.modules.")
+    return torchs and not module._non_persistent_buffers_set and not _hooked(module)
+
+
+def _hooked(module: nn.Module) -> bool:
+    return bool(module._forward_pre_hooks or module._forward_hooks)
 
 
 app = build_client_app(lambda context: from_run_config(context.run_config))
