@@ -114,3 +114,15 @@ def test_a_federation_outside_of_the_checkout(installed: Path, tmp_path: Path) -
     about = json.loads((folder / "none" / "run.json").read_text())
     assert about["commit"] is None
     assert about["versions"]["fedleak"] in (ROOT / "pyproject.toml").read_text()
+
+
+def test_help_and_import_load_no_torch() -> None:
+    """They answer at once: names are imported when they are asked for."""
+    code = (
+        "import sys, fedleak, fedleak.commands.app; "
+        "assert 'torch' not in sys.modules and 'flwr' not in sys.modules; "
+        "import fedleak.terms; assert fedleak.Terms is fedleak.terms.Terms; "
+        "assert callable(fedleak.laboratory.reconstruct); assert 'score' in dir(fedleak); "
+        "assert not hasattr(fedleak, 'nothing_of_ours')"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

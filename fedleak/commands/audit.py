@@ -15,12 +15,11 @@ from rich.table import Table
 from fedleak.commands.console import PlainConsole, display, number
 from fedleak.errors import InvalidInputError
 from fedleak.files import make_private, write_atomically
-from fedleak.metric.audit import Audit
-from fedleak.metric.audit import audit as run
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from fedleak.metric.audit import Audit
     from fedleak.priors import Prior
 
 
@@ -61,6 +60,7 @@ def audit(
     json_: Annotated[bool, typer.Option("--json", help="Print one JSON object")] = False,
 ) -> None:
     """Predict what a server can recover from one update, and say which layers leak it."""
+    from fedleak.metric.audit import audit as run
     from fedleak.models import build_model
 
     shape = read_shape(input_shape)
