@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from statistics import median
 from typing import Any
 
 #: PSNR in dB from which on images are recovered so well; limits of experience.
@@ -115,6 +116,43 @@ def json_ready(value: Any) -> Any:
     if isinstance(value, dict):
         return {k: json_ready(v) for k, v in value.items()}
     return [json_ready(v) for v in value] if isinstance(value, list | tuple) else value
+
+
+def more_rounds_words(leakage: Any, epsilon: float | None = None) -> str:
+    """Say what more rounds of the same images buy, as predicted.
+
+    Parameters
+    ----------
+    leakage : DataFrame
+        As in ``leakage.csv``, of one run of a server with memory.
+    epsilon : float, optional
+        Of differential privacy, over the same rounds.
+
+    Returns
+    -------
+    str
+        Empty where no images were used twice.
+    """
+    first, last, bought, most = [], [], [], 1
+    if "predicted_together_db" not in leakage:  # of an older version
+        return ""
+    for _, rows in leakage.groupby(["client", "image"]):
+        rows = rows.sort_values("round")
+        together = rows["predicted_together_db"].dropna().tolist()
+        alone = rows["predicted_psnr_db"].dropna().tolist()
+        if together and alone:
+            first.append(alone[0])
+            last.append(together[-1])
+            bought.append(together[-1] - [alone[0], *together][-2])
+            most = max(most, len(together) + 1)
+    if not last:
+        return ""
+    private = "" if epsilon is None else f"; epsilon of differential privacy is {epsilon:.3g} then"
+    return (
+        f"predicted for the same images again: {median(first):.1f} dB after one round, "
+        f"{median(last):.1f} dB after {most}, the last of which bought {median(bought):+.1f} dB"
+        f"{private}"
+    )
 
 
 def coverage_words(coverage: Any) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -27,6 +28,8 @@ from simulations.partition import training_data
 from simulations.scenario import Scenario
 from simulations.task import make_model
 
+#: Bytes of what is kept of updates of the same images, to predict several rounds of them.
+_KEPT = 256 * 2**20
 #: Pixels behind an update up to which every client is predicted by ``metric.predict = "auto"``.
 EVERY_CLIENT = 1024
 
@@ -42,6 +45,12 @@ class UpdatePrediction:
     scenario : Scenario
     sent : callable
         Returns the weights that a client was sent in this round.
+
+    Attributes
+    ----------
+    together : list of float
+        The same as was last returned, from all rounds so far of the same images, with
+        ``attack.memory``; NaN where they were in no round before.
     """
 
     def __init__(self, scenario: Scenario, sent: Callable[[int], ArrayRecord]):
@@ -53,6 +62,8 @@ class UpdatePrediction:
         self._pixels: tuple[int, ...] = ()
         self._last: tuple[ArrayRecord, Replay] | None = None
         self._warned = False
+        self.together: list[float] = []
+        self._rounds: dict[tuple[Sequence[int], bytes], Tensor] = {}
 
     def __call__(
         self, server_round: int, clients: Sequence[int], images: Tensor, labels: Tensor
@@ -73,6 +84,7 @@ class UpdatePrediction:
         Nothing is raised: a measurement must not end the training. What was not foreseen is
         logged, once.
         """
+        self.together = [math.nan] * len(images)
         try:
             if self._wanted(server_round, images.numel()):
                 return self._predict(server_round, clients, images, labels)
@@ -121,6 +133,8 @@ class UpdatePrediction:
             blocks = reference.blocks()
             found = predict([reference], self.prior, [blocks])
             self._keep(blocks, tuple(images.shape))
+            if scenario.attack.memory:
+                self._add_up(clients, images)
         return [decibels(float(rms.square().mean())) for rms in found.rms]
 
     def _replay(self, client: int) -> Replay:
@@ -140,6 +154,19 @@ class UpdatePrediction:
         root = torch.linalg.qr(rows, mode="r")[1]
         self._information.append(Block("update", "update", root, len(rows)))
         self._pixels = pixels
+
+    def _add_up(self, clients: Sequence[int], images: Tensor) -> None:
+        """Predict all rounds of these images: what each told stands one below the other."""
+        key = tuple(clients), hashlib.sha256(images.numpy().tobytes()).digest()
+        rows, known = self._information[-1].rows, self._rounds.get(key)
+        if known is not None:
+            rows = torch.linalg.qr(torch.cat([known, rows]), mode="r")[1]
+            factor = self.prior.dense().factor
+            left = posterior([Block("rounds", "rounds", rows, len(rows))], factor, self._pixels)
+            self.together = [decibels(float(v)) for v in left.variance.flatten(1).mean(1)]
+        elif sum(r.numel() * 8 for r in self._rounds.values()) + rows.numel() * 8 > _KEPT:
+            return
+        self._rounds[key] = rows
 
     def bound(self, server_round: int) -> float:
         """Return the Bayesian Cramer-Rao bound of a round in dB; NaN where it is not defined.

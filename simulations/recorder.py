@@ -228,10 +228,11 @@ class Recorder:
         used, truth, labels = self.truth(clients, leak.server_round)
         made = leak.reconstruction
         images, found = (None, None) if made is None else (made.images, made.labels)
-        predicted = [math.nan] * len(used)
+        predicted = added_up = [math.nan] * len(used)
         if leak.received and self.predict is not None:
             # The attack is over: only the score is told what the truth has to do with it.
             predicted = self.predict(leak.server_round, clients, truth, labels)
+            added_up = self.predict.together
         self._predicted += [p for p in predicted if not math.isnan(p)]
         rows: list[dict[str, Any]] = []
         about = {} if made is None else {"fit": made.fit, "notes": notes_text(made.notes)}
@@ -242,6 +243,7 @@ class Recorder:
         ):
             row = {
                 "psnr_together_db": plain(remembered[n]),
+                "predicted_together_db": plain(added_up[n]),
                 "client": client,
                 "image": image,
                 "predicted_psnr_db": plain(psnr),

@@ -6,7 +6,8 @@ Of a family of priors the one is taken that the evidence prefers, the middle of 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -51,12 +52,15 @@ class Match:
         The prior of each update, with what its evidence chose.
     hidden : Tensor or None, shape (N, target.hidden)
         What was found of the target's other unknowns.
+    chosen : sequence of Prior
+        Those priors, where Gauss-Newton followed the evidence; else empty.
     """
 
     images: Tensor
     solver: str
     priors: list[str]
     hidden: Tensor | None = None
+    chosen: Sequence[Prior] = ()
 
 
 def match(
@@ -88,8 +92,9 @@ def match(
     parts = torch.arange(len(target), device=start.device).split(max(1, int(budget)))
     found = [_gauss_newton(target.subset(i), prior, start[i], precision) for i in parts]
     return Match(
-        torch.cat([f.images for f in found]), "gauss-newton", [p for f in found for p in f.priors]
-    )
+        torch.cat([f.images for f in found]), "gauss-newton", [p for f in found for p in f.priors],
+        chosen=[p for f in found for p in f.chosen],
+    )  # fmt: skip
 
 
 def _quasi_newton(target: Target, prior: Prior, start: Tensor, steps: int, level: float) -> Match:
@@ -157,9 +162,10 @@ def _gauss_newton(target: Target, prior: Prior, start: Tensor, precision: float)
     except TimeLimitError:
         so_far = start if begin is None else begin
         return Match(so_far, "l-bfgs", [str(prior)] * len(start))
-    images, names = solver.x.reshape(start.shape), [str(p) for p in chosen]
+    images, priors = solver.x.reshape(start.shape), list(chosen)
+    found = Match(images, "gauss-newton", [str(p) for p in priors], chosen=priors)
     if not target.calibrated or target.linear:
-        return Match(images, "gauss-newton", names)
+        return found
     # A confident model is far from linear: from the prior's mean some end in a wrong valley.
     missed = target.misfit(images, precision)
     lost = (missed > MISSED).nonzero().flatten()
@@ -168,13 +174,13 @@ def _gauss_newton(target: Target, prior: Prior, start: Tensor, precision: float)
         try:
             solver, _, chosen = posterior(part, prior, start[lost], precision, start[lost])
         except TimeLimitError:
-            return Match(images, "gauss-newton", names)
+            return found
         again = solver.x.reshape(-1, *start.shape[1:])
         better = part.misfit(again, precision) < missed[lost]
         images[lost[better]] = again[better]
         for i in better.nonzero().flatten().tolist():
-            names[int(lost[i])] = str(chosen[i])
-    return Match(images, "gauss-newton", names)
+            priors[int(lost[i])] = chosen[i]
+    return replace(found, priors=[str(p) for p in priors])
 
 
 def posterior(

@@ -25,7 +25,8 @@ from fedleak.attacks.targets.local_training import module_target
 from fedleak.attacks.targets.rounds import RoundsTarget
 from fedleak.errors import InvalidInputError
 from fedleak.priors import Prior
-from fedleak.solvers import Gaussian
+from fedleak.solvers import Gaussian, jacobian
+from fedleak.solvers.box import MOST, into_box
 from fedleak.systems import Gradients
 from fedleak.wording import RECOGNISABLE
 
@@ -187,10 +188,52 @@ def solve(
         several, begin = _Several(prior, len(start)), start[None]
         solver, _, chosen = posterior(target, several, begin, _PRECISION, begin)
         images = solver.x.reshape(begin.shape)
-        pairs = zip(rounds, members, strict=True)
-        if all(r.explained_by(images[0, list(m)]) for r, m in pairs):
-            return Match(images, "gauss-newton", [str(chosen[0])])
-    return None if near else match(target, prior, start[None], len(start), steps, _PRECISION)
+        if _explain(rounds, members, images):
+            made = _as_pixels(target, rounds, chosen[0], members, images)
+            return Match(made, "gauss-newton", [str(chosen[0])])
+    if near:
+        return None
+    found = match(target, prior, start[None], len(start), steps, _PRECISION)
+    if len(start) > 1 or not found.chosen:
+        return found
+    made = _as_pixels(target, rounds, found.chosen[0], members, found.images)
+    return replace(found, images=made)
+
+
+def _explain(rounds: Sequence[Round], members: Sequence[Sequence[int]], images: Tensor) -> bool:
+    """Whether images, shape (1, K, C, H, W), explain every round."""
+    pairs = zip(rounds, members, strict=True)
+    return all(r.explained_by(images[0, list(m)]) for r, m in pairs)
+
+
+def _as_pixels(
+    target: RoundsTarget,
+    rounds: Sequence[Round],
+    prior: Prior,
+    members: Sequence[Sequence[int]],
+    images: Tensor,
+) -> Tensor:
+    """Return the most probable images near an estimate that are pixels in [0, 1].
+
+    Noise puts dark and bright pixels outside; held at their bound they tell of the others. It is
+    left as it is where it has too many unknowns, or pixels explain the rounds no longer.
+    """
+    outside = (images - images.clamp(0, 1)).abs().max()
+    few = images.numel() <= MOST and fits(target, images.numel())
+    if not few or float(outside) < _PRECISION:
+        return images
+
+    def residual(x: Tensor) -> Tensor:
+        return target.made(x.reshape(images.shape)) - target.values
+
+    flat = images.flatten(1)
+    rows = jacobian(residual, flat)[0] / target.errors.clamp_min(_PRECISION)[0].unsqueeze(1)
+    factor = prior.dense().factor.reshape(rows.shape[1], -1)
+    eye = torch.eye(len(factor)).to(factor)
+    expected = torch.linalg.solve_triangular(factor, eye, upper=False)
+    root = torch.linalg.qr(torch.cat([rows, expected]), mode="r")[1]
+    made = into_box(flat, root).reshape(images.shape)
+    return made if _explain(rounds, members, made) else images
 
 
 def certainty(

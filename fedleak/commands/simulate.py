@@ -13,10 +13,11 @@ from rich import box
 from rich.table import Table
 
 from fedleak.commands.console import PlainConsole, display, near, number, say_report
+from fedleak.defences.accountant import epsilon
 from fedleak.events import emit
 from fedleak.results.format import COVERAGE, LEAKAGE, ROUNDS
 from fedleak.status import most_frequent, most_frequent_note, reconstructed
-from fedleak.wording import coverage_words
+from fedleak.wording import coverage_words, more_rounds_words
 
 if TYPE_CHECKING:
     from simulations.engines import Arm
@@ -164,6 +165,9 @@ def _closing_table(scenario: Scenario, arms: list[Arm]) -> None:
         if (arm.out / COVERAGE.file).is_file():
             said = coverage_words(pd.read_csv(arm.out / COVERAGE.file))
             _console.print(f"{arm.label}: {said}", highlight=False, soft_wrap=True)
+            private = epsilon(arm.defence.spec, scenario.federation.rounds)
+            if more := more_rounds_words(pd.read_csv(arm.out / LEAKAGE.file), private):
+                _console.print(f"{arm.label}: {more}", highlight=False, soft_wrap=True)
     for label, note in seen.items():
         what = f"seen, and taken into account ({label}), in {note}"
         _console.print(what, highlight=False, markup=False)

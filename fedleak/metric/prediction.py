@@ -21,14 +21,17 @@ from fedleak.errors import InvalidInputError, UnsupportedModelError
 from fedleak.metric.jacobian import UpdateJacobian
 from fedleak.metric.jacobian_rows import Block
 from fedleak.metric.matrix_free import estimate
-from fedleak.metric.posterior import Posterior, Prediction, posterior
+from fedleak.metric.posterior import Posterior, Prediction, mean_decibels, posterior
 from fedleak.metric.reference import Reference, demand_judged, entry_errors
 from fedleak.priors import GaussianPrior, Prior
+from fedleak.solvers.box import MOST, into_box
 
 #: The prior of natural images of about 32 pixels: see ``GaussianPrior`` for the terms.
 NATURAL = {"rho": 0.96, "power": 1.0, "colour": 0.93, "sigma": 0.25, "mean": 0.5}
 #: Unknowns (of all images of a batch) up to which the Jacobian is held in memory.
 DENSE_PREDICTION = 6144
+#: Errors drawn where images are held to [0, 1], and the PSNR from which that changes nothing.
+_DRAWN, _EXACT_DB = 32, 90.0
 
 
 def natural_prior(shape: tuple[int, int, int], device: torch.device | str = "cpu") -> Prior:
@@ -157,6 +160,10 @@ def over_rounds(references: Sequence[Reference], prior: Prior) -> list[float]:
     -----
     Independent rounds add up what they tell: their Jacobians stand one below the other, in units of
     their errors. Where every round tells all pixels, ``r`` rounds of noise buy ``10 log10(r)`` dB.
+
+    An attacker knows that pixels lie in [0, 1], and many of them at 0 or 1 tell of the others.
+    Up to :data:`fedleak.solvers.box.MOST` pixels, errors are drawn from what is left open, and
+    each estimate is moved to the nearest image (:func:`fedleak.solvers.box.into_box`).
     """
     shape = tuple(references[0].jacobian.images.shape)
     if references[0].jacobian.images.numel() > DENSE_PREDICTION or not prior.gaussian:
@@ -171,5 +178,23 @@ def over_rounds(references: Sequence[Reference], prior: Prior) -> list[float]:
         if len(rows) > rows.shape[1]:  # as many rows as pixels say the same
             rows = torch.linalg.qr(rows, mode="r")[1]
         known = rows
-        out.append(posterior([Block("rounds", "rounds", rows, len(rows))], factor, shape).psnr_db)
+        left = posterior([Block("rounds", "rounds", rows, len(rows))], factor, shape)
+        bounded = rows.shape[1] <= MOST and left.psnr_db < _EXACT_DB
+        images = references[0].jacobian.images
+        out.append(_between_bounds(rows, factor, images) if bounded else left.psnr_db)
     return out
+
+
+def _between_bounds(rows: Tensor, factor: Tensor, images: Tensor) -> float:
+    """Return the PSNR in dB of estimates with these errors that are held to [0, 1]."""
+    eye = torch.eye(len(factor)).to(factor)
+    inverse = torch.linalg.solve_triangular(factor, eye, upper=False)
+    expected = torch.block_diag(*[inverse] * len(images))
+    root = torch.linalg.qr(torch.cat([rows.to(factor), expected]), mode="r")[1]
+    root = root * root.diagonal().sign().unsqueeze(1)  # the same draws in every round
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.randn(_DRAWN, len(root), generator=generator, dtype=torch.float64).to(root)
+    errors = torch.linalg.solve_triangular(root, drawn.mT, upper=True).mT
+    truth = images.to(root).flatten()
+    left = (into_box(truth + errors, root) - truth).square().mean(0)
+    return mean_decibels(left.reshape(len(images), -1).mean(1))

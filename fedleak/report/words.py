@@ -6,10 +6,13 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from fedleak.defences import DefenceSpec
+from fedleak.defences.accountant import epsilon
+from fedleak.errors import FedleakError
 from fedleak.report.numbers import Exposure, Figures
 from fedleak.report.sources import Arm, Source, Study
 from fedleak.untrusted import dig
-from fedleak.wording import ENOUGH_DB, EXPLAINED, coverage_words, fit_text, grade
+from fedleak.wording import ENOUGH_DB, EXPLAINED, coverage_words, fit_text, grade, more_rounds_words
 
 Judged = tuple[Arm, Figures]
 #: Between a number and its unit.
@@ -234,7 +237,9 @@ def details(arm: Arm, found: Figures) -> list[tuple[str, str]]:
     elif len(found.rounds) == 1:
         said.append(("When", f"One round was attacked: round {found.rounds[0]}."))
     if held := coverage_words(arm.coverage):
-        said.append(("All rounds together", f"{held[0].upper()}{held[1:]}."))
+        more = more_rounds_words(arm.leakage, _epsilon(arm)) if len(arm.coverage) else ""
+        more = f" {more[0].upper()}{more[1:]}." if more else ""
+        said.append(("All rounds together", f"{held[0].upper()}{held[1:]}.{more}"))
     if could := _could(arm, found):
         said.append(("What more could be", could))
     failed = found.grades[-1] if found.grades else found.evidence.counts[-1]
@@ -243,6 +248,14 @@ def details(arm: Arm, found: Figures) -> list[tuple[str, str]]:
             ("Not recovered", f"{images(failed)}; the most frequent reason: {found.reason}")
         )
     return said
+
+
+def _epsilon(arm: Arm) -> float | None:
+    """Return epsilon over all rounds that the server saw; None without differential privacy."""
+    try:
+        return epsilon(DefenceSpec(arm.defence, arm.strength), int(arm.coverage["round"].max()))
+    except (FedleakError, ValueError):  # a defence of strangers
+        return None
 
 
 def _who(found: Figures) -> str:

@@ -79,13 +79,14 @@ class Table:
         write_atomically(folder / self.file, text.encode())
 
 
-_QUIET = ("attack", "psnr_fitted_db", "mse", "seconds", "psnr_together_db")
+_QUIET = ("attack", "psnr_fitted_db", "mse", "seconds", "psnr_together_db",
+          "predicted_together_db")  # fmt: skip
 #: A row for each image that was attacked.
 LEAKAGE = Table(
     "leakage.csv",
     ("round", "client", "image", "attack", "defence", "strength", "psnr_db", "psnr_fitted_db",
      "predicted_psnr_db", "ssim", "mse", "label_true", "label_inferred", "fit", "certified",
-     "seconds", "status", "reason", "notes", "psnr_together_db"),
+     "seconds", "status", "reason", "notes", "psnr_together_db", "predicted_together_db"),
     needed=("round", "psnr_db", "status"),
     late=("predicted_psnr_db",),
     quiet=(*_QUIET, "fit", "certified", "notes"),
@@ -151,6 +152,9 @@ OF_ATTACKER = (
     "psnr_db_median", "psnr_db_worst", "ssim_median", "ssim_worst", "identified", "label_accuracy",
     "failed",
 )  # fmt: skip
+#: What it says of one that keeps a gallery of each client.
+OF_MEMORY = ("covered_20", "covered_40", "covered_60", "invented")
+_MEMORY = tuple(f"{name}_{who}" for name in OF_MEMORY for who in (UNAWARE, INFORMED))
 #: What it says of a server that sends a changed model, and of clients that look.
 OF_TAMPER = (
     "tamper", "recovered", "certified", "certified_wrong", "restored", "accuracy_lost", "detected",
@@ -161,9 +165,11 @@ EVALUATION = Table(
     "evaluation.csv",
     (*_CELL, "rounds", "accuracy", "loss", "images",
      *(f"{name}_{who}" for name in OF_ATTACKER for who in (UNAWARE, INFORMED)),
+     *_MEMORY,
      "c_metric", "predicted_psnr_db", "cramer_rao_db", "epsilon", "bytes_sent",
      *OF_TAMPER, "seconds", "status", "reason"),
-    quiet=(*OF_TAMPER, "rounds", "loss", "cramer_rao_db", "seconds", "psnr_db_worst_unaware",
+    quiet=(*OF_TAMPER,
+           *_MEMORY, "rounds", "loss", "cramer_rao_db", "seconds", "psnr_db_worst_unaware",
            "ssim_median_unaware", "ssim_median_informed", "ssim_worst_unaware",
            "ssim_worst_informed", "identified_unaware", "label_accuracy_unaware",
            "failed_unaware"),

@@ -12,11 +12,13 @@ import pandas as pd
 from fedleak.defences.accountant import epsilon
 from fedleak.results.format import (
     CELLS,
+    COVERAGE,
     EVALUATION,
     EVALUATION_ROUNDS,
     INFORMED,
     LEAKAGE,
     OF_ATTACKER,
+    OF_MEMORY,
     ROUNDS,
     TAMPERING,
     UNAWARE,
@@ -95,6 +97,8 @@ def cell_rows(out: Path, cell: Cell, outcome: CellOutcome, sweep: Sweep) -> tupl
     for who, leakage in ((UNAWARE, unaware), (INFORMED, informed)):
         found = _attacked(leakage, sweep.threshold_db)
         attacked |= {f"{name}_{who}": found[name] for name in OF_ATTACKER}
+        own = folder / who if (folder / who).is_dir() else folder / UNAWARE
+        attacked |= {f"{name}_{who}": value for name, value in covered(own, scenario).items()}
     last = rounds.iloc[-1]
     spec, number = scenario.defence.spec, scenario.federation.rounds
     private = epsilon(spec, number, delta=sweep.delta)
@@ -116,6 +120,19 @@ def cell_rows(out: Path, cell: Cell, outcome: CellOutcome, sweep: Sweep) -> tupl
     }  # fmt: skip
     by_round = _by_round(cell, rounds, unaware, informed)
     return {c: plain(row[c]) for c in EVALUATION.columns}, by_round
+
+
+def covered(folder: Path, scenario: Scenario) -> Row:
+    """Return what share of the clients' images the server holds at the end; NaN without memory."""
+    if not scenario.attack.memory:
+        return dict.fromkeys(OF_MEMORY, math.nan)
+    table = read_table(folder / COVERAGE.file).sort_values("round")
+    last = table.groupby("client").tail(1)
+    if last.empty:
+        return dict.fromkeys(OF_MEMORY, math.nan)
+    total = float(last["images"].sum())
+    told: Row = {f"covered_{k}": float(last[f"together_{k}"].sum()) / total for k in (20, 40, 60)}
+    return told | {"invented": int(last["invented"].sum())}
 
 
 def _tampered(folder: Path, scenario: Scenario) -> Row:

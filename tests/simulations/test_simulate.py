@@ -22,6 +22,7 @@ from fedleak.report.page import write_report
 from fedleak.results.format import COVERAGE, LEAKAGE, ROUNDS
 from fedleak.status import reconstructed
 from simulations.engines import simulate
+from simulations.evaluation.table import covered
 from simulations.partition import client_batches, client_images
 from simulations.scenario import load_scenario
 
@@ -398,6 +399,12 @@ def test_memory_covers_more_of_a_client_than_rounds_alone(tmp_path: Path) -> Non
     leakage, *_ = _tables(arm.out)
     assert (leakage["psnr_together_db"] >= leakage["psnr_db"] - 1e-6).all()
     assert (arm.out / "coverage_vs_rounds.png").read_bytes()[:4] == b"\x89PNG"
+    told = covered(arm.out, described)  # as evaluation.csv says it
+    last = coverage.iloc[-1]
+    assert [told[f"covered_{k}"] for k in (20, 40, 60)] == [
+        last[f"together_{k}"] / 4 for k in (20, 40, 60)
+    ]
+    assert told["invented"] == 0
 
 
 def test_batches_drawn_anew_repeat_images_before_all_are_used() -> None:
