@@ -19,6 +19,9 @@ from fedleak.priors import Prior
 #: Predicted PSNR in dB from which an image is one, and the fit that is asked for where none is
 #: predicted.
 CERTAIN_DB, CERTAIN_FIT = 20.0, 1e-3
+#: The same of one round whose entries are dropped in part: other images keep these entries nearly
+#: as well, far from the estimate that errors are taken around.
+_ALONE_DB = 60.0
 #: Fit of an update without noise up to which its images are taken for right, and for exact.
 SETTLED, _ROUNDED = 3e-6, 1e-5
 #: The same of several rounds at once, which wrong images hardly explain all.
@@ -430,7 +433,9 @@ def _certain(one: Round, images: Tensor, place: int, decibels: float) -> bool:
         return not one.evidence.defended and one.alone.fit <= CERTAIN_FIT
     # How well images of a batch are told apart is not in the covariance around them.
     trusted = one.alone.details.get("head", {}).get("trusted")
-    return decibels >= CERTAIN_DB and (trusted is None or bool(trusted[place]))
+    dropped = any(not bool(told.all()) for told in one.evidence.told.values())
+    least = _ALONE_DB if dropped else CERTAIN_DB
+    return decibels >= least and (trusted is None or bool(trusted[place]))
 
 
 def _settled(one: Round, images: Tensor, limit: float = SETTLED) -> bool:

@@ -81,6 +81,16 @@ def test_noisy_rounds_of_two_images_are_told_apart_and_averaged() -> None:
         assert psnr(together[n], [i])[0] >= single[n] - 0.5
 
 
+@pytest.mark.slow
+def test_a_pruned_round_waits_for_another() -> None:
+    dossier, alone, together = followed([[1]] * 4, "prune:0.95", model="cnn2-v2")
+    assert psnr(alone[0], [1])[0] < 25  # predicted: 28
+    assert together[0].details["memory"]["held"] == 0
+    _, best = nearest(dossier, [1])
+    assert best[0] > 60
+    assert len(dossier.gallery) == 1
+
+
 def test_a_failed_tie_leaves_what_the_round_gave() -> None:
     _, alone, together = followed([[0], [1], [2]], "noise:0.1")
     for a, t in zip(alone, together, strict=True):

@@ -6,8 +6,11 @@ import copy
 import math
 from dataclasses import replace
 
+import pandas as pd
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from fedleak.attacks import Reconstruction, make_attack
 from fedleak.attacks.evidence import Evidence
@@ -21,6 +24,8 @@ from fedleak.errors import InvalidInputError
 from fedleak.models import build_model
 from fedleak.observation import Observation
 from fedleak.quality import score_batch
+from fedleak.solvers.box import into_box
+from fedleak.wording import more_rounds_words
 
 DIGITS, _ = load_data("digits")
 
@@ -123,3 +128,30 @@ def test_what_is_exact_alone_stays_exact() -> None:
     made = together(attack, seen, alone)
     best = max(psnr(a, [5])[0] for a in alone)
     assert psnr(made, [5])[0] == best or math.isinf(best) or psnr(made, [5])[0] > 120
+
+
+def test_what_one_more_round_buys_is_said() -> None:
+    table = pd.DataFrame({"client": 0, "image": [0, 0, 0, 1], "round": [1, 2, 3, 1],
+                          "predicted_psnr_db": [20.0, 20.0, 20.0, 30.0],
+                          "predicted_together_db": [math.nan, 23.0, 24.5, math.nan]})  # fmt: skip
+    said = more_rounds_words(table, 7.25)
+    assert said.startswith("predicted for the same images again: 20.0 dB after one round, 24.5 dB")
+    assert "after 3, the last of which bought +1.5 dB; epsilon of differential" in said
+    assert said.endswith("is 7.25 then")
+    assert more_rounds_words(table[table["image"] == 1]) == ""
+    assert more_rounds_words(table.drop(columns="predicted_together_db")) == ""
+
+
+@given(seed=st.integers(0, 10**6), size=st.integers(1, 6))
+def test_the_nearest_point_of_the_box_has_no_nearer_one(seed: int, size: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    root = torch.randn(size, size, generator=generator, dtype=torch.float64).triu()
+    root.diagonal().add_(3 * root.diagonal().sign() + (root.diagonal() == 0))
+    point = torch.randn(2, size, generator=generator, dtype=torch.float64)
+    found = into_box(point, root)
+    assert bool(((found >= 0) & (found <= 1)).all())
+    others = torch.rand(200, 1, size, generator=generator, dtype=torch.float64)
+    far = ((others - point) @ root.mT).square().sum(2)
+    assert bool((((found - point) @ root.mT).square().sum(1) <= far + 1e-9).all())
+    inside = torch.rand(size, generator=generator, dtype=torch.float64)
+    assert torch.equal(into_box(inside, root), inside)
