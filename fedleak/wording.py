@@ -174,8 +174,10 @@ def coverage_words(coverage: Any) -> str:
     if coverage.empty:
         return ""
     last = coverage.sort_values("round").groupby("client").tail(1)
-    most = last.loc[(last["together_20"] / last["images"]).idxmax()]
-    n, client = int(most["round"]), clean(str(most["client"]))
+    place = (last["together_20"] / last["images"]).idxmax()
+    most = last.loc[place]
+    # A row has one type: the name of a client is its column's.
+    n, client = int(most["round"]), clean(str(last["client"][place]))
     return (
         f"after {n} round{'s' * (n > 1)} the server holds {int(most['together_20'])} of the "
         f"{int(most['images'])} images of client {client}, {int(most['together_60'])} of them "
