@@ -35,8 +35,8 @@ class Seen:
         return Seen(factor, self.notes + other.notes, self.doubts + other.doubts, loss)
 
 
-#: A factor this near to 1 is none.
-_NONE = 1e-5
+#: A factor this near to 1 is none; and one this near nobody meant.
+_NONE, _MEANT = 1e-5, 0.01
 
 
 def by_factor(factor: float) -> Seen:
@@ -46,6 +46,8 @@ def by_factor(factor: float) -> Seen:
     what = (
         "minus a gradient: changes of weights are its negative"
         if factor < 0
+        else "so little that a coarser rounding of the update does it"
+        if abs(factor - 1) < _MEANT
         else "a sum instead of a mean, accumulation, clipping, or another learning rate"
     )
     return Seen(factor, (f"the update is {factor:.6g} times what was declared ({what})",))
