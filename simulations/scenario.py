@@ -95,11 +95,15 @@ class Scenario(Section):
                 "attack.memory keeps a gallery of each client, and with threat.view=sum the server "
                 "sees no client alone; set attack.memory=false"
             )
-        if self.guard.leakage and self.training.local_steps * self.training.epochs > 1:
-            raise InvalidInputError(
-                "guard.leakage is predicted for one local step; set training.local_steps=1 and "
-                "training.epochs=1, or guard.leakage=0"
-            )
+        for asked, what, off in (
+            (self.guard.leakage, "guard.leakage is predicted for", "guard.leakage=0"),
+            (self.attack.memory, "attack.memory is for clients that take", "attack.memory=false"),
+        ):
+            if asked and self.training.local_steps * self.training.epochs > 1:
+                raise InvalidInputError(
+                    f"{what} one local step; set training.local_steps=1 and training.epochs=1, or "
+                    f"{off}"
+                )
         labels = [d.spec.label for d in self.arms()]
         if len(set(labels)) != len(labels):
             raise InvalidInputError(f"a defence is listed twice: {', '.join(labels)}")

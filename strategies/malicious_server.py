@@ -20,6 +20,7 @@ from flwr.serverapp.strategy import Result, Strategy
 from torch import Tensor, nn
 
 from fedleak.attacks import Attack, Dossier, Outcome, make_attack
+from fedleak.attacks.dossier import BUDGET
 from fedleak.capture import CaptureWriter, Update
 from fedleak.capture.update import load_sent
 from fedleak.client.loss import PLAIN
@@ -38,6 +39,9 @@ from .leak import Leak, log_leak
 from .work import PLACES, InBackground, InRound, Limits, Place
 
 __all__ = ["Leak", "MaliciousServer"]
+
+#: Bytes of the updates that all clients' dossiers keep together.
+_ALL_DOSSIERS = 2 * 2**30
 
 
 class MaliciousServer(DelegatingStrategy):
@@ -177,6 +181,12 @@ class MaliciousServer(DelegatingStrategy):
                 atexit.register(self.wait)  # also where another strategy runs the rounds
         self.last_leaks: list[Leak] = []
         self._weights: dict[int, dict[str, Tensor]] = {}
+        if memory and isinstance(training, LocalTraining) and not callable(num_images):
+            if training.steps(num_images) > 1:
+                raise InvalidInputError(
+                    "memory is for clients that take one local step, not "
+                    f"{training.steps(num_images)}; leave memory out"
+                )
         self.memory = memory
         self.dossiers: dict[tuple[int, ...], Dossier] = {}
         self._observed: dict[tuple[int, tuple[int, ...]], Observation] = {}
@@ -302,6 +312,8 @@ class MaliciousServer(DelegatingStrategy):
         if leak.nodes not in self.dossiers:
             assert self.attack is not None
             self.dossiers[leak.nodes] = Dossier(self.attack)
+            for one in self.dossiers.values():
+                one.budget = min(BUDGET, _ALL_DOSSIERS // len(self.dossiers))
         dossier = self.dossiers[leak.nodes]
         if leak.reconstruction is None:
             return replace(leak, dossier=dossier)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fedleak.attacks.base import Attack, Reconstruction
 from fedleak.attacks.rounds import Round, certainty, solve
-from fedleak.errors import FedleakError
+from fedleak.errors import FedleakError, UnsupportedModelError
 from fedleak.observation import Observation
 from fedleak.priors import Prior
 
@@ -139,7 +139,18 @@ class Dossier:
         Reconstruction
             ``alone``, with the images that other rounds tell better; ``details["memory"]`` says
             how many of them were known before.
+
+        Raises
+        ------
+        UnsupportedModelError
+            If the client takes several local steps: what one round tells is not exact enough to
+            say whether another has the same images.
         """
+        if observation.terms.steps > 1:
+            raise UnsupportedModelError(
+                "rounds are put together of clients that take one local step, not "
+                f"{observation.terms.steps}"
+            )
         if len(alone.images) < observation.num_images:  # of a model that was tampered with
             return self._part(server_round, alone)
         alone = self._without_known(observation, alone)

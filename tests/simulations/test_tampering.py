@@ -182,6 +182,8 @@ def test_a_sum_is_tampered_with_as_a_whole(tmp_path: Path) -> None:
         ({"tamper": "peel", "model": {"name": "cnn2-v1"}}, "not fully connected to the pixels"),
         ({"tamper": {"name": "peel", "clients": 1}, "threat": {"view": "sum"}}, "tamper.clients=0"),
         ({"attack": {"memory": True}, "threat": {"view": "sum"}}, "set attack.memory=false"),
+        ({"attack": {"memory": True}, "strategy": {"name": "FedAvg"},
+          "training": {"epochs": 2, "share": "weights"}}, "clients that take one local step"),
         ({"guard": {"action": "warn", "leakage": 20}, "strategy": {"name": "FedAvg"},
           "training": {"local_steps": 2, "share": "weights"}}, "predicted for one local step"),
         ({"tamper": "fishing:label=12"}, "label 12 is not one of the 10 classes"),

@@ -364,6 +364,7 @@ def test_bad_settings() -> None:
         ({"input_shape": (2, 2)}, "input_shape must be"),
         ({"input_shape": "1,8,8"}, "input_shape must be"),
         ({"training": 0.1}, "as LocalTraining"),
+        ({"training": LocalTraining(0.1, epochs=2), "memory": True}, "one local step, not 2"),
         *(({"num_images": n}, "num_images must be a whole number") for n in (0, 2.5, "8", True)),
         (
             {"defence": "dp:clip=1,noise=1,examples=4", "training": LocalTraining(0.1)},
