@@ -181,12 +181,12 @@ class MaliciousServer(DelegatingStrategy):
                 atexit.register(self.wait)  # also where another strategy runs the rounds
         self.last_leaks: list[Leak] = []
         self._weights: dict[int, dict[str, Tensor]] = {}
-        if memory and isinstance(training, LocalTraining) and not callable(num_images):
-            if training.steps(num_images) > 1:
-                raise InvalidInputError(
-                    "memory is for clients that take one local step, not "
-                    f"{training.steps(num_images)}; leave memory out"
-                )
+        told = isinstance(training, LocalTraining) and not callable(num_images)
+        steps = training.steps(num_images) if told else 1  # type: ignore[union-attr,arg-type]
+        if memory and steps > 1:
+            raise InvalidInputError(
+                f"memory is for clients that take one local step, not {steps}; leave memory out"
+            )
         self.memory = memory
         self.dossiers: dict[tuple[int, ...], Dossier] = {}
         self._observed: dict[tuple[int, tuple[int, ...]], Observation] = {}
