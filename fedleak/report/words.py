@@ -264,7 +264,8 @@ def _who(found: Figures) -> str:
     if found.evidence.total:
         return _whose(found)
     if not exposed:
-        return f"Of none of the {total} attacked clients was an image recognisable."
+        who = "the one attacked client" if total == 1 else f"all {total} attacked clients"
+        return f"Of {who} no image was recognisable."
     if len(exposed) == total:
         most, least = exposed[0].recognisable, exposed[-1].recognisable
         each = images(most) if most == least else f"{least} to {images(most)}"
