@@ -63,7 +63,8 @@ def solve(evidence: Evidence, prior: Prior) -> Reconstruction | str:
     except UnsupportedModelError as error:
         return str(error)
     gradient = {name: g[0] for name, g in evidence.gradient.items()}
-    knowledge = Knowledge(graph, gradient)
+    rounding = {name: evidence.rounding(name) for name in gradient}
+    knowledge = Knowledge(graph, gradient, {n: e for n, e in rounding.items() if e})
     try:
         with deadline.part(_SHARE), mathematical():
             spread(knowledge, RULES)
@@ -75,7 +76,6 @@ def solve(evidence: Evidence, prior: Prior) -> Reconstruction | str:
         return str(error)
     evidence = evidence.with_labels(_labels(evidence, knowledge))
     made = evidence.replay(images[None], evidence.labels).gradients
-    rounding = {name: evidence.rounding(name) for name in gradient}
     proof = certify(knowledge, {n: g[0].detach() for n, g in made.items()}, rounding)
     left = undetermined(evidence, images, evidence.labels) if proof.certified else 0
     if left:

@@ -61,6 +61,9 @@ class Knowledge:
     graph : Graph
     gradient : dict of str to Tensor
         The observed gradient of the mean loss, by parameter.
+    errors : mapping of str to float
+        Standard deviations of the entries of a parameter's gradient beside float32's rounding: of
+        weights whose difference it is, or of noise.
     values, cotangents : dict of str to Known
         Of every edge its value, and the derivative of the loss by it.
     contributions : dict of (str, int) to Known
@@ -83,6 +86,7 @@ class Knowledge:
 
     graph: Graph
     gradient: Mapping[str, Tensor]
+    errors: Mapping[str, float] = field(default_factory=dict)
     values: dict[str, Known] = field(default_factory=dict)
     cotangents: dict[str, Known] = field(default_factory=dict)
     contributions: dict[tuple[str, int], Known] = field(default_factory=dict)
@@ -112,6 +116,16 @@ class Knowledge:
             return None
         found = self.gradient.get(name)
         return found if found is not None and bool(found.any()) else None
+
+    def error_of(self, name: str) -> float:
+        """Return the standard deviation of an entry of a parameter's gradient."""
+        size = float(self.gradient[name].square().mean().sqrt())
+        return ((ROUNDING * size) ** 2 + self.errors.get(name, 0.0) ** 2) ** 0.5
+
+    def relative(self, name: str) -> float:
+        """Return :meth:`error_of` relative to the size of the parameter's gradient."""
+        size = float(self.gradient[name].square().mean().sqrt())
+        return self.error_of(name) / max(size, 1e-300)
 
     def learn_value(self, edge: str, known: Known) -> bool:
         """Note an edge's value, unless as much is known already; return whether it is new."""

@@ -78,20 +78,17 @@ def match_images(
     if nearest.values.numel() < _AMPLE * unknowns:
         nearest = NearestTargets(knowledge)
     search = _Search(nearest, prior, watch, seen)
-    u = search.finish(search.descend(search.start(), steps))
+    u = search.descend(search.start(), steps)
+    if search.misfit(u) > _MATCHED and choices.apply(knowledge, search.images(u).detach()):
+        spread(knowledge, RULES)
+        return match_images(knowledge, prior, steps, watch, seen)
+    u = search.finish(u)
     matched = search.misfit(u) < _MATCHED
     if not matched and nearest.layers:
         values = _Search(NearestTargets(knowledge, rows=False), prior, watch, seen)
         alone = values.finish(u)
         if values.misfit(alone) < _MATCHED:
             u, search.gain, matched = alone, values.gain, True
-    if (
-        not matched
-        and not deadline.passed()
-        and choices.apply(knowledge, search.images(u).detach())
-    ):
-        spread(knowledge, RULES)
-        return match_images(knowledge, prior, steps, watch, seen)
     below = BelowTargets.of(knowledge)
     if below is None or deadline.passed():
         return search.images(u).detach()

@@ -85,7 +85,7 @@ class NearestTargets(Targets):
             known = knowledge.cotangents.get(node.name)
             each = self.cotangents.values() if known is None else [known]
             relative = max(k.relative for k in each)
-            errors += [max(relative, ROUNDING)] * len(node.parameters)
+            errors += [max(relative, knowledge.relative(p)) for p in node.parameters]
         tensors = [knowledge.gradient[name] for name in self.parameters]
         super().__init__(knowledge, edges, tensors, errors)
 
@@ -121,7 +121,7 @@ class BelowTargets(Targets):
         ]
         self.cotangents = {e: knowledge.cotangents[e] for e in edges if e in knowledge.cotangents}
         relative = max((k.relative for k in self.cotangents.values()), default=0.0)
-        errors = [max(relative, ROUNDING)] * len(self.parameters)
+        errors = [max(relative, knowledge.relative(p)) for p in self.parameters]
         tensors = [knowledge.gradient[p] for p in self.parameters]
         super().__init__(knowledge, edges, tensors, errors)
 

@@ -57,7 +57,7 @@ def _solve(knowledge: Knowledge, node: Node) -> bool:
     e = judge.full * slopes
     error = max(relative, ROUNDING) * float(value.square().mean().sqrt())
     size = float(e.square().mean().sqrt())
-    knowledge.learn_cotangent(judge.node.name, Known(e, ROUNDING * size, "blind convolution"))
+    knowledge.learn_cotangent(judge.node.name, Known(e, judge.relative * size, "blind convolution"))
     seen = geometry.seen.reshape(geometry.size).to(value.device).expand_as(value)
     mask = None if bool(seen.all()) else seen
     return knowledge.learn_value(node.inputs[0], Known(value, error, "blind convolution", mask))
@@ -73,24 +73,27 @@ class _Judge:
         The convolution itself, or the next one above.
     full : Tensor
         Its cotangent with every unit active.
+    relative : float
+        The relative error of that.
     """
 
     node: Node
     full: Tensor
+    relative: float
 
 
 def _judge(knowledge: Knowledge, node: Node) -> _Judge | None:
     """Find where a convolution's factor shows: above it, or above the next convolution."""
     above = potential(knowledge, node)
     if above is not None:
-        return _Judge(node, above[1])
+        return _Judge(node, *above[1:])
     graph, name = knowledge.graph, node.name
     while len(graph.consumers[name]) == 1:
         upper = graph.nodes[graph.consumers[name][0][0]]
         if upper.kind is Kind.CONVOLUTION:
             above = potential(knowledge, upper)
             whole = upper.module.groups == 1 and knowledge.gradient_of(upper, "weight") is not None
-            return _Judge(upper, above[1]) if above is not None and whole else None
+            return _Judge(upper, *above[1:]) if above is not None and whole else None
         if upper.kind not in (Kind.SCALE, Kind.POINTWISE):
             return None
         name = upper.name

@@ -46,7 +46,8 @@ def apply(knowledge: Knowledge, images: Tensor) -> bool:
         except Refused as refusal:
             knowledge.short[node.name] = f"{node.path}: {refusal}"
             continue
-        error = ROUNDING * float(e.square().mean().sqrt())
+        above = potential(knowledge, node)
+        error = (above[2] if above else ROUNDING) * float(e.square().mean().sqrt())
         return knowledge.learn_cotangent(node.name, Known(e, error, _NAME))
     return False
 
@@ -57,7 +58,7 @@ def _pooled(knowledge: Knowledge, node: Node) -> Pooled | None:
     above = potential(knowledge, node)
     if gradient is None or above is None or node.module.groups > 1:
         return None
-    switches, full = above
+    switches, full, _ = above
     pools = [s for s in switches if s.kind is Kind.MAX_POOL]
     known = knowledge.values.get(pools[0].name) if len(pools) == 1 else None
     rows = gradient.shape[0] * gradient[0, 0].numel()

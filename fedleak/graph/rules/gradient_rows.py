@@ -54,11 +54,12 @@ class System:
     live: Tensor
 
     @classmethod
-    def of(cls, knowledge: Knowledge, node: Node) -> System:
+    def of(cls, knowledge: Knowledge, node: Node, value: float = 1.0) -> System:
         """Return the rows of a layer whose cotangent is known.
 
-        An entry of ``G`` is a sum over positions: it is wrong by the rounding of the whole, and by
-        the error of each derivative that is not zero.
+        An entry of ``G`` is a sum over positions: it is wrong by the rounding of the whole, by
+        the error of each derivative that is not zero, and by what the observation is off, which
+        counts relative to the size of the input, ``value``.
         """
         gradient, known = knowledge.gradient_of(node, "weight"), knowledge.cotangents[node.name]
         assert gradient is not None
@@ -75,7 +76,9 @@ class System:
         each = matrix.reshape(channels, -1)
         size, active = each.norm(dim=1), (each != 0).sum(1)
         offsets = len(matrix) // channels
-        noise = ((ROUNDING * size).square() + known.error**2 * active).div(offsets).sqrt()
+        observed = knowledge.errors.get(f"{node.path}.weight", 0.0) / max(value, 1e-300)
+        noise = ((ROUNDING * size).square() + known.error**2 * active).div(offsets)
+        noise = (noise + observed**2).sqrt()
         live = size > 1e-9 * size.max()
         weight = torch.where(live, 1 / noise, 0.0).repeat_interleave(offsets)[:, None]
         return cls(node, matrix * weight, right * weight, live)
@@ -127,6 +130,10 @@ def _solve(knowledge: Knowledge, edge: str, layers: list[Node]) -> bool:
     if rows < unknowns:
         return _give_up(knowledge, layers, f"{names}: {rows} rows for {unknowns} positions")
     value, error = _solved(systems, used)
+    if knowledge.errors:
+        scale = float(value.square().mean().sqrt())
+        systems = [System.of(knowledge, node, scale) for node in layers]
+        value, error = _solved(systems, used)
     while (worst := _worst(systems, used, value)) > _FACTOR:
         # Wrong channels show; the worst are left out until the others agree.
         bound = max(_FACTOR, _TOGETHER * worst)
@@ -183,7 +190,7 @@ def _check_known(knowledge: Knowledge) -> bool:
         for node in _layers(knowledge, edge) if known.whole else ():
             if node.name in knowledge.checked or node.name in knowledge.short:
                 continue
-            system, value = System.of(knowledge, node), _positions(known.value, node)
+            system, value = System.of(knowledge, node, known.size), _positions(known.value, node)
             off = float(system.residuals(value)[system.live].square().mean().sqrt())
             # Here the value is wrong by more than rounding, too.
             if off <= _FACTOR * (1 + known.relative / ROUNDING):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fedleak.graph.kinds import Kind
-from fedleak.graph.knowledge import ROUNDING, Knowledge, Known
+from fedleak.graph.knowledge import Knowledge, Known
 
 
 def apply(knowledge: Knowledge) -> bool:
@@ -17,14 +17,14 @@ def apply(knowledge: Knowledge) -> bool:
         if node.name in knowledge.cotangents:
             continue
         if node.kind is Kind.DENSE and node.shape[:-1].count(1) == len(node.shape) - 1:
-            found = knowledge.gradient_of(node, "bias")
+            found, name = knowledge.gradient_of(node, "bias"), f"{node.path}.bias"
         elif node.kind is Kind.PARAMETER and node.path not in knowledge.graph.shared:
-            found = knowledge.gradient.get(node.path)
+            found, name = knowledge.gradient.get(node.path), node.path
         else:
             continue
         if found is None:
             continue
         value = found.reshape(node.shape)
-        error = ROUNDING * float(value.square().mean().sqrt())
-        new |= knowledge.learn_cotangent(node.name, Known(value, error, "head"))
+        known = Known(value, knowledge.error_of(name), "head")
+        new |= knowledge.learn_cotangent(node.name, known)
     return new

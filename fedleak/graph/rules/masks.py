@@ -15,14 +15,14 @@ from fedleak.graph.activations import flat_outside
 from fedleak.graph.capture import Node
 from fedleak.graph.kernels.geometry import Geometry
 from fedleak.graph.kinds import Kind
-from fedleak.graph.knowledge import Knowledge
+from fedleak.graph.knowledge import ROUNDING, Knowledge
 from fedleak.graph.rules.derivatives import pulled_back
 
 #: How far a slope may be off a whole number, to be rounded to it.
 _NEAR = 0.1
 
 
-def potential(knowledge: Knowledge, node: Node) -> tuple[list[Node], Tensor] | None:
+def potential(knowledge: Knowledge, node: Node) -> tuple[list[Node], Tensor, float] | None:
     """Return a layer's cotangent as it were if every unit above it were active.
 
     Between the layer and the next derivative that is known lie scales, sums, activations that are
@@ -35,6 +35,8 @@ def potential(knowledge: Knowledge, node: Node) -> tuple[list[Node], Tensor] | N
         The activations and pools between, from the layer up.
     full : Tensor
         Of the shape of the layer's output.
+    relative : float
+        Its relative error: that of the derivative above.
     """
     graph, chain, name = knowledge.graph, list[tuple[Node, int]](), node.name
     switches: list[Node] = []
@@ -48,13 +50,14 @@ def potential(knowledge: Knowledge, node: Node) -> tuple[list[Node], Tensor] | N
         chain.append((upper, place))
         switches += [upper] if upper.kind in (Kind.POINTWISE, Kind.MAX_POOL) else []
         name = above
-    made = knowledge.cotangents[name].value
+    known = knowledge.cotangents[name]
+    made = known.value
     for between, place in reversed(chain):
         if between.kind is Kind.MAX_POOL:
             made = _unpooled(between, made, graph.nodes[between.inputs[0]].shape)
         elif between.kind is not Kind.POINTWISE:
             made = pulled_back(graph, between, place, made)
-    return switches, made
+    return switches, made, max(known.relative, ROUNDING)
 
 
 def _keeps(node: Node) -> bool:
@@ -119,7 +122,7 @@ def mend(knowledge: Knowledge, node: Node, value: Tensor, wrong: Tensor) -> bool
     gradient = knowledge.gradient_of(node, "weight")
     if above is None or gradient is None or node.kind is not Kind.CONVOLUTION:
         return False
-    switches, full = above
+    switches, full, _ = above
     if len(switches) != 1 or switches[0].kind is not Kind.POINTWISE:
         return False
     (activation,) = switches
