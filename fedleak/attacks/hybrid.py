@@ -49,6 +49,8 @@ _SLACK = 1.1
 _POOR = 0.05
 #: Fit of an update solved on its model's graph up to which nothing else is tried.
 _SOLVED = 1e-3
+#: Distance, in known errors, at which a defended update is explained: 1 at the truth.
+_AT_NOISE = 1.2
 #: Part of another's fit that a fit must come to, to be taken for the better reconstruction.
 _CLEARLY = 0.9
 #: How near to the 8-bit grid, in steps of it, an image must come to be rounded, root mean
@@ -186,19 +188,47 @@ class HybridAttack(Attack):
                 found[n] = replace(made, images=images[0].cpu(), fit=float(part.fit(images)[0]))
             else:
                 why = made
-            if n not in found or found[n].fit > _SOLVED or found[n].details["undetermined"]:
+            if n not in found or not self._settled(part, found[n]):
                 open_.append(n)
         if open_:
             rest = evidence.subset(torch.tensor(open_, device=evidence.replay.device))
-            for n, other in zip(open_, otherwise(rest), strict=True):
-                if n not in found or self._better(other, found[n], prior):
+            with deadline.part(0.5 if evidence.defended else 1.0):
+                others = otherwise(rest)
+            for n, other in zip(open_, others, strict=True):
+                part = evidence.subset(torch.tensor([n], device=evidence.replay.device))
+                if n not in found or self._better(part, other, found[n], prior):
                     reason = {"why_not_graph": why} if n not in found else {}
                     found[n] = replace(other, details={**other.details, **reason})
+        if open_ and evidence.errors and evidence.defended:
+            # What the defence hides counts little; a search that takes all as it is may go further.
+            for n, other in zip(open_, otherwise(replace(rest, errors={})), strict=True):
+                part = evidence.subset(torch.tensor([n], device=evidence.replay.device))
+                if self._off(part, other) < _CLEARLY * self._off(part, found[n]):
+                    images = other.images[None].to(part.labels.device)
+                    fit = float(part.with_labels(_labels_of(other, part)).fit(images)[0])
+                    found[n] = replace(other, fit=fit)
         return [found[n] for n in range(len(evidence))]
 
-    @staticmethod
-    def _better(matched: Reconstruction, solved: Reconstruction, prior: Prior) -> bool:
+    def _settled(self, evidence: Evidence, solved: Reconstruction) -> bool:
+        """Whether nothing else need be tried: the update is explained up to its errors."""
+        if solved.details["undetermined"]:
+            return False
+        if evidence.defended:
+            return self._off(evidence, solved) < _AT_NOISE
+        return solved.fit <= _SOLVED
+
+    def _off(self, evidence: Evidence, found: Reconstruction) -> float:
+        """Return how far a reconstruction is from the update, in known errors."""
+        images = found.images[None].to(evidence.labels.device)
+        evidence = evidence.with_labels(_labels_of(found, evidence))
+        return float(evidence.misfit(images, self.precision)[0])
+
+    def _better(
+        self, evidence: Evidence, matched: Reconstruction, solved: Reconstruction, prior: Prior
+    ) -> bool:
         """Whether images matched as a whole are to be preferred to those of the graph."""
+        if evidence.defended:
+            return self._off(evidence, matched) < _CLEARLY * self._off(evidence, solved)
         if solved.details["undetermined"] and solved.fit < _SOLVED:
             # Both explain the update: the prior decides. The graph takes it for a normal one.
             return matched.fit < (_SOLVED if prior.gaussian else EXPLAINED)
@@ -335,6 +365,10 @@ class HybridAttack(Attack):
                 part, images, [{**_by(found, n), **about} for n in range(len(index))]
             )
         return out
+
+
+def _labels_of(found: Reconstruction, evidence: Evidence) -> Tensor:
+    return found.labels[None].to(evidence.labels.device)
 
 
 def _by(found: Match, n: int) -> dict[str, str]:

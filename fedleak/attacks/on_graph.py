@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -26,15 +27,15 @@ from fedleak.systems.activations import Clamp
 from fedleak.systems.pooling import MaxPool
 
 #: Share of the time that is left which the graph may take, before other ways are tried.
-_SHARE = 0.7
+_SHARE, _SHARE_DEFENDED = 0.7, 0.4
 
 
 def why_not(evidence: Evidence) -> str:
     """Return why the graph's rules do not cover an update; empty where they do."""
     if evidence.simulated is not None:
         return "the rules on the model's graph cover one step"
-    if evidence.defended or evidence.rescales:
-        return "the rules on the model's graph cover updates without a known defence"
+    if evidence.rescales == "tensor":
+        return "the rules on the model's graph do not cover tensors with a factor each"
     return ""
 
 
@@ -63,10 +64,10 @@ def solve(evidence: Evidence, prior: Prior) -> Reconstruction | str:
     except UnsupportedModelError as error:
         return str(error)
     gradient = {name: g[0] for name, g in evidence.gradient.items()}
-    rounding = {name: evidence.rounding(name) for name in gradient}
+    rounding = {n: math.hypot(evidence.rounding(n), _noise(evidence, n)) for n in gradient}
     knowledge = Knowledge(graph, gradient, {n: e for n, e in rounding.items() if e})
     try:
-        with deadline.part(_SHARE), mathematical():
+        with deadline.part(_SHARE_DEFENDED if evidence.defended else _SHARE), mathematical():
             spread(knowledge, RULES)
             if not frontier(knowledge)[0]:
                 return "nothing is known above the image"
@@ -77,6 +78,9 @@ def solve(evidence: Evidence, prior: Prior) -> Reconstruction | str:
     evidence = evidence.with_labels(_labels(evidence, knowledge))
     made = evidence.replay(images[None], evidence.labels).gradients
     proof = certify(knowledge, {n: g[0].detach() for n, g in made.items()}, rounding)
+    if evidence.defended:  # what the defence hides, other images may explain as well
+        why = "the update is defended: nothing is certified"
+        proof = replace(proof, certified=False, open=[*proof.open, why])
     left = undetermined(evidence, images, evidence.labels) if proof.certified else 0
     if left:
         proof = replace(
@@ -97,6 +101,18 @@ def solve(evidence: Evidence, prior: Prior) -> Reconstruction | str:
         **proof.details(),
     }
     return package(evidence, images[None], [details])[0]
+
+
+def _noise(evidence: Evidence, name: str) -> float:
+    """Return the standard deviation of the noise on a tensor's entries; 0 where it is not one.
+
+    What pruning or quantisation leave is no noise: there the rules take what was received.
+    """
+    if name not in evidence.errors:
+        return 0.0
+    error = evidence.errors[name]
+    least, most = float(error.min()), float(error.max())
+    return most if math.isfinite(most) and least >= 0.5 * most else 0.0
 
 
 def _unseen(images: Tensor, seen: Callable[[Tensor], Tensor]) -> Tensor:

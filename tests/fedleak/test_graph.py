@@ -170,6 +170,21 @@ def test_a_wrong_mask_is_mended_before_anything_below() -> None:
     assert knowledge.value("_3_relu_1") is not None
 
 
+def test_the_error_of_an_observation_is_carried_along() -> None:
+    torch.manual_seed(1)
+    exact, values = told(residual(), photo_patches(1, 16), [2])
+    sizes = {n: 1e-5 * float(g.square().mean().sqrt()) for n, g in exact.gradient.items()}
+    noisy = {n: g + sizes[n] * torch.randn_like(g) for n, g in exact.gradient.items()}
+    blocks = "_4_relu_1", "_3_relu_1"
+    knowledge = Knowledge(exact.graph, noisy, sizes)
+    spread(knowledge, RULES)
+    for edge in blocks:
+        known = knowledge.values[edge]
+        off = (known.value - values[edge]).square().mean().sqrt()
+        assert off <= 30 * known.error
+        assert known.relative < 1e-2
+
+
 @st.composite
 def layers(draw: st.DrawFn) -> tuple[nn.Conv2d, int]:
     kernel, stride = draw(st.integers(1, 3)), draw(st.integers(1, 2))
