@@ -163,7 +163,8 @@ def over_rounds(references: Sequence[Reference], prior: Prior) -> list[float]:
 
     An attacker knows that pixels lie in [0, 1], and many of them at 0 or 1 tell of the others.
     Up to :data:`fedleak.solvers.box.MOST` pixels, errors are drawn from what is left open, and
-    each estimate is moved to the nearest image (:func:`fedleak.solvers.box.into_box`).
+    each estimate is moved to the nearest image (:func:`fedleak.solvers.box.into_box`). Not where
+    entries are dropped: pixels at 0 would stand in for them, which no attack here makes true.
     """
     shape = tuple(references[0].jacobian.images.shape)
     if references[0].jacobian.images.numel() > DENSE_PREDICTION or not prior.gaussian:
@@ -171,7 +172,7 @@ def over_rounds(references: Sequence[Reference], prior: Prior) -> list[float]:
             f"rounds are predicted for at most {DENSE_PREDICTION} pixels and a Gaussian prior, not "
             f"for {references[0].jacobian.images.numel()} and {prior}"
         )
-    factor, out = prior.dense().factor, []
+    factor, out, dropped = prior.dense().factor, [], False
     known = references[0].jacobian.images.new_zeros(0, references[0].jacobian.images.numel())
     for reference in references:
         rows = torch.cat([known.double(), *(b.rows.double() for b in reference.blocks())])
@@ -179,7 +180,8 @@ def over_rounds(references: Sequence[Reference], prior: Prior) -> list[float]:
             rows = torch.linalg.qr(rows, mode="r")[1]
         known = rows
         left = posterior([Block("rounds", "rounds", rows, len(rows))], factor, shape)
-        bounded = rows.shape[1] <= MOST and left.psnr_db < _EXACT_DB
+        dropped = dropped or any(bool(e.isinf().any()) for e in reference.errors.values())
+        bounded = rows.shape[1] <= MOST and left.psnr_db < _EXACT_DB and not dropped
         images = references[0].jacobian.images
         out.append(_between_bounds(rows, factor, images) if bounded else left.psnr_db)
     return out

@@ -1,10 +1,10 @@
 """Tampers: how much of a batch comes back, how sure that is, and what a guard would see.
 
 ``python -m tests.benchmarks.tampers [--data FOLDER] [--tamper peel] [--batch-size 64]
-[--units 1000] [--draws 10]``
+[--units 1000] [--draws 10] [--steps 0]``
 
-Each draw takes random images and new random weights of a network of two fully connected layers
-with ReLU; ``none`` is the honest network. Labels are unknown. ``fishing`` is tried on a
+Each draw takes random images and new random weights, trained for ``--steps`` of 0.1, of a network
+of two fully connected layers with ReLU; ``none`` is the honest network. Labels are unknown. ``fishing`` is tried on a
 convolutional network of the paper instead, for the rarest class of the batch. Without ``--data``
 the images are digits, 8x8 pixels.
 """
@@ -43,7 +43,7 @@ def network(shape: tuple[int, int, int], units: int, classes: int, seed: int) ->
 
 
 def measure(
-    images: Tensor, labels: Tensor, name: str, batch: int, units: int, seed: int
+    images: Tensor, labels: Tensor, name: str, batch: int, units: int, seed: int, steps: int = 0
 ) -> dict[str, Any]:
     """Tamper, let a client compute one gradient, and read what comes back."""
     generator = torch.Generator().manual_seed(seed)
@@ -58,6 +58,7 @@ def measure(
         options["label"] = int(torch.where(counts > 0, counts, batch + 1).argmin())
     else:
         honest = network(shape, units, classes, seed)
+    train(honest, images, labels, 0.1, steps, generator)
     model, attack = copy.deepcopy(honest), attack_for("rows", {})
     if name != "none":
         tamper = make_tamper(name, **options)
@@ -106,11 +107,12 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--units", type=int, default=1000)
     parser.add_argument("--draws", type=int, default=10)
+    parser.add_argument("--steps", type=int, default=0, help="Of training before")
     options = parse(parser)
     images, labels = images_of(options.data)
     for name in options.tamper or ["none", "trap", "imprint", "peel"]:
         rows = [
-            measure(images, labels, name, options.batch_size, options.units, seed)
+            measure(images, labels, name, options.batch_size, options.units, seed, options.steps)
             for seed in range(options.draws)
         ]
         share = [r["at 60 dB"] / options.batch_size for r in rows]
