@@ -4,9 +4,9 @@
 [--units 1000] [--draws 10] [--steps 0]``
 
 Each draw takes random images and new random weights, trained for ``--steps`` of 0.1, of a network
-of two fully connected layers with ReLU; ``none`` is the honest network. Labels are unknown. ``fishing`` is tried on a
-convolutional network of the paper instead, for the rarest class of the batch. Without ``--data``
-the images are digits, 8x8 pixels.
+of two fully connected layers with ReLU; ``none`` is the honest network. Labels are unknown.
+``fishing`` is tried on a convolutional network of the paper instead, for the rarest class of the
+batch. Without ``--data`` the images are digits, 8x8 pixels.
 """
 
 from __future__ import annotations
