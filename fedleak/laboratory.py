@@ -12,7 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fedleak import deadline
 from fedleak.attacks import Attack, Reconstruction, attack_for
+from fedleak.attacks.base import cut_short
 from fedleak.client.compute import example_gradients, gradient
 from fedleak.client.loss import PLAIN
 from fedleak.client.probe import probe
@@ -86,6 +88,7 @@ def reconstruct(
     informed: bool = False,
     first: int = 0,
     training: LocalTraining | None = None,
+    seconds: float = 0.0,
 ) -> Trials:
     """Compute gradients as clients would, defend them, attack them, score the images.
 
@@ -116,6 +119,8 @@ def reconstruct(
     training : LocalTraining, optional
         What clients minimise and how they normalise images, as ``LocalTraining(loss="bce")``; they
         share gradients, and the attack knows it.
+    seconds : float
+        Time for each update, all together; then the best so far, ``doubtful``. 0: no limit.
 
     Returns
     -------
@@ -166,8 +171,9 @@ def reconstruct(
         )
         observations.append(replace(seen, place=(n,)))
     begin = time.perf_counter()
-    results = run(observations)
-    seconds = time.perf_counter() - begin
+    with deadline.limit(seconds * len(observations)) as allowed:
+        results = [cut_short(r, allowed) for r in run(observations)]
+    took = time.perf_counter() - begin
     trials = [
         trial
         for result, x, y in zip(
@@ -175,7 +181,7 @@ def reconstruct(
         )
         for trial in _score(result, x, y)
     ]
-    return Trials(tuple(trials), seconds)
+    return Trials(tuple(trials), took)
 
 
 def _score(result: Reconstruction, images: Tensor, labels: Tensor) -> list[Trial]:

@@ -268,14 +268,19 @@ def _attempt(
 
 def _outcome(result: Reconstruction, allowed: Deadline, seconds: float) -> Outcome:
     """Return what came of an attack, which its time limit may have stopped."""
-    if allowed.hit or result.details.get("cut_short"):
-        limit = f"{allowed.seconds:.3g} s"
-        if not result.fit < 1:
-            labels = ", ".join(map(str, result.labels.tolist()))
-            return Outcome(None, f"time: no image in {limit}; labels {labels}", seconds)
-        cut = f"time: stopped at the limit of {limit}, the best so far"
-        result = replace(result, doubts=(cut, *result.doubts))
-    return Outcome(result, "; ".join(result.doubts), seconds)
+    cut = cut_short(result, allowed)
+    if cut is not result and not result.fit < 1:
+        labels = ", ".join(map(str, result.labels.tolist()))
+        return Outcome(None, f"time: no image in {allowed.seconds:.3g} s; labels {labels}", seconds)
+    return Outcome(cut, "; ".join(cut.doubts), seconds)
+
+
+def cut_short(result: Reconstruction, allowed: Deadline) -> Reconstruction:
+    """Return a reconstruction, with a doubt where the time limit stopped the attack."""
+    if not allowed.hit and not result.details.get("cut_short"):
+        return result
+    cut = f"time: stopped at the limit of {allowed.seconds:.3g} s, the best so far"
+    return replace(result, doubts=(cut, *result.doubts))
 
 
 def _each_alone(attack: Attack, observations: Sequence[Observation]) -> Iterator[Outcome]:

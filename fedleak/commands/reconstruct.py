@@ -48,6 +48,9 @@ def reconstruct(
     weights: Annotated[Path | None, typer.Option(help="Checkpoint of the model")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
     seed: Annotated[int, typer.Option(min=0, max=2**31 - 1, help="Draws what is random")] = 0,
+    seconds: Annotated[
+        float, typer.Option(min=0, help="Time for each update; then the best so far. 0: no limit")
+    ] = 600.0,
     out: Annotated[Path | None, typer.Option(help="Folder for a picture of the result")] = None,
     json_: Annotated[bool, typer.Option("--json", help="Print one JSON object")] = False,
 ) -> None:
@@ -73,8 +76,9 @@ def reconstruct(
     run = attack_for(attack, options, device, seed)
     with display(f"attacking with {attack}", inner=True):
         trials = laboratory.reconstruct(
-            network, pixels, labels, run, defence, label == "known", seed, batch_size, informed
-        )
+            network, pixels, labels, run, defence, label == "known", seed, batch_size, informed,
+            seconds=seconds,
+        )  # fmt: skip
     result = laboratory.summary(trials, files, attack, getattr(run, "prior", None))
     if out is not None:
         from fedleak.plots import image_grid

@@ -212,7 +212,7 @@ class _Search:
         x = self.images(u).detach()
         z = torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x)
         moved = jvp(self.targets.made, (x,), (z,))[1]
-        return float((moved / errors).square().sum() / z.square().sum())
+        return float((moved.detach() / errors).square().sum() / z.square().sum())
 
     def quasi_newton(self, u: Tensor, level: float, steps: int) -> Tensor:
         errors = self.targets.errors.clamp_min(level)

@@ -36,6 +36,16 @@ def test_three_lines(photos: Tensor) -> None:
     assert max(noisy.psnr_db) < 60
 
 
+def test_a_time_limit_is_said(photos: Tensor) -> None:
+    """What is matched as a whole takes half a minute; here it is cut, and says so."""
+    model = torch.nn.Sequential(
+        build_model("cnn2-v2", (3, 32, 32), 10, seed=0), torch.nn.Dropout(0)
+    )
+    trials = reconstruct(model, photos, [3, 4, 4, 4], batch_size=4, seconds=0.5)
+    assert trials.seconds < 20
+    assert all("time: stopped" in t.reconstruction.doubts[0] for t in trials.trials)
+
+
 def test_files_folders_and_labels(folder: Path) -> None:
     files, images = read_images([folder])
     assert [f.name for f in files] == ["0.png", "2.png", "1.png", "3.png"]
