@@ -21,6 +21,8 @@ from fedleak.threat import ThreatModel
 
 #: Part of the entries below which sizes say less than the signs of all.
 _FEW = 0.02
+#: Largest entry that is attacked: float32 ends below it, and squares of more overflow.
+_MOST = 1e100
 
 
 @dataclass(frozen=True, eq=False)
@@ -344,5 +346,9 @@ def _check(name: str, value: Tensor, shape: tuple[int, ...]) -> Tensor:
         bad = int((~value.isfinite()).sum())
         raise InvalidUpdateError(
             f"entry {name!r} of the update has {bad} values that are NaN or infinite"
+        )
+    if bool((value.abs() > _MOST).any()):
+        raise InvalidUpdateError(
+            f"entry {name!r} of the update has values beyond {_MOST:g}: no client computes such"
         )
     return value

@@ -20,6 +20,8 @@ EXPLAINED, PARTLY = 0.1, 0.5
 LONGEST_REASON, LONGEST_MESSAGE = 500, 4000
 
 _TURNS = "\u200e\u200f\u202a-\u202e\u2066-\u2069"
+#: Where an object lies in memory, in the words of Python: another in every run.
+_ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 _UNFIT = re.compile(f"[\x00-\x1f\x7f-\x9f{_TURNS}\ud800-\udfff\ufffe\uffff]")
 
 
@@ -88,7 +90,7 @@ def clean(text: object, most: int = 80) -> str:
 
 def clean_reason(text: object) -> str:
     """Return why something failed, for a table and for people: on one line, and no formula."""
-    kept = clean(text, LONGEST_REASON)
+    kept = clean(_ADDRESS.sub("", str(text)[: 4 * LONGEST_REASON]), LONGEST_REASON)
     return f"'{kept}" if kept[:1] in tuple("=+-@") else kept
 
 

@@ -97,7 +97,7 @@ class Attack(ABC):
             observation.threat.demand(self.needs(observation), f"attack {name!r}")
         results = self.reconstruct(observations)
         return [
-            replace(doubted(in_pixels(r, o), o), threat=o.threat)
+            replace(doubted(in_pixels(r, o), o, r.images), threat=o.threat)
             for r, o in zip(results, observations, strict=True)
         ]
 

@@ -7,9 +7,11 @@ import math
 import torch
 from torch import Tensor
 
+from fedleak.attacks.evidence import Evidence
 from fedleak.attacks.targets.base import Target
 from fedleak.solvers import Gaussian, Measurements, jacobian
 from fedleak.solvers.gaussian import Rows
+from fedleak.systems import Gradients
 
 #: Unknowns of several images, and entries of their Jacobian, up to which it is taken.
 _UNKNOWNS, _ENTRIES = 2048, 5e7
@@ -17,6 +19,8 @@ _UNKNOWNS, _ENTRIES = 2048, 5e7
 _FINE = 1e-6
 #: Standard deviation of a pixel of which nothing is known.
 _PIXEL = 0.3
+#: Share of the noise's variance, at least, that a fit is taken to leave.
+_LEAST_LEFT = 0.1
 
 
 def fits(target: Target, unknowns: int) -> bool:
@@ -61,3 +65,27 @@ def indifferent(images: Tensor) -> Gaussian:
     unknowns = images.numel()
     mean = torch.full((unknowns,), 0.5, dtype=torch.float64)
     return Gaussian(mean, _PIXEL**2 * torch.eye(unknowns, dtype=torch.float64))
+
+
+def unexplained(evidence: Evidence, images: Tensor, noise: float = 0.0) -> Gradients:
+    """Return for every tensor the error that images leave, root mean square, in its full shape.
+
+    The images were fitted to the noise, too: of m numbers, n unknowns leave (m - n) / m of it.
+
+    Parameters
+    ----------
+    evidence : Evidence
+        Of one update.
+    images : Tensor, shape (B, C, H, W)
+    noise : float
+        Of the update's entries, relative to a tensor's root mean square, at least.
+    """
+    made = evidence.made(images[None].to(evidence.labels.device))
+    numbers = sum(g[0].numel() for g in evidence.gradient.values())
+    fitted = max(1 - images.numel() / numbers, _LEAST_LEFT) ** 0.5
+    out = {}
+    for name, g in evidence.gradient.items():
+        left = (made[name] - g).square().mean().sqrt() / fitted
+        least = noise * g.square().mean().sqrt()
+        out[name] = torch.maximum(left, least).clamp_min(1e-300).expand_as(g)
+    return out

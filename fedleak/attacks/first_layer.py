@@ -70,6 +70,8 @@ class FirstLayer:
         model = copied(model).double().eval()
 
         def look(name: str, module: nn.Module, given: Any, made: Tensor) -> None:
+            if not given or not isinstance(given[0], Tensor) or not isinstance(made, Tensor):
+                return  # a parametrisation, which makes a weight: no layer
             seen.append((name, module, given[0].detach(), made.detach()))
             if len(seen) == 2 or not isinstance(module, nn.Linear):
                 raise _Seen  # the rest of a deep network need not run

@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fedleak import deadline
 from fedleak.attacks.base import Attack, Reconstruction, placed
-from fedleak.attacks.certainty import expected_db, fits, indifferent
+from fedleak.attacks.certainty import expected_db, fits, indifferent, unexplained
 from fedleak.attacks.evidence import Evidence
 from fedleak.attacks.prior_matching import Match, match, posterior
 from fedleak.attacks.suspicions.hidden import HIDDEN
@@ -27,7 +28,6 @@ from fedleak.errors import InvalidInputError
 from fedleak.priors import Prior
 from fedleak.solvers import Gaussian, jacobian
 from fedleak.solvers.box import MOST, into_box
-from fedleak.systems import Gradients
 from fedleak.wording import RECOGNISABLE
 
 #: Relative error of an entry, at least, where it is asked whether images explain a round.
@@ -41,8 +41,6 @@ EXPLAINED = 1.2
 _SLACK = 1.1
 #: Relative errors that a match works with, and that two matches are compared at.
 _PRECISION, _FINE = 1e-3, 1e-6
-#: Share of the noise's variance, at least, that a fit is taken to leave.
-_LEAST_LEFT = 0.1
 #: Evaluations of the objective where Gauss-Newton is out of reach.
 _STEPS = 600
 
@@ -71,7 +69,8 @@ class Round:
         device = getattr(attack, "device", "auto")
         evidence = Evidence.gather([observation], device, simulate=True)
         evidence = evidence.with_labels(alone.labels[None].to(evidence.labels.device))
-        errors = evidence.errors or _unexplained(evidence, alone)
+        noise = float(alone.details.get("noise", 0.0))
+        errors = evidence.errors or unexplained(evidence, alone.images, noise)
         weighed = replace(evidence, errors=errors)
         weighed.__dict__["silent"] = evidence.silent
         return cls(evidence, weighed, alone)
@@ -109,23 +108,6 @@ class Round:
         precision = EXACTLY if exactly else TOLERANCE
         own = self.misfit(self.alone.images, precision)
         return self.misfit(images, precision) <= max(EXPLAINED, _SLACK * own)
-
-
-def _unexplained(evidence: Evidence, alone: Reconstruction) -> Gradients:
-    """Return for every tensor the error that is left, root mean square, in its full shape.
-
-    The images were fitted to the noise, too: of m numbers, n unknowns leave (m - n) / m of it.
-    """
-    made = evidence.made(alone.images[None].to(evidence.labels.device))
-    noise = float(alone.details.get("noise", 0.0))
-    numbers = sum(g[0].numel() for g in evidence.gradient.values())
-    fitted = max(1 - alone.images.numel() / numbers, _LEAST_LEFT) ** 0.5
-    out = {}
-    for name, g in evidence.gradient.items():
-        left = (made[name] - g).square().mean().sqrt() / fitted
-        least = noise * g.square().mean().sqrt()
-        out[name] = torch.maximum(left, least).clamp_min(1e-300).expand_as(g)
-    return out
 
 
 class _Several(Prior):
@@ -288,7 +270,12 @@ def together(
         raise InvalidInputError(
             f"rounds of the same images have one number and shape of them, not {sorted(kinds)}"
         )
-    alone = alone or [attack([o])[0] for o in observations]
+    if not alone:
+        alone, left = [], len(observations) + 1  # the last share is that of all of them together
+        for observation in observations:
+            with deadline.part(1 / left):  # none takes the time of those behind it
+                alone.append(attack([observation])[0])
+            left -= 1
     rounds = [Round.of(attack, a, o) for a, o in zip(alone, observations, strict=True)]
     rounds = agreed(rounds)
     shape = observations[0].input_shape

@@ -438,3 +438,29 @@ def test_several_steps_of_adam_are_doubtful() -> None:
     train(trained, [(x[:1], y[:1]), (x[1:], y[1:])], steps)
     seen = Observation.from_weights(model, trained.state_dict(), steps, SHAPE, num_images=2)
     assert "only the signs" in doubted(Reconstruction(x, y, 0.0), seen).doubts[0]
+
+
+def test_images_that_explain_an_update_roughly_may_be_others() -> None:
+    """A few channels that are averaged: at a fit of 0.03, 8 to 12 dB; noise elsewhere, 40 dB."""
+    torch.manual_seed(0)
+    few = nn.Sequential(
+        nn.Conv2d(1, 8, 3, padding=1), nn.Tanh(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+        nn.Linear(8, 10),
+    )  # fmt: skip
+    (x, y), spec = digits(1), parse_defence("noise:0.03")
+    for model, said in ((few, "as far as they do others"), (net(), "")):
+        seen = Observation.from_gradient(model, defend(gradient(model, x, y), spec, 0), SHAPE)
+        result = doubted(Reconstruction(x, y, 0.03), seen)
+        assert said in "".join(result.doubts)
+        assert bool(said) == bool(result.doubts)
+
+
+def test_a_weight_that_is_computed_is_no_first_layer() -> None:
+    model = nn.Sequential(
+        nn.utils.parametrizations.weight_norm(nn.Conv2d(1, 6, 3)), nn.Tanh(), nn.Flatten(),
+        nn.Linear(216, 10),
+    )  # fmt: skip
+    sent = gradient(model, *digits(1))
+    seen = Observation.from_gradient(model, sent, SHAPE, batch_size=5)
+    (outcome,) = run_attack(make_attack("hybrid", steps=1), [seen], seconds=1)
+    assert "Error" not in outcome.reason

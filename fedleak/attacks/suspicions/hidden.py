@@ -1,16 +1,19 @@
-"""What a defence is known to hide, and how much of the images that leaves open."""
+"""What an update leaves open of images: by a known defence, or as far as they explain it."""
 
 from __future__ import annotations
 
-import math
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
-from torch import Tensor
-
-from fedleak.attacks.certainty import expected_db, indifferent
+from fedleak.attacks.certainty import expected_db, indifferent, unexplained
 from fedleak.attacks.evidence import Evidence
+from fedleak.attacks.suspicions.seen import Seen
 from fedleak.attacks.targets.local_training import module_target
 from fedleak.observation import Observation
 from fedleak.wording import RECOGNISABLE
+
+if TYPE_CHECKING:  # which is where this is called from
+    from fedleak.attacks.base import Reconstruction
 
 SIGNS = (
     "only the signs of the update are known: images that look different have the same signs, and "
@@ -20,29 +23,50 @@ HIDDEN = (
     "what the defence is known to hide leaves these images open: fewer than "
     f"{RECOGNISABLE:g} dB are to be expected of the update alone, the rest is the prior's"
 )
-#: Where that is not computed: share of an update, as squares, that is known to be noise.
+VAGUE = (
+    "the images do not explain the update to its last digits, and as far as they do others explain "
+    f"it as well: fewer than {RECOGNISABLE:g} dB are to be expected of it"
+)
+#: Fit up to which images explain a clean update as well as any.
+_EXACT = 1e-3
+#: Share of an update, as squares, that is known to be noise: what is linear is far from there.
 _DROWNED = 0.5
 
 
-def hidden(images: Tensor, labels: Tensor, observation: Observation) -> str:
-    """Return why a defended update does not bear images out; empty where it does.
+def hidden(result: Reconstruction, observation: Observation) -> str:
+    """Return why an update does not bear images out, though they fit it; empty where it does.
+
+    It is linearised at the images, with the errors that the attacker knows of a defence, or else
+    with what they leave unexplained.
 
     Parameters
     ----------
-    images : Tensor, shape (B, C, H, W)
-    labels : Tensor, int64, shape (B,)
+    result : Reconstruction
+        With images in the unit of the clients' as they were declared.
     observation : Observation
     """
     if observation.terms.signs(bool(observation.errors)):
         return SIGNS
-    if not observation.errors:
+    if not observation.errors and result.fit < _EXACT:
         return ""
-    evidence = Evidence.gather([observation], "cpu", simulate=True).with_labels(labels[None].cpu())
-    if not evidence.defended:
-        return ""
+    images, labels = result.images.double().cpu(), result.labels[None].cpu()
+    evidence = Evidence.gather([observation], "cpu", simulate=True)
+    if evidence.num_images != len(images):  # it was found to be that of another number
+        evidence = evidence.with_images(len(images))
+    factor = result.details.get("factor", 1.0) / evidence.seen[0].factor
+    evidence = evidence.with_labels(labels).divided([Seen(factor)])
+    if observation.errors:
+        if not evidence.defended:
+            return ""
+        said = HIDDEN
+    else:
+        said = VAGUE
+        silent = evidence.silent
+        evidence = replace(evidence, errors=unexplained(evidence, images))
+        evidence.__dict__["silent"] = silent
     expected = min(expected_db(module_target(evidence), images, indifferent(images)))
-    drowned = _drowned(evidence) if math.isnan(expected) else expected < RECOGNISABLE
-    return HIDDEN if drowned else ""
+    drowned = bool(observation.errors) and _drowned(evidence)
+    return said if drowned or expected < RECOGNISABLE else ""  # NaN where it is not computed
 
 
 def _drowned(evidence: Evidence) -> bool:

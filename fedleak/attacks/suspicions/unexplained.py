@@ -8,6 +8,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from torch import Tensor
+
 from fedleak.attacks.suspicions.hidden import hidden
 from fedleak.observation import Observation
 from fedleak.wording import EXPLAINED, PARTLY
@@ -33,15 +35,25 @@ _ENOUGH = 0.5
 _MIXED, _ONE_OUTPUT = 1e-2, 1e-3
 
 
-def doubted(result: Reconstruction, observation: Observation) -> Reconstruction:
+def doubted(
+    result: Reconstruction, observation: Observation, seen: Tensor | None = None
+) -> Reconstruction:
     """Return a reconstruction, with a doubt where the update does not bear the images out.
 
     At the true images of a client that is as declared, ``fit`` is rounding, and what a known
     defence added is no part of it: from :data:`fedleak.wording.EXPLAINED` on, something is wrong.
     Images that are certified need no other witness: those that are left out explain the rest.
+
+    Parameters
+    ----------
+    result : Reconstruction
+    observation : Observation
+    seen : Tensor, optional
+        Its images in the unit that was declared, where they were found to be in another.
     """
     if not result.images.numel() or result.doubts or _proved(result):
         return result  # another doubt says why
+    found = result if seen is None else replace(result, images=seen)
     doubts = []
     if not result.fit < EXPLAINED:
         doubts.append(_IN_PART if result.fit < PARTLY else _LITTLE)
@@ -54,7 +66,7 @@ def doubted(result: Reconstruction, observation: Observation) -> Reconstruction:
         )
     last = list(observation.gradient.values())[-1]
     most = _ONE_OUTPUT if last.numel() == 1 else _MIXED
-    if said := "" if doubts else hidden(result.images, result.labels, observation):
+    if said := "" if doubts else hidden(found, observation):
         doubts.append(said)
     if len(result.images) > 1 and result.fit > most and not doubts:
         model = "a model of one output mixes" if last.numel() == 1 else "the update mixes"
