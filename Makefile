@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test slow bench docs lint format install clean
+.PHONY: demo test slow bench bench-gpu docs lint format install clean
 
 demo: install
 	$(BIN)/fedleak simulate demo --out results/runs/demo --overwrite
@@ -16,15 +16,23 @@ test: install
 slow: install
 	$(BIN)/pytest -m slow -n 2 --dist loadgroup
 
-# Ratios against dense linear algebra and the published attacks; takes about an hour.
+# Ratios against dense linear algebra and the published attacks, as JSON that names the machine; takes
+# about an hour.
+BENCH ?= results/runs/bench
 bench: install
-	$(BIN)/python -m tests.benchmarks.linear
-	$(BIN)/python -m tests.benchmarks.hybrid
-	$(BIN)/python -m tests.benchmarks.batches
-	$(BIN)/python -m tests.benchmarks.fedavg
+	$(BIN)/python -m tests.benchmarks.linear --json $(BENCH)/linear.json
+	$(BIN)/python -m tests.benchmarks.hybrid --json $(BENCH)/hybrid.json
+	$(BIN)/python -m tests.benchmarks.launches --json $(BENCH)/launches.json
+	$(BIN)/python -m tests.benchmarks.batches --json $(BENCH)/batches.json
+	$(BIN)/python -m tests.benchmarks.fedavg --json $(BENCH)/fedavg.json
 	$(BIN)/python -m tests.benchmarks.fedavg --memory
-	$(BIN)/python -m tests.benchmarks.metric
+	$(BIN)/python -m tests.benchmarks.metric --json $(BENCH)/metric.json
 	$(BIN)/python -m tests.benchmarks.pairs
+
+# On a machine with a card and torch, numpy and scipy, for ten minutes; installs nothing.
+bench-gpu:
+	mkdir -p $(BENCH)
+	$(PYTHON) -m tests.benchmarks.card --json $(BENCH)/card.json
 
 # The documentation, into site/: open site/index.html. To search in it: python3 -m http.server -d site
 docs: install

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import platform
 import resource
 import statistics
 import sys
@@ -75,9 +77,27 @@ def parser_of(description: str | None, repeats: int) -> argparse.ArgumentParser:
     return parser
 
 
-def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
+def machine() -> dict[str, Any]:
+    """Return what ran the figures: they hold for it alone."""
+    info = Path("/proc/cpuinfo")
+    text = info.read_text().splitlines() if info.is_file() else []
+    names = [line.partition(":")[2].strip() for line in text if line.startswith("model name")]
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    card = torch.cuda.is_available()
+    return {
+        "processor": names[0] if names else platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "memory GiB": round(memory / 2**30, 1),
+        "system": f"{platform.system()} {platform.release()}",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "card": torch.cuda.get_device_name() if card else None,
+    }
+
+
+def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line, and set the number of threads."""
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
     torch.set_num_threads(options.threads)
     return options
 
@@ -87,17 +107,25 @@ def report(
     options: argparse.Namespace,
     notes: str,
     extra: dict[str, Any] | None = None,
+    quiet: bool = False,
 ) -> None:
     """Print ``rows`` as a table, and write them (and ``extra``) as JSON where asked for."""
-    names = list(rows[0])
-    cells = [[_cell(row[name]) for name in names] for row in rows]
-    widths = [max(len(n), *(len(c[i]) for c in cells)) for i, n in enumerate(names)]
-    for line in [names, *cells]:
-        print("  ".join(v.rjust(w) for v, w in zip(line, widths, strict=True)))
-    print(f"\n{options.threads} thread(s), torch {torch.__version__}. {notes}")
+    if not quiet:
+        names = list(rows[0])
+        cells = [[_cell(row[name]) for name in names] for row in rows]
+        widths = [max(len(n), *(len(c[i]) for c in cells)) for i, n in enumerate(names)]
+        for line in [names, *cells]:
+            print("  ".join(v.rjust(w) for v, w in zip(line, widths, strict=True)))
+        print(f"\n{options.threads} thread(s), torch {torch.__version__}. {notes}")
     if options.json is not None:
-        stored = {"threads": options.threads, "torch": torch.__version__, "rows": list(rows)}
+        stored = {
+            "threads": options.threads,
+            "machine": machine(),
+            "notes": notes,
+            "rows": list(rows),
+        }
         stored |= extra or {}
+        options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps(stored, indent=2) + "\n")
 
 

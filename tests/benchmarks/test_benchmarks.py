@@ -12,7 +12,7 @@ from fedleak.client.local_replay import LocalReplay
 from fedleak.client.replay import Replay
 from fedleak.client.training import LocalTraining
 from fedleak.models import conv_chain
-from tests.benchmarks import batches, common, fedavg, hybrid, linear, real, tampers
+from tests.benchmarks import batches, card, common, fedavg, hybrid, launches, linear, real, tampers
 
 import torch  # isort: skip
 
@@ -31,7 +31,9 @@ def test_linear(tiny: common.Network, tmp_path: Path) -> None:
         assert row["ratio"] > 0
     options = argparse.Namespace(threads=1, json=tmp_path / "out.json")
     common.report(rows, options, linear.NOTES)
-    assert json.loads(options.json.read_text())["rows"] == rows
+    written = json.loads(options.json.read_text())
+    assert written["rows"] == rows
+    assert written["machine"]["cores"] > 0
 
 
 def test_batches() -> None:
@@ -107,3 +109,21 @@ def test_real(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "| lenet | eval | none | cosine | 1 | 1 |" in capsys.readouterr().out
     real.main([*command, "--threads", "1", "--out", str(out)])
     assert out.read_text() == first
+
+
+def test_card_dry_run(tmp_path: Path) -> None:
+    """All of a card's run, on a CPU, and without what a bare machine does not have."""
+    out = tmp_path / "card.json"
+    card.main(["--device", "cpu", "--dry-run", "--json", str(out)])
+    written = json.loads(out.read_text())
+    assert [row["images"] for row in written["rows"]] == [1, 2]
+    assert all(row["dB"] > 12 for row in written["rows"])
+    assert list(card.rows("cpu", seconds=-1.0)) == []
+
+
+def test_the_solver_hardly_waits(tiny: common.Network) -> None:
+    """Conjugate gradients alone waited a hundred times; launches grow far slower than images."""
+    one, four = (launches.count(tiny, "linear", n, size=12) for n in (1, 4))
+    assert one["synchronisations"] < 120
+    assert one["launches"] < 4000
+    assert four["launches"] < 2 * one["launches"]
