@@ -248,12 +248,13 @@ def _follow_evidence(
 ) -> list[Prior]:
     """Return, for each update, the prior of the family that its evidence prefers."""
     focus = _focus(priors[0], errors)
+    known: dict[Gaussian, Tensor] = {}  # the chosen one is among the next stage's
     for stage in stages:
         chosen = list(priors)
         for prior in {id(p): p for p in priors}.values():
             family = prior.family(stage)
             if len(family) > 1:
-                best = solver.choose([p.dense() for p in family], errors, focus).tolist()
+                best = solver.choose([p.dense() for p in family], errors, focus, known).tolist()
                 for i, k in enumerate(best):
                     chosen[i] = family[k] if priors[i] is prior else chosen[i]
         priors = chosen

@@ -94,7 +94,11 @@ class GaussNewton:
         return (self._rows.jacobian @ self.x.unsqueeze(2))[:, :, 0] - self.residual(self.x)
 
     def choose(
-        self, priors: Sequence[Gaussian], deviation: Tensor, focus: Tensor | None = None
+        self,
+        priors: Sequence[Gaussian],
+        deviation: Tensor,
+        focus: Tensor | None = None,
+        known: dict[Gaussian, Tensor] | None = None,
     ) -> Tensor:
         """Return the index of the prior with the greatest evidence, for each update.
 
@@ -107,9 +111,16 @@ class GaussNewton:
             that depend most on the unknowns of the greatest focus. Rows that overlap tell
             smoothness; as many rows drawn at random lie apart, and do not. Where there are
             more rows than unknowns, only all of them tell the finest detail.
+        known : dict, optional
+            Evidence of priors that were weighed before, at the same point and with the same
+            deviation; what is weighed now is added.
         """
+        known = {} if known is None else known
         rows, target, deviation = self._weighed(deviation, focus)
-        found = [Measurements(rows, deviation, p).log_evidence(target) for p in priors]
+        for prior in priors:
+            if prior not in known:
+                known[prior] = Measurements(rows, deviation, prior).log_evidence(target)
+        found = [known[prior] for prior in priors]
         return torch.stack(found).nan_to_num(-torch.inf).argmax(0)
 
     def _weighed(self, deviation: Tensor, focus: Tensor | None) -> tuple[Rows, Tensor, Tensor]:

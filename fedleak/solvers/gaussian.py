@@ -92,6 +92,10 @@ class Gaussian:
         """Inverse of the covariance."""
         return torch.cholesky_inverse(self.factor)
 
+    def with_precision(self, matrix: Tensor) -> Tensor:
+        """Return ``matrix + precision`` for a matrix of shape (N, n, n), which is overwritten."""
+        return matrix.add_(self.precision)
+
     @cached_property
     def log_det(self) -> Tensor:
         """Logarithm of the covariance's determinant."""
@@ -132,6 +136,15 @@ class KroneckerGaussian(Gaussian):
     @property
     def precision(self) -> Tensor:
         return torch.kron(torch.linalg.inv(self.colour), self.space.precision)
+
+    def with_precision(self, matrix: Tensor) -> Tensor:
+        inverse, space = torch.linalg.inv(self.colour), self.space.precision
+        size = (len(inverse), len(space))
+        blocks = matrix.unflatten(1, size).unflatten(3, size)
+        for i, row in enumerate(inverse):
+            for j, value in enumerate(row):
+                blocks[:, i, :, j].addcmul_(value, space)
+        return matrix
 
     def energy(self, x: Tensor) -> Tensor:
         rest = (x - self.mean).reshape(len(x), len(self.colour), -1)
@@ -224,7 +237,7 @@ class Measurements:
             matrix = rows.gram(prior) / deviation.unsqueeze(2) / deviation.unsqueeze(1)
             matrix.diagonal(dim1=1, dim2=2).add_(1.0)
         else:
-            matrix = rows.normal(deviation**-2) + prior.precision
+            matrix = prior.with_precision(rows.normal(deviation**-2))
         self._factor = cholesky(matrix)
 
     def _rest(self, target: Tensor) -> Tensor:
