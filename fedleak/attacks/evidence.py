@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -84,11 +85,13 @@ class Evidence:
         device: str,
         infer: bool = True,
         simulate: bool = False,
+        heavy: bool = True,
     ) -> Evidence:
         """Stack observations and infer the labels that are not known.
 
         Without ``infer`` the attack finds the labels itself: all are set to 0 until then.
-        With ``simulate`` several local steps are simulated as such.
+        With ``simulate`` several local steps are simulated as such. An attack that is not
+        ``heavy`` stays on the processor by default where there are few pixels.
 
         Raises
         ------
@@ -106,7 +109,8 @@ class Evidence:
                 "the observations of one attack must have one number of images, of clients, one "
                 f"local training and one known defence, not {sorted(kinds, key=str)}"
             )
-        where = resolve_device(device)
+        pixels = first.num_images * math.prod(first.input_shape)
+        where = resolve_device(device, None if heavy else len(observations) * pixels)
         names = first.gradient
         gradient = {n: torch.stack([o.gradient[n] for o in observations]).to(where) for n in names}
         errors = {
@@ -426,13 +430,20 @@ def relative(value: Tensor, target: Tensor) -> Tensor:
     return (value.flatten(1) - flat) / flat.norm(dim=1, keepdim=True).clamp_min(1e-300)
 
 
-def resolve_device(device: str) -> torch.device:
+#: Pixels up to which a card is slower than a processor for linear systems: one image of 32x32.
+_FEW_PIXELS = 4096
+
+
+def resolve_device(device: str, pixels: int | None = None) -> torch.device:
     """Return the torch device for a name.
 
     Parameters
     ----------
     device : str
         ``auto`` (CUDA where there is one), ``cpu``, ``cuda`` or ``cuda:N``.
+    pixels : int, optional
+        Of all images, for work that is a few small steps each: ``auto`` takes the processor for
+        one small image, which would wait for a card's launches most of the time.
 
     Returns
     -------
@@ -444,7 +455,8 @@ def resolve_device(device: str) -> torch.device:
         If the name is unknown or CUDA is asked for and not there.
     """
     if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        few = pixels is not None and pixels <= _FEW_PIXELS
+        return torch.device("cuda" if torch.cuda.is_available() and not few else "cpu")
     try:
         found = torch.device(device)
     except RuntimeError as error:

@@ -132,7 +132,7 @@ class LinearAttack(Attack):
     Parameters
     ----------
     device : str
-        ``auto``, ``cpu`` or ``cuda``.
+        ``auto`` (a card where there is one, but for one small image), ``cpu`` or ``cuda``.
     """
 
     device: str = "auto"
@@ -142,7 +142,7 @@ class LinearAttack(Attack):
         return GaussianPrior(shape, adapt=False, device=device, **_FLAT)
 
     def reconstruct(self, observations: Sequence[Observation]) -> list[Reconstruction]:
-        evidence = Evidence.gather(observations, self.device)
+        evidence = Evidence.gather(observations, self.device, heavy=False)
         if evidence.num_images == 1:
             return self._solve(evidence, None)
         out = []

@@ -111,6 +111,7 @@ def test_real(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert out.read_text() == first
 
 
+@pytest.mark.slow
 def test_card_dry_run(tmp_path: Path) -> None:
     """All of a card's run, on a CPU, and without what a bare machine does not have."""
     out = tmp_path / "card.json"

@@ -13,7 +13,14 @@ import torch
 from torch import Tensor, nn
 
 import fedleak.attacks
-from fedleak.attacks import HybridAttack, LinearAttack, Reconstruction, make_attack, run_attack
+from fedleak.attacks import (
+    HybridAttack,
+    LinearAttack,
+    Reconstruction,
+    make_attack,
+    resolve_device,
+    run_attack,
+)
 from fedleak.data import load_data
 from fedleak.defences import DefenceSpec, defend
 from fedleak.errors import InvalidInputError, UnknownNameError, UnsupportedModelError
@@ -303,6 +310,14 @@ def _any() -> Observation:
     return Observation.from_gradient(
         model, client_gradient(model, torch.rand(1, 8, 8), 1), (1, 8, 8)
     )
+
+
+def test_auto_takes_the_processor_for_few_pixels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert resolve_device("auto").type == "cuda"
+    assert resolve_device("auto", 3072).type == "cpu"
+    assert resolve_device("auto", 10 * 3072).type == "cuda"
+    assert resolve_device("cuda", 3072).type == "cuda"
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
