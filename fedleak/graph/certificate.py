@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from fedleak.graph.knowledge import Knowledge
+from fedleak.graph.targets import frontier
 
 #: Relative distance of one parameter's gradient up to which it is explained: at the true image a
 #: client's float32 gradient is within 1e-6 of it in float64.
@@ -80,6 +81,12 @@ def certify(
         if known.by != "the model":
             rules.setdefault(known.by, []).append(node.path or node.name)
     left = list(dict.fromkeys(knowledge.short.values()))
+    if (
+        missed and knowledge.value(knowledge.graph.image) is None
+    ):  # where no rule led on, there may be no refusal either: say how far they came
+        edges = [knowledge.graph.nodes[e] for e in frontier(knowledge)[0]]
+        names = ", ".join(e.path or e.name for e in edges)
+        left.append(f"no rule tells what is below {names}")
     unknowns = math.prod(knowledge.graph.nodes[knowledge.graph.image].shape)
     equations = _equations(knowledge, unknowns)
     undetermined = equations < unknowns
