@@ -203,7 +203,8 @@ def posterior(
     errors = target.errors.clamp_min(precision)
     if begin is None and not target.linear:
         begin = _warm(target, prior, start, precision)
-    solver = GaussNewton(residual, (start if begin is None else begin).flatten(1))
+    first = (start if begin is None else begin).flatten(1)
+    solver = GaussNewton(residual, first, target.constant_jacobian())
     level = target.errors.clamp_min(QUASI_LEVEL)
     chosen = _follow_evidence(solver, [prior] * len(start), level, (0, 1))
     expected = Gaussian.stack([p.dense() for p in chosen])

@@ -73,6 +73,8 @@ class GaussNewton:
     residual : callable
         ``(N, n) -> (N, m)``, zero at the truth.
     start : Tensor, shape (N, n)
+    constant : Tensor, shape (N, m, n), optional
+        The Jacobian, where it is the same everywhere and known.
 
     Attributes
     ----------
@@ -80,13 +82,15 @@ class GaussNewton:
         The best point so far.
     """
 
-    def __init__(self, residual: Residual, start: Tensor):
+    def __init__(self, residual: Residual, start: Tensor, constant: Tensor | None = None):
         self.residual, self.x = residual, start.contiguous()  # an expanded one has no tangents
+        self._constant = constant
         self.linearise()
 
     def linearise(self) -> None:
         """Take the Jacobian where we are."""
-        self._rows = Rows(jacobian(self.residual, self.x))
+        known = self._constant
+        self._rows = Rows(jacobian(self.residual, self.x) if known is None else known)
         self._focused: tuple[Tensor, Rows] | None = None
 
     def _target(self) -> Tensor:

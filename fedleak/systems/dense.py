@@ -1,4 +1,4 @@
-"""A layer's system written out as matrices: the oracle of tests, and of pictures."""
+"""A layer's system written out as matrices: for a first layer under a prior, tests and pictures."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from fedleak.systems.system import Affine
 def dense_system(layer: Affine, e: Tensor) -> list[tuple[Tensor, Tensor]]:
     """Return ``(A, K(e))`` of each group as dense matrices over the group's own input.
 
-    For kinds of layers whose patches are entries of the input; no attack builds them.
+    For kinds of layers whose patches are entries of the input; no system is solved by them.
 
     Parameters
     ----------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ from fedleak.models import conv_chain
 from fedleak.observation import Observation
 from fedleak.priors import GaussianPrior, TotalVariationPrior
 from fedleak.quality import pair, score
+from fedleak.solvers import jacobian
 from fedleak.threat import ThreatModel
 
 Observe = Callable[[nn.Module, Tensor, int], Observation]
@@ -295,3 +297,27 @@ def test_a_prior_of_another_kind_has_no_family() -> None:
     prior = TotalVariationPrior((3, 4, 4))
     assert prior.family(0) == [prior]
     assert prior.family(1) == [prior]
+
+
+@pytest.mark.parametrize("options", [{"stride": 2}, {"stride": 2, "padding": 1, "bias": False}])
+def test_a_first_layers_jacobian_is_written_out(options: dict[str, Any]) -> None:
+    """As its derivatives are, for several updates."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        conv = nn.Conv2d(2, 3, 3, **options)
+        features = conv(torch.zeros(1, 2, 8, 8)).numel()
+        model = nn.Sequential(conv, nn.Tanh(), nn.Flatten(), nn.Linear(features, 5))
+        images = torch.rand(2, 1, 2, 8, 8)
+    seen = []
+    for n, image in enumerate(images):
+        loss = torch.nn.functional.cross_entropy(model(image), torch.tensor([n]))
+        names, parameters = zip(*model.named_parameters(), strict=True)
+        gradient = dict(zip(names, torch.autograd.grad(loss, parameters), strict=True))
+        seen.append(Observation.from_gradient(model, gradient, (2, 8, 8)))
+    evidence = Evidence.gather(seen, "cpu")
+    target = ChainTarget(evidence, solve_recursively(evidence), 1, True)
+    made = target.constant_jacobian()
+    assert made is not None
+    x = torch.rand(2, 128, dtype=torch.float64)
+    expected = jacobian(lambda x: target.made(x.reshape(2, 1, 2, 8, 8)), x)
+    torch.testing.assert_close(made, expected, rtol=1e-10, atol=1e-12)

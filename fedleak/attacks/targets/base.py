@@ -10,6 +10,8 @@ from torch import Tensor
 
 from fedleak.attacks.evidence import Evidence
 from fedleak.attacks.targets.statistics import batch_statistics
+from fedleak.systems import Affine
+from fedleak.systems.dense import dense_system
 from fedleak.tensors import per_update
 
 if TYPE_CHECKING:  # attacks, which are what asks
@@ -87,6 +89,10 @@ class Target(ABC):
             rest = (self.made(images) - self.values) / self.errors.clamp_min(precision)
         return rest.square().mean(1).sqrt()
 
+    def constant_jacobian(self) -> Tensor | None:
+        """Return the Jacobian of :meth:`made`, shape (N, m, n), where it is known beforehand."""
+        return None
+
     @abstractmethod
     def made(self, images: Tensor, hidden: Tensor | None = None) -> Tensor:
         """Return what ``images``, shape (N, B, C, H, W), make of it, shape (N, m)."""
@@ -141,6 +147,21 @@ class ChainTarget(Target):
         gradients = chain.backward(inputs, above).gradients
         shared = [self._together(gradients[n]).sum(1) for n in self.names]
         return self._joined([self._together(inputs[-1]), *shared])
+
+    def constant_jacobian(self) -> Tensor | None:
+        layer = self.evidence.chain.layers[0]
+        alone = self.linear and self.depth == 1 and self.evidence.num_images == 1
+        if not alone or not isinstance(layer, Affine) or len(layer.weight) > 1:
+            return None
+        systems = [dense_system(layer, e)[0] for e in self.solution.cotangents[1]]
+        nothing = systems[0][0].new_zeros(layer.out_shape[0], layer.unknowns)
+        parts = [torch.stack([a for a, _ in systems])]
+        for name in self.names:  # a bias has the gradient that is known already
+            is_weight = name == layer.weight_name
+            parts.append(torch.stack([k if is_weight else nothing for _, k in systems]))
+        rows = [p / s.unsqueeze(2) for p, s in zip(parts, self._sizes, strict=True)]
+        joined = torch.cat(rows, 1)
+        return joined if self._kept is None else joined[:, self._kept]
 
     def subset(self, index: Tensor) -> ChainTarget:
         part = self.evidence.subset(index), self.solution.subset(index)
