@@ -20,7 +20,7 @@ from fedleak.attacks.base import Attack, Reconstruction, placed
 from fedleak.attacks.certainty import expected_db, fits, indifferent, unexplained
 from fedleak.attacks.evidence import Evidence
 from fedleak.attacks.prior_matching import Match, match, posterior
-from fedleak.attacks.suspicions.hidden import HIDDEN
+from fedleak.attacks.suspicions.hidden import HIDDEN, VAGUE
 from fedleak.attacks.suspicions.unexplained import UNEXPLAINED
 from fedleak.attacks.targets.local_training import module_target
 from fedleak.attacks.targets.rounds import RoundsTarget
@@ -288,8 +288,10 @@ def _answered(rounds: Sequence[Round], images: Tensor) -> tuple[str, ...]:
     target = RoundsTarget(
         [module_target(r.weighed) for r in rounds], [range(len(images))] * len(rounds)
     )
-    enough = min(expected_db(target, images, indifferent(images))) >= RECOGNISABLE
-    return (*UNEXPLAINED, HIDDEN) if enough else UNEXPLAINED
+    expected = min(expected_db(target, images, indifferent(images)))
+    if math.isnan(expected):  # too many unknowns to ask
+        return UNEXPLAINED
+    return (*UNEXPLAINED, HIDDEN, VAGUE) if expected >= RECOGNISABLE else ()
 
 
 def agreed(rounds: Sequence[Round]) -> list[Round]:
