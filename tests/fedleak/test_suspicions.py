@@ -464,3 +464,13 @@ def test_a_weight_that_is_computed_is_no_first_layer() -> None:
     seen = Observation.from_gradient(model, sent, SHAPE, batch_size=5)
     (outcome,) = run_attack(make_attack("hybrid", steps=1), [seen], seconds=1)
     assert "Error" not in outcome.reason
+
+
+def test_layers_solved_at_a_wrong_scale_are_doubtful() -> None:
+    """Of a head without bias: an image half as bright, at a fit of 0.013 of a clean update."""
+    model, (x, y) = net(), digits(1)
+    seen = Observation.from_gradient(model, gradient(model, x, y), SHAPE)
+    for noise, said in ((5e-8, "cleaner"), (1e-2, "")):
+        result = doubted(Reconstruction(x, y, 0.013, {"noise": noise}), seen)
+        assert said in "".join(result.doubts)
+        assert bool(said) == bool(result.doubts)

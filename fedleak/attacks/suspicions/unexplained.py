@@ -26,6 +26,10 @@ _LITTLE = (
     f"the images explain little of the update (fit of {PARTLY:g} or more): the search failed, or "
     "the client is another than was declared"
 )
+_CLEANER = (
+    "the update is cleaner than the images explain it: layers were solved at a wrong scale, or the "
+    "client is another than was declared"
+)
 #: Of one round; several that agree up to their noise answer these.
 UNEXPLAINED = (_IN_PART, _LITTLE)
 #: Part of the unknowns of images that the update must be able to determine.
@@ -66,6 +70,10 @@ def doubted(
         )
     last = list(observation.gradient.values())[-1]
     most = _ONE_OUTPUT if last.numel() == 1 else _MIXED
+    noise = result.details.get("noise")
+    clean = isinstance(noise, float) and noise < _MIXED * result.fit
+    if clean and result.fit > _MIXED and not observation.errors and not doubts:
+        doubts.append(_CLEANER)
     if said := "" if doubts else hidden(found, observation):
         doubts.append(said)
     if len(result.images) > 1 and result.fit > most and not doubts:
