@@ -90,7 +90,7 @@ class _Greedy:
 @pytest.mark.parametrize(
     "name",
     ["FedSGD", "FedAvg", "FedProx", "FedAdam", "FedAdagrad", "FedYogi", "FedAvgM", "FedMedian",
-     "FedTrimmedAvg"],
+     "FedTrimmedAvg", "Krum", "MultiKrum", "Bulyan", "QFedAvg"],
 )  # fmt: skip
 def test_training_is_bit_identical_with_and_without(name: str, attack: Any) -> None:
     described = scenario(name)
