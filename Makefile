@@ -14,7 +14,8 @@ test: install
 	$(BIN)/pytest -n 2
 
 slow: install
-	$(BIN)/pytest -m slow -n 2 --dist loadgroup
+	$(BIN)/pytest -m "slow and not ray" -n 2
+	$(BIN)/pytest -m "slow and ray"
 
 # Ratios against dense linear algebra and the published attacks, as JSON that names the machine; takes
 # about an hour.

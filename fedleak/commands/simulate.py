@@ -13,7 +13,6 @@ from rich import box
 from rich.table import Table
 
 from fedleak.commands.console import PlainConsole, display, near, number, say_report
-from fedleak.defences.accountant import epsilon
 from fedleak.events import emit
 from fedleak.results.format import COVERAGE, LEAKAGE, ROUNDS
 from fedleak.status import most_frequent, most_frequent_note, reconstructed
@@ -117,6 +116,8 @@ def _tampered(arm: Arm) -> str:
 
 def _closing_table(scenario: Scenario, arms: list[Arm]) -> None:
     import pandas as pd
+
+    from fedleak.defences.accountant import epsilon
 
     title = f"{scenario.name} (simulated): PSNR in dB of what the server reconstructed"
     table = Table(

@@ -111,7 +111,7 @@ def test_the_pages_show_the_files() -> None:
     assert all(sweep.endswith(block) for block in blocks("choose-a-defence.md", "toml"))
 
 
-@pytest.mark.xdist_group("ray")
+@pytest.mark.ray
 @pytest.mark.slow
 def test_two_lines_in_a_strangers_app(tmp_path: Path) -> None:
     """The training is the same, bit for bit, and the clients' images leak."""
@@ -124,7 +124,7 @@ def test_two_lines_in_a_strangers_app(tmp_path: Path) -> None:
     assert np.median(found) < 1e-5
 
 
-@pytest.mark.xdist_group("ray")
+@pytest.mark.ray
 @pytest.mark.slow
 def test_two_lines_with_flwr_run(tmp_path: Path) -> None:
     """As the page says it: the weights of two clients add up to the same in any order."""
@@ -219,7 +219,7 @@ def test_a_server_that_is_not_honest(tmp_path: Path) -> None:
     assert certified >= 48
 
 
-@pytest.mark.xdist_group("ray")
+@pytest.mark.ray
 @pytest.mark.slow
 def test_a_real_deployment(tmp_path: Path) -> None:
     """SuperLink and SuperNodes are processes; the capture is attacked without them."""
@@ -258,12 +258,11 @@ def test_kinds_of_apps() -> None:
     assert right
     assert leak.status == "doubtful"
     rate = {"lr": 0.001}
-    leak, right = attacked(
-        batch_normalised, torch.optim.Adam, rate, 4, 0, **{**told["adam"], **short}
-    )
+    longer = {**told["adam"], **short, "seconds": 60}
+    leak, right = attacked(batch_normalised, torch.optim.Adam, rate, 4, 0, **longer)
     assert right
     assert leak.status == "doubtful"
-    head = {**told["head"], **short, "images": 1}
+    head = {**told["head"], **short, "num_images": 1}
     leak, right = attacked(transformer, torch.optim.Adam, rate, 1, 0, "heads", **head)
     assert right
     assert leak.status == "doubtful"

@@ -197,7 +197,7 @@ def test_several_processes_give_the_same_table_and_one_that_ends_costs_its_rows(
     assert crashed["retry"] == "crashed"  # tried again, if it were still there
 
 
-@pytest.mark.xdist_group("ray")
+@pytest.mark.ray
 @pytest.mark.slow
 def test_ray_gives_the_same_table(capture: Path) -> None:
     one, ray = attacked(capture, "one"), attacked(capture, "ray", engine="ray")

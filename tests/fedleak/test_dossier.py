@@ -64,7 +64,7 @@ def test_batches_that_are_ambiguous_alone_are_not_beside_the_next() -> None:
     assert max(min(psnr(a, batch)) for a in alone) < 50
     assert min(psnr(together[-1], batch)) > 60
     assert len(dossier.gallery) == len(batch)
-    assert dossier.gallery[0].together == 3
+    assert dossier.gallery[0].together >= 2  # the surer of two rounds and of three
 
 
 @pytest.mark.slow

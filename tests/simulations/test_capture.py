@@ -220,7 +220,7 @@ def test_a_server_with_nothing_to_do_is_refused(tmp_path: Path) -> None:
         MaliciousServer(FedAvg(), model, (1, 8, 8), capture=tmp_path)
 
 
-@pytest.mark.xdist_group("ray")
+@pytest.mark.ray
 @pytest.mark.slow
 def test_ray_captures_the_same(tmp_path: Path) -> None:
     described = load_scenario("fedavg", [*SMALL, "attack.name=none"])

@@ -207,7 +207,7 @@ def _free_ports(count: int) -> list[int]:
             s.close()
 
 
-@pytest.mark.xdist_group("ray")
+@pytest.mark.ray
 @pytest.mark.slow
 def test_flwr_run(tmp_path: Path) -> None:
     """``flwr run .`` with overrides, in its own home, on its own ports."""

@@ -325,7 +325,7 @@ def test_killed_and_resumed_is_the_same_table(tmp_path: Path) -> None:
     )
 
 
-@pytest.mark.xdist_group("ray")
+@pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_two_nodes_agree_with_one_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

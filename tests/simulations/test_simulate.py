@@ -303,7 +303,7 @@ def test_a_killed_run_keeps_its_finished_rows(tmp_path: Path) -> None:
     assert about["status"] == "running"
 
 
-@pytest.mark.xdist_group("ray")
+@pytest.mark.ray
 @pytest.mark.slow
 def test_ray_and_inline_give_the_same_numbers(tmp_path: Path) -> None:
     described = load_scenario("fedavg", ["federation.rounds=2", "defence=noise:0.01"])
@@ -317,7 +317,7 @@ def test_ray_and_inline_give_the_same_numbers(tmp_path: Path) -> None:
         pd.testing.assert_frame_equal(frames[0], frames[1], rtol=1e-4)
 
 
-@pytest.mark.xdist_group("ray")
+@pytest.mark.ray
 @pytest.mark.slow
 def test_an_error_on_ray_keeps_its_reason(tmp_path: Path) -> None:
     def stop(arm: object, progress: object) -> None:

@@ -32,7 +32,7 @@ class GalleryAttack(Attack):
 
     def reconstruct(self, observations: Sequence[Observation]) -> list[Reconstruction]:
         evidence = Evidence.gather(observations, self.device)  # infers the labels
-        if evidence.images > 1:
+        if evidence.num_images > 1:
             raise InvalidInputError("attack 'gallery' looks for single images, not for batches")
         channels, *size = evidence.terms.input_shape
         files, images = read_images([Path(self.gallery)], channels, size=size)
