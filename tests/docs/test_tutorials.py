@@ -253,13 +253,14 @@ def test_kinds_of_apps() -> None:
             weight.requires_grad = name.startswith("heads")
         return model
 
-    short = {"seconds": 15, "max_clients": 1}
+    short = {"seconds": 60, "max_clients": 1}
     leak, right = attacked(LeNet, torch.optim.SGD, sgd, 1, 0.5, **{**told["quickstart"], **short})
     assert right
     assert leak.status == "doubtful"
     rate = {"lr": 0.001}
-    longer = {**told["adam"], **short, "seconds": 60}
-    leak, right = attacked(batch_normalised, torch.optim.Adam, rate, 4, 0, **longer)
+    leak, right = attacked(
+        batch_normalised, torch.optim.Adam, rate, 4, 0, **{**told["adam"], **short}
+    )
     assert right
     assert leak.status == "doubtful"
     head = {**told["head"], **short, "num_images": 1}
