@@ -54,24 +54,23 @@ class PatchMixture:
         for _ in range(_ROUNDS):
             self._maximise(x, chosen, components)
             chosen = self._scores(x).argmax(1)
-        self._maximise(x, chosen, components)
-        self.weights, self.means = self.weights.double(), self.means.double()
-        self.covariances = self.covariances.double()
+        # In float64: inverses would tell how a float32 product was spread over threads.
+        self._maximise(x.double(), chosen, components)
         self.precisions = torch.linalg.inv(self.covariances)
         self.log_dets = torch.linalg.slogdet(self.covariances)[1]
 
     def _maximise(self, x: Tensor, chosen: Tensor, components: int) -> None:
         """Fit every component to the patches that chose it."""
-        counts = torch.bincount(chosen, minlength=components).float()
+        counts = torch.bincount(chosen, minlength=components).to(x)
         self.weights = (counts + 1) / (counts + 1).sum()
-        sums = torch.zeros(components, x.shape[1]).index_add_(0, chosen, x)
+        sums = x.new_zeros(components, x.shape[1]).index_add_(0, chosen, x)
         self.means = (sums + x.mean(0)) / (counts + 1).unsqueeze(1)
         pooled = torch.cov(x.T) * 0.02
         covariances = []
         for k in range(components):
             rest = x[chosen == k] - self.means[k]
             covariances.append((rest.T @ rest + _POOLED * pooled) / (counts[k] + _POOLED))
-        self.covariances = torch.stack(covariances) + _FLOOR * torch.eye(x.shape[1])
+        self.covariances = torch.stack(covariances) + _FLOOR * torch.eye(x.shape[1]).to(x)
 
     def _scores(self, x: Tensor) -> Tensor:
         """Return the log probability of each component, shape (len(x), K)."""
