@@ -273,7 +273,8 @@ def _write(path: Path, seeds: int, defences: list[str]) -> Path:
 
 
 def test_the_command_line(done: tuple[Path, pd.DataFrame], tmp_path: Path) -> None:
-    out, _ = done
+    out = tmp_path / "out"
+    shutil.copytree(done[0], out)
     path = _write(tmp_path / "mine.toml", 2, ["none", "prune:0.9"])
     found = CliRunner().invoke(app, ["evaluate", str(path), "--out", str(out)])
     assert found.exit_code == 0, found.output
