@@ -299,6 +299,12 @@ class Evidence:
         other.__dict__["silent"] = self.silent
         return other
 
+    def with_errors(self, errors: Gradients) -> Evidence:
+        """Return the same observations with other errors; what is silent stays what it is."""
+        other = replace(self, errors=errors)
+        other.__dict__["silent"] = self.silent
+        return other
+
     def with_labels(self, labels: Tensor) -> Evidence:
         """Return the same observations with other labels, shape (N, B)."""
         other = replace(self, labels=labels)

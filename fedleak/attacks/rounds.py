@@ -71,12 +71,10 @@ class Round:
         evidence = evidence.with_labels(alone.labels[None].to(evidence.labels.device))
         noise = float(alone.details.get("noise", 0.0))
         errors = evidence.errors or unexplained(evidence, alone.images, noise)
-        weighed = replace(evidence, errors=errors)
-        weighed.__dict__["silent"] = evidence.silent
-        return cls(evidence, weighed, alone)
+        return cls(evidence, evidence.with_errors(errors), alone)
 
     @property
-    def images(self) -> int:
+    def num_images(self) -> int:
         """Number of images behind the update."""
         return self.evidence.num_images
 
@@ -304,7 +302,7 @@ def agreed(rounds: Sequence[Round]) -> list[Round]:
 
 def joint(rounds: Sequence[Round], prior: Prior) -> Reconstruction:
     """Return what rounds of the same images, with the same labels, tell together."""
-    count = rounds[0].images
+    count = rounds[0].num_images
     misfits = [sum(r.misfit(o.alone.images, _FINE) ** 2 for r in rounds) for o in rounds]
     best = min(range(len(rounds)), key=misfits.__getitem__)
     images, details = rounds[best].alone.images, dict(rounds[best].alone.details)

@@ -9,12 +9,9 @@ from typing import Any
 
 from torch import Tensor
 
+from fedleak.graph.kernels.refusal import EXPLAINED
 from fedleak.graph.knowledge import Knowledge
 from fedleak.graph.targets import frontier
-
-#: Relative distance of one parameter's gradient up to which it is explained: at the true image a
-#: client's float32 gradient is within 1e-6 of it in float64.
-EXPLAINED = 1e-5
 
 
 @dataclass(frozen=True)

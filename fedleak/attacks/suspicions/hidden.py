@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from fedleak.attacks.certainty import expected_db, indifferent, unexplained
@@ -61,9 +60,7 @@ def hidden(result: Reconstruction, observation: Observation) -> str:
         said = HIDDEN
     else:
         said = VAGUE
-        silent = evidence.silent
-        evidence = replace(evidence, errors=unexplained(evidence, images))
-        evidence.__dict__["silent"] = silent
+        evidence = evidence.with_errors(unexplained(evidence, images))
     expected = min(expected_db(module_target(evidence), images, indifferent(images)))
     drowned = bool(observation.errors) and _drowned(evidence)
     return said if drowned or expected < RECOGNISABLE else ""  # NaN where it is not computed

@@ -25,12 +25,11 @@ from torch import Tensor
 
 from fedleak.errors import InvalidInputError
 from fedleak.graph.kernels.geometry import Geometry
-from fedleak.graph.kernels.refusal import Refused
+from fedleak.graph.kernels.refusal import EXPLAINED, Refused
 from fedleak.graph.kernels.rows import Rows, RowsSolution, solve_rows
 
-#: Rounds of the fixed point, at most; the relative change that ends them, and the residual that
-#: a solution of a float32 gradient may leave.
-_ROUNDS, _SETTLED, EXPLAINED = 40, 1e-8, 1e-5
+#: Rounds of the fixed point, at most; the relative change that ends them.
+_ROUNDS, _SETTLED = 40, 1e-8
 #: Values below this share of the root mean square lie at the zero of a ReLU.
 _ZERO = 1e-3
 #: How often the scale is taken from eps.

@@ -29,14 +29,12 @@ from torch import Tensor
 from fedleak.errors import InvalidInputError
 from fedleak.graph.kernels.bilinear import normalised, polish, solve_factor
 from fedleak.graph.kernels.geometry import Geometry
-from fedleak.graph.kernels.refusal import Refused
+from fedleak.graph.kernels.refusal import EXPLAINED, Refused
 from fedleak.graph.kernels.walk import Relation, Walk
 from fedleak.precision import HALF
 
 #: A rank is believed where singular values fall by this factor there.
 GAP = 5.0
-#: A residual beyond this is no rounding of a float32 gradient.
-EXPLAINED = 1e-5
 
 
 @dataclass(frozen=True)

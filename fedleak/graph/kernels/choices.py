@@ -20,11 +20,9 @@ from torch import Tensor
 
 from fedleak import deadline
 from fedleak.graph.kernels.geometry import Geometry
-from fedleak.graph.kernels.refusal import Refused
+from fedleak.graph.kernels.refusal import EXPLAINED, Refused
 from fedleak.graph.kernels.rows import cotangent_matrix
 
-#: Relative residual of every filter's gradient at which the choices are believed.
-EXPLAINED = 1e-5
 #: How far, in units of what the residual says, an estimate may be off; how many rounds begin with
 #: choices in part; tried one after the other.
 _TRIES = ((1.0, 0), (10.0, 8))
