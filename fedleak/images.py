@@ -217,6 +217,27 @@ def to_tensor(image: Any, channels: int = 0) -> Tensor:
     return check(made, made.shape[0])
 
 
+def on_grid(images: Tensor, levels: int = 255) -> tuple[Tensor, Tensor]:
+    """Round images to the grid of 8-bit pixels.
+
+    Parameters
+    ----------
+    images : Tensor, shape (..., C, H, W)
+        In [0, 1].
+    levels : int
+        Of the grid, without zero.
+
+    Returns
+    -------
+    rounded : Tensor
+    off : Tensor, shape (...)
+        How far the images are off, in steps of the grid, root mean square: images that have
+        nothing to do with it are at 0.29.
+    """
+    rounded = (images * levels).round() / levels
+    return rounded, (images - rounded).flatten(-3).square().mean(-1).sqrt() * levels
+
+
 def check(image: Tensor, channels: int) -> Tensor:
     """Return an image if it is one: shape (C, H, W), values in [0, 1].
 

@@ -28,6 +28,7 @@ from fedleak.attacks.linear import (
     solve_layer,
     solve_recursively,
 )
+from fedleak.attacks.packaging import ROUNDED, snapped
 from fedleak.attacks.prior_matching import Match, match
 from fedleak.attacks.targets import shared_rows
 from fedleak.attacks.targets.base import ChainTarget, Target
@@ -40,8 +41,6 @@ from fedleak.priors import PRIORS, Prior, make_prior
 from fedleak.systems import Affine, Pointwise
 from fedleak.wording import EXPLAINED
 
-#: Two fits below this are equally good: both are within the rounding of float32.
-_ROUNDED = 1e-6
 #: Least squares fits the noise too: under noise the prior may cost this much of the fit, and
 #: any fit within twice the noise is a good one (the discrepancy principle).
 _SLACK = 1.1
@@ -53,9 +52,6 @@ _SOLVED = 1e-3
 _AT_NOISE = 1.2
 #: Part of another's fit that a fit must come to, to be taken for the better reconstruction.
 _CLEARLY = 0.9
-#: How near to the 8-bit grid, in steps of it, an image must come to be rounded, root mean
-#: square: any image that is not on it is at 0.29.
-_ON_GRID = 0.1
 #: Parameters times updates that a module is matched on at once, by device.
 _PARAMETERS = {"cpu": 3e7, "cuda": 5e8}
 
@@ -184,8 +180,7 @@ class HybridAttack(Attack):
                 made = on_graph.solve(part, prior)
             if isinstance(made, Reconstruction):
                 part = part.with_labels(made.labels[None].to(part.labels.device))
-                images = _snap(part, made.images[None].to(part.labels.device))
-                found[n] = replace(made, images=images[0].cpu(), fit=float(part.fit(images)[0]))
+                found[n] = made
             else:
                 why = made
             if n not in found or not self._settled(part, found[n]):
@@ -215,7 +210,7 @@ class HybridAttack(Attack):
             return False
         if evidence.defended:
             return self._off(evidence, solved) < _AT_NOISE
-        return solved.fit <= _SOLVED
+        return bool(solved.details["certified"]) or solved.fit <= _SOLVED
 
     def _off(self, evidence: Evidence, found: Reconstruction) -> float:
         """Return how far a reconstruction is from the update, in known errors."""
@@ -272,7 +267,7 @@ class HybridAttack(Attack):
                 bound = (_SLACK * part.misfit(images[mask], self.precision)).clamp_min(2.0)
                 better = part.misfit(found.images, self.precision) <= bound
             else:
-                bound = part.fit(images[mask]).clamp_min(_ROUNDED)
+                bound = part.fit(images[mask]).clamp_min(ROUNDED)
                 if not known:
                     bound = torch.maximum(_SLACK * bound, 2 * solution.noise[mask])
                 better = part.fit(found.images) <= bound
@@ -281,7 +276,7 @@ class HybridAttack(Attack):
             for i, n in enumerate(mask.nonzero().flatten().tolist()):
                 if better[i]:
                     by[n] = _by(found, i)
-        results = package(evidence, _snap(evidence, images), solution, ["hybrid"] * len(evidence))
+        results = package(evidence, snapped(evidence, images), solution, ["hybrid"] * len(evidence))
         for result, how in zip(results, by, strict=True):
             result.details.update(how)
         return results
@@ -373,15 +368,3 @@ def _labels_of(found: Reconstruction, evidence: Evidence) -> Tensor:
 
 def _by(found: Match, n: int) -> dict[str, str]:
     return {"by": "matching", "solver": found.solver, "prior": found.priors[n]}
-
-
-def _snap(evidence: Evidence, images: Tensor, levels: int = 255) -> Tensor:
-    """Round images that lie on the grid of 8-bit pixels, where the gradient agrees."""
-    rounded = (images * levels).round() / levels
-    near = (images - rounded).flatten(2).square().mean(2).sqrt() < _ON_GRID / levels
-    if not bool(near.any()):
-        return images
-    rounded = torch.where(near.reshape(*near.shape, 1, 1, 1), rounded, images)
-    known = evidence.fit(images).maximum(evidence.floor).clamp_min(_ROUNDED)
-    agrees = evidence.fit(rounded) <= 2 * known
-    return torch.where(agrees.reshape(-1, 1, 1, 1, 1), rounded, images)

@@ -13,7 +13,7 @@ from fedleak import deadline
 from fedleak.attacks.base import Reconstruction
 from fedleak.attacks.determined import undetermined
 from fedleak.attacks.evidence import Evidence
-from fedleak.attacks.packaging import package
+from fedleak.attacks.packaging import package, snapped
 from fedleak.errors import TimeLimitError, UnsupportedModelError
 from fedleak.graph.capture import Graph
 from fedleak.graph.certificate import certify
@@ -76,8 +76,10 @@ def solve(evidence: Evidence, prior: Prior) -> Reconstruction | str:
     except TimeLimitError as error:
         return str(error)
     evidence = evidence.with_labels(_labels(evidence, knowledge))
+    images = snapped(evidence, images[None])[0]
     made = evidence.replay(images[None], evidence.labels).gradients
-    proof = certify(knowledge, {n: g[0].detach() for n, g in made.items()}, rounding)
+    whole = {n: g[0].detach() for n, g in made.items()}
+    proof = certify(knowledge, whole, rounding, seen(images))
     if evidence.defended:  # what the defence hides, other images may explain as well
         why = "the update is defended: nothing is certified"
         proof = replace(proof, certified=False, open=[*proof.open, why])

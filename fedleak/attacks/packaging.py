@@ -5,11 +5,19 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fedleak.attacks.base import Reconstruction
 from fedleak.attacks.contrast import in_range
 from fedleak.attacks.evidence import Evidence
+from fedleak.images import on_grid
+
+#: Two fits below this are equally good: both are within the rounding of float32.
+ROUNDED = 1e-6
+#: How near to the 8-bit grid, in steps of it, an image must come to be rounded, root mean
+#: square: any image that is not on it is at 0.29.
+_ON_GRID = 0.1
 
 
 def package(
@@ -46,3 +54,22 @@ def package(
             )
         )
     return out
+
+
+def snapped(evidence: Evidence, images: Tensor) -> Tensor:
+    """Round images, shape (N, B, C, H, W), that lie on the grid where the gradient agrees.
+
+    Parameters
+    ----------
+    evidence : Evidence
+    images : Tensor
+        Those near the grid of 8-bit pixels are rounded to it.
+    """
+    rounded, off = on_grid(images)
+    near = off < _ON_GRID
+    if not bool(near.any()):
+        return images
+    rounded = torch.where(near[..., None, None, None], rounded, images)
+    known = evidence.fit(images).maximum(evidence.floor).clamp_min(ROUNDED)
+    agrees = evidence.fit(rounded) <= 2 * known
+    return torch.where(agrees.reshape(-1, 1, 1, 1, 1), rounded, images)

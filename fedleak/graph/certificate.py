@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from fedleak.graph.kernels.refusal import EXPLAINED
+from fedleak.graph.kinks import turned
 from fedleak.graph.knowledge import Knowledge
 from fedleak.graph.targets import frontier
 
@@ -52,9 +53,15 @@ class Certificate:
 
 
 def certify(
-    knowledge: Knowledge, made: Mapping[str, Tensor], rounding: Mapping[str, float]
+    knowledge: Knowledge,
+    made: Mapping[str, Tensor],
+    rounding: Mapping[str, float],
+    images: Tensor | None = None,
 ) -> Certificate:
     """Compare the gradient that a reconstruction makes with the observed one.
+
+    A unit within float32's rounding of zero may be active for the client and not here: where the
+    update is missed, such units are turned over as long as that explains it.
 
     Parameters
     ----------
@@ -63,15 +70,12 @@ def certify(
         The whole gradient of the reconstruction.
     rounding : mapping of str to float
         Known errors of the entries of each parameter's gradient, beside float32's own.
+    images : Tensor, shape (B, C, H, W), optional
+        The reconstruction, as the model sees it; without it no unit is turned over.
     """
-    missed = {}
-    for name, target in knowledge.gradient.items():
-        size = float(target.norm())
-        if not size:
-            continue
-        off = float((made[name] - target).norm())
-        if off > EXPLAINED * size + 5 * rounding.get(name, 0.0) * target.numel() ** 0.5:
-            missed[name] = off / size
+    missed = _missed(knowledge, made, rounding)
+    if missed and images is not None:
+        missed = _missed(knowledge, turned(knowledge, images, made), rounding)
     rules: dict[str, list[str]] = {}
     for edge, known in knowledge.values.items():
         node = knowledge.graph.nodes[edge]
@@ -93,6 +97,21 @@ def certify(
             "update, and the prior filled in the others"
         )
     return Certificate(not missed and not undetermined, missed, left, rules, undetermined)
+
+
+def _missed(
+    knowledge: Knowledge, made: Mapping[str, Tensor], rounding: Mapping[str, float]
+) -> dict[str, float]:
+    """Return how far off a gradient is, relative, of each parameter where it is not explained."""
+    missed = {}
+    for name, target in knowledge.gradient.items():
+        size = float(target.norm())
+        if not size:
+            continue
+        off = float((made[name] - target).norm())
+        if off > EXPLAINED * size + 5 * rounding.get(name, 0.0) * target.numel() ** 0.5:
+            missed[name] = off / size
+    return missed
 
 
 def _equations(knowledge: Knowledge, unknowns: int) -> int:

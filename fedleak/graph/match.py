@@ -20,6 +20,7 @@ from fedleak.graph.kinds import Kind
 from fedleak.graph.knowledge import Knowledge, spread
 from fedleak.graph.rules import RULES, choices
 from fedleak.graph.targets import BelowTargets, NearestTargets, Targets
+from fedleak.images import on_grid
 from fedleak.priors import Prior
 from fedleak.solvers import cgls, lbfgs
 
@@ -33,6 +34,10 @@ MOST_NEWTON, _PAYS = 8, 0.9
 _AMPLE = 8
 #: Misfit, in units of the errors, at which all is said.
 _MATCHED = 2.0
+
+#: How near to the grid of 8-bit pixels, in steps of it and root mean square, images must come for
+#: the grid's to be tried (any that are not on it are at 0.29): what is known decides.
+_ON_GRID = 0.2
 
 #: Temperatures of the softened gradient, from first to last, and how each follows.
 HOTTEST, COLDEST, _COOLING = 0.5, 1e-4, 0.7
@@ -79,10 +84,14 @@ def match_images(
         nearest = NearestTargets(knowledge)
     search = _Search(nearest, prior, watch, seen)
     u = search.descend(search.start(), steps)
+    if search.exact is not None:
+        return search.exact
     if search.misfit(u) > _MATCHED and choices.apply(knowledge, search.images(u).detach()):
         spread(knowledge, RULES)
         return match_images(knowledge, prior, steps, watch, seen)
     u = search.finish(u)
+    if search.exact is not None:
+        return search.exact
     matched = search.misfit(u) < _MATCHED
     if not matched and nearest.layers:
         values = _Search(NearestTargets(knowledge, rows=False), prior, watch, seen)
@@ -95,7 +104,7 @@ def match_images(
     whole = _Search(below, prior, watch, seen)
     whole.gain = search.gain
     if matched:  # what is left open there the rest of the gradient may tell, masks being right
-        return whole.images(whole.finish(u)).detach()
+        return whole.finished(u)
     other, tried = whole.start(), False
     for temperature in whole.temperatures():
         other = whole.cool(other, temperature)
@@ -104,9 +113,11 @@ def match_images(
             near = _Search(nearest, prior, watch, seen)
             near.gain = whole.gain
             tried, end = True, near.finish(other)
-            if near.misfit(end) < _MATCHED:
-                return near.images(end).detach()
+            if near.exact is not None or near.misfit(end) < _MATCHED:
+                return near.images(end).detach() if near.exact is None else near.exact
     other = whole.finish(whole.cool(other, 0.0))
+    if whole.exact is not None:
+        return whole.exact
     images, misfit = whole.images(other).detach(), whole.misfit(other)
     whole.gain = search.gain
     return images if misfit < whole.misfit(u) else search.images(u).detach()
@@ -116,9 +127,15 @@ class _Search:
     """Images as the prior's: ``mean + B P w``, ``P`` what the data make of it.
 
     The model sees them normalised, and a gain times that.
+
+    Attributes
+    ----------
+    exact : Tensor or None
+        Images on the grid of 8-bit pixels, as the model sees them, that make what is known.
     """
 
     gain = 1.0
+    exact: Tensor | None = None
 
     def __init__(self, targets: Targets, prior: Prior, watch: Watch | None, seen: Seen):
         self.targets, self.prior, self.watch, self.seen = targets, prior, watch, seen
@@ -134,7 +151,7 @@ class _Search:
         """Match at falling error levels."""
         for level in LEVELS:
             u = self.quasi_newton(u, level, steps)
-            if self._told(u) < _MATCHED or deadline.passed():
+            if self._told(u) < _MATCHED or self.exact is not None or deadline.passed():
                 break
         return u
 
@@ -157,13 +174,18 @@ class _Search:
         self.choose_gain(u)
         misfit = self._told(u)
         for _ in range(MOST_NEWTON):
-            if misfit < _MATCHED or deadline.passed():
+            if misfit < _MATCHED or self.exact is not None or deadline.passed():
                 break
             u = self.gauss_newton(u)
             before, misfit = misfit, self._told(u)
             if misfit > _PAYS * before:
                 break
         return u
+
+    def finished(self, u: Tensor) -> Tensor:
+        """Return the images that :meth:`finish` leads to."""
+        u = self.finish(u)
+        return self.images(u).detach() if self.exact is None else self.exact
 
     def choose_gain(self, u: Tensor) -> None:
         """Choose what all pixels are multiplied by, of which normalisation leaves eps to tell.
@@ -190,6 +212,11 @@ class _Search:
 
     def _told(self, u: Tensor) -> float:
         misfit = self.misfit(u)
+        rounded, off = on_grid(self.prior.image(u).detach())
+        if float(off.max()) < _ON_GRID:
+            images = self.seen(rounded)
+            if self._misfit_of(images) < _MATCHED:
+                self.exact = images
         if self.watch is not None:
             self.watch(misfit, self.images(u).detach())
         return misfit
@@ -202,8 +229,11 @@ class _Search:
 
     def misfit(self, u: Tensor) -> float:
         """Return how far off the known values are, in units of their errors."""
+        return self._misfit_of(self.images(u))
+
+    def _misfit_of(self, images: Tensor) -> float:
         with torch.no_grad():
-            rest = (self.made(u) - self.targets.values) / self.targets.errors
+            rest = (self.targets.made(images) - self.targets.values) / self.targets.errors
         return float(rest.square().mean().sqrt())
 
     def weight(self, u: Tensor, errors: Tensor) -> float:

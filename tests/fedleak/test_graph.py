@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from fedleak import LocalTraining, laboratory
 from fedleak.errors import UnsupportedModelError
 from fedleak.graph.capture import Graph
+from fedleak.graph.certificate import certify
 from fedleak.graph.knowledge import Knowledge, Known, spread
 from fedleak.graph.rules import RULES, gradient_rows
 from fedleak.graph.targets import BelowTargets, NearestTargets, parameter_gradients
@@ -168,6 +169,34 @@ def test_a_wrong_mask_is_mended_before_anything_below() -> None:
     spread(knowledge, RULES)
     assert torch.equal(knowledge.slopes[block], slopes)
     assert knowledge.value("_3_relu_1") is not None
+
+
+def test_a_unit_within_rounding_of_zero_does_not_cost_the_certificate() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU6(),
+        nn.Flatten(), nn.Linear(288, 10),
+    ).double()  # fmt: skip
+    image, label = torch.rand(1, 3, 10, 10, dtype=torch.float64), torch.tensor([4])
+
+    def gradient() -> dict[str, Tensor]:
+        parameters = dict(model.named_parameters())
+        loss = F.cross_entropy(model(image), label)
+        made = torch.autograd.grad(loss, list(parameters.values()))
+        return dict(zip(parameters, made, strict=True))
+
+    with torch.no_grad():  # one unit lies at zero, on this side here and on that for the client
+        model[2].bias[3] -= model[:3](image)[0, 3, 2, 4] - 1e-9
+    here = gradient()
+    with torch.no_grad():
+        model[2].bias[3] -= 2e-9
+    client = gradient()
+    knowledge = Knowledge(Graph.capture(model, (3, 10, 10)), client)
+    spread(knowledge, {"head": RULES["head"]})
+    knowledge.values[knowledge.graph.image] = Known(image, 0.0, "told")
+    assert certify(knowledge, here, {}).missed.keys() >= {"0.weight", "2.bias"}
+    assert certify(knowledge, here, {}, image).certified
+    assert not certify(knowledge, here, {}, image.flip(3)).certified
 
 
 def test_the_error_of_an_observation_is_carried_along() -> None:
