@@ -6,7 +6,9 @@ import math
 
 import torch
 from torch import Tensor
+from torch.func import jvp, vjp
 
+from fedleak import deadline
 from fedleak.attacks.evidence import Evidence
 from fedleak.attacks.targets.base import Target
 from fedleak.solvers import Gaussian, Measurements, jacobian
@@ -15,6 +17,14 @@ from fedleak.systems import Gradients
 
 #: Unknowns of several images, and entries of their Jacobian, up to which it is taken.
 _UNKNOWNS, _ENTRIES = 2048, 5e7
+#: Steps towards the variance of more unknowns: by the entries of the update, between bounds; how
+#: far in dB the second half of them may lead for the result to count.
+_WORK, _FEWEST, _MOST, _SETTLED = 4e8, 40, 600, 1.0
+#: Share of the first residual, as squares, that is none.
+_NOTHING = 1e-16
+#: Relative error of an entry there, at least: what is finer says no more of some 20 dB, and takes
+#: conjugate gradients twice the steps.
+_COARSE = 1e-3
 #: Relative error of an entry, at least: that of float32 and a little more.
 _FINE = 1e-6
 #: Standard deviation of a pixel of which nothing is known.
@@ -55,6 +65,72 @@ def expected_db(target: Target, images: Tensor, prior: Gaussian) -> list[float]:
     left = Measurements(rows, target.errors.clamp_min(_FINE), prior).covariance()[0]
     each = left.diagonal().clamp_min(1e-300).reshape(len(images), -1).mean(1)
     return (-10 * each.log10()).tolist()
+
+
+def at_most_db(target: Target, images: Tensor, enough: float) -> list[float]:
+    """Return a PSNR in dB that no attacker expects to pass, of images of shape (K, C, H, W).
+
+    As :func:`expected_db` under :func:`indifferent`, of any size. Where the Jacobian is too large,
+    the mean variance of an image's pixels is that of random signs, ``z^T A^-1 z``; what conjugate
+    gradients have found of it rises with each step, so that the decibels fall from above.
+
+    Parameters
+    ----------
+    target : Target
+    images : Tensor
+    enough : float
+        An image is settled as soon as its bound is below.
+
+    Returns
+    -------
+    list of float
+        NaN where the steps allowed (fewer for larger networks) settle nothing.
+    """
+    if fits(target, images.numel()):
+        return expected_db(target, images, indifferent(images))
+    if target.hidden or not target.dense:
+        return [math.nan] * len(images)
+    return [_one_at_most(target, images, k, enough) for k in range(len(images))]
+
+
+def _one_at_most(target: Target, images: Tensor, k: int, enough: float) -> float:
+    """Return the bound of image ``k``; NaN where it is not settled."""
+    at = images[None].to(target.values)
+    weights = target.errors.clamp_min(_COARSE) ** -2
+
+    def made(x: Tensor) -> Tensor:
+        return target.made(x.reshape(at.shape))
+
+    pull = vjp(made, at.flatten(1))[1]
+
+    def precision(v: Tensor) -> Tensor:
+        pushed = jvp(made, (at.flatten(1),), (v[None],))[1]
+        return v / _PIXEL**2 + pull(weights * pushed)[0][0]
+
+    signs = torch.zeros(images.shape, dtype=at.dtype)
+    drawn = torch.randint(0, 2, signs[k].shape, generator=torch.Generator().manual_seed(k))
+    signs[k] = 2 * drawn - 1
+    z = signs.flatten().to(at)
+    allowed = _WORK / (target.values.shape[1] * len(images))
+    steps = int(min(max(allowed, _FEWEST), _MOST))
+    rest = way = z
+    first = size = float(z @ z)
+    variance, before = 0.0, 0.0
+    for step in range(steps):
+        if deadline.passed():
+            return math.nan
+        along = precision(way)
+        length = size / float(way @ along)
+        variance += length * float(way @ z) / images[k].numel()
+        rest = rest - length * along
+        last, size = size, float(rest @ rest)
+        way = rest + size / last * way
+        decibels = -10 * math.log10(max(variance, 1e-300))
+        if decibels < enough or size < _NOTHING * first:
+            return decibels
+        if step + 1 == steps // 2:
+            before = decibels
+    return decibels if before - decibels < _SETTLED else math.nan
 
 
 def indifferent(images: Tensor) -> Gaussian:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fedleak import deadline
 from fedleak.attacks.base import Attack, Reconstruction, placed
-from fedleak.attacks.certainty import expected_db, fits, indifferent, unexplained
+from fedleak.attacks.certainty import at_most_db, expected_db, fits, unexplained
 from fedleak.attacks.evidence import Evidence
 from fedleak.attacks.prior_matching import Match, match, posterior
 from fedleak.attacks.suspicions.hidden import HIDDEN, VAGUE
@@ -286,10 +286,10 @@ def _answered(rounds: Sequence[Round], images: Tensor) -> tuple[str, ...]:
     target = RoundsTarget(
         [module_target(r.weighed) for r in rounds], [range(len(images))] * len(rounds)
     )
-    expected = min(expected_db(target, images, indifferent(images)))
-    if math.isnan(expected):  # too many unknowns to ask
+    expected = at_most_db(target, images, RECOGNISABLE)
+    if any(map(math.isnan, expected)):  # too many unknowns to ask
         return UNEXPLAINED
-    return (*UNEXPLAINED, HIDDEN, VAGUE) if expected >= RECOGNISABLE else ()
+    return (*UNEXPLAINED, HIDDEN, VAGUE) if min(expected) >= RECOGNISABLE else ()
 
 
 def agreed(rounds: Sequence[Round]) -> list[Round]:

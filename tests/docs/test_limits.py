@@ -35,7 +35,7 @@ def test_the_page_says_the_defaults() -> None:
         "examples that a reply": f"{reject_invalid._MOST_EXAMPLES:,}",
         "letters of a reason": f"{wording.LONGEST_REASON}; {wording.LONGEST_MESSAGE}",
         "unknowns of a batch": f"{determined.MOST}",
-        "expected PSNR is computed": f"{certainty._UNKNOWNS}",
+        "expected PSNR is computed": f"{certainty._UNKNOWNS}; {certainty._MOST}",
         "predicts for every client": f"{prediction.EVERY_CLIENT}",
     }
     rows = [line for line in PAGE.read_text().splitlines() if line.startswith("| ")]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
-from fedleak.attacks.certainty import expected_db, indifferent, unexplained
+from fedleak.attacks.certainty import at_most_db, unexplained
 from fedleak.attacks.evidence import Evidence
 from fedleak.attacks.suspicions.seen import Seen
 from fedleak.attacks.targets.local_training import module_target
+from fedleak.errors import TimeLimitError
 from fedleak.observation import Observation
 from fedleak.wording import RECOGNISABLE
 
@@ -26,8 +28,14 @@ VAGUE = (
     "the images do not explain the update to its last digits, and as far as they do others explain "
     f"it as well: fewer than {RECOGNISABLE:g} dB are to be expected of it"
 )
+UNTOLD = (
+    "the images do not explain the update to its last digits, and how much that leaves open "
+    "of them is not computed for so large an update"
+)
 #: Fit up to which images explain a clean update as well as any.
 _EXACT = 1e-3
+#: Fit above which what is not known of a clean update is a doubt.
+_ROUGH = 1e-2
 #: Share of an update, as squares, that is known to be noise: what is linear is far from there.
 _DROWNED = 0.5
 
@@ -61,9 +69,15 @@ def hidden(result: Reconstruction, observation: Observation) -> str:
     else:
         said = VAGUE
         evidence = evidence.with_errors(unexplained(evidence, images))
-    expected = min(expected_db(module_target(evidence), images, indifferent(images)))
+    try:
+        expected = at_most_db(module_target(evidence), images, RECOGNISABLE)
+    except TimeLimitError:
+        return UNTOLD
     drowned = bool(observation.errors) and _drowned(evidence)
-    return said if drowned or expected < RECOGNISABLE else ""  # NaN where it is not computed
+    if drowned or any(each < RECOGNISABLE for each in expected):
+        return said
+    rough = not observation.errors and result.fit > _ROUGH
+    return UNTOLD if rough and any(map(math.isnan, expected)) else ""
 
 
 def _drowned(evidence: Evidence) -> bool:
