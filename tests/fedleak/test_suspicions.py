@@ -13,6 +13,9 @@ from torch import Tensor, nn
 
 from fedleak import LocalTraining, Observation, Reconstruction, make_attack, parse_defence
 from fedleak.attacks import run_attack
+from fedleak.attacks.evidence import Evidence
+from fedleak.attacks.head.account import account
+from fedleak.attacks.head.batch import Demixed
 from fedleak.attacks.suspicions.unexplained import doubted
 from fedleak.client import train
 from fedleak.data import load_data
@@ -365,6 +368,34 @@ def test_only_standard_normalisations_that_make_pixels_are_undone(
         assert "declare mean and std" in doubt
         assert result.status == "doubtful"
         assert (result.images - normalised).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize(("mean", "std"), [(0.5, 0.5), (0.1307, 0.3081)])
+def test_pixels_out_of_any_picture_are_doubted_under_a_known_defence_too(
+    mean: float, std: float
+) -> None:
+    """They were `ok` at 15 dB, as the images of clients whose normalisation nobody declared."""
+    (x, y), model, noise = digits(1), net(), parse_defence("noise:0.1")
+    z = (x - mean) / std
+    own = {k: g.double() for k, g in gradient(model, z, y).items()}
+    sent = defend(own, noise, 0)
+    for told in (None, LocalTraining(mean=(mean,), std=(std,), reply="gradient")):
+        seen = Observation.from_gradient(model, sent, SHAPE, training=told, defence=noise)
+        (result,) = make_attack("linear")([seen])
+        assert result.status == ("ok" if told else "doubtful")
+        if not told:
+            assert "mean, std" in result.doubts[0]
+
+
+def test_what_a_known_pruning_leaves_of_the_head_says_nothing_of_the_number_of_images() -> None:
+    (x, y), model, prune = digits(4), net(), parse_defence("prune:0.9")
+    own = {k: g.double() for k, g in gradient(model, x, y).items()}
+    sent = defend(own, prune, 0)
+    seen = Observation.from_gradient(model, sent, SHAPE, 4, defence=prune)
+    found = Demixed(*([torch.zeros(4)] * 4), misfit=1e9, ratio=0.1, noise=0.0)
+    for rank in (0, 3):
+        evidence, _ = account(Evidence.gather([seen], "cpu"), replace(found, rank=rank))
+        assert "known to leave out" in evidence.seen[0].doubts[0]
 
 
 def test_images_that_the_update_leaves_open_say_nothing_of_normalisation() -> None:

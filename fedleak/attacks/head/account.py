@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from fedleak.attacks.evidence import Evidence
 from fedleak.attacks.head.batch import Demixed
 from fedleak.attacks.head.single import demix_heads
@@ -10,6 +12,11 @@ from fedleak.client.loss import PLAIN, BinaryCrossEntropy, CrossEntropy
 
 #: Losses that are tried where the declared one explains nothing.
 _USUAL = (*(CrossEntropy(label_smoothing=s) for s in (0.1, 0.05, 0.2)), BinaryCrossEntropy())
+
+_LEFT_OUT = (
+    "what the defence is known to leave out of the head's gradient keeps the images of the batch "
+    "from being told apart"
+)
 
 
 def account(evidence: Evidence, batch: Demixed) -> tuple[Evidence, Demixed]:
@@ -27,7 +34,7 @@ def account(evidence: Evidence, batch: Demixed) -> tuple[Evidence, Demixed]:
         What came of its head's gradient.
     """
     counted = not bool(evidence.granted[0]) and evidence.terms.clients == 1
-    counted &= not evidence.seen[0].doubts
+    counted &= not (evidence.seen[0].doubts or _withheld(evidence))
     if not batch.solved and batch.rank not in (0, evidence.num_images) and counted:
         other = evidence.with_images(batch.rank)
         if other.is_chain:
@@ -47,4 +54,13 @@ def account(evidence: Evidence, batch: Demixed) -> tuple[Evidence, Demixed]:
             if found.solved:
                 seen = of_another_loss(loss).and_(one_batch(found, not evidence.scale))
                 return other.divided([seen]), found
+    if seen.doubts and _withheld(evidence):
+        seen = replace(seen, doubts=(_LEFT_OUT,))  # the rank is that of what was left
     return evidence.divided([seen]), batch
+
+
+def _withheld(evidence: Evidence) -> bool:
+    """Return whether a known defence left entries of the head's gradient out."""
+    name = f"{evidence.replay.head}.weight"
+    error, sent = evidence.errors.get(name), evidence.gradient.get(name)
+    return error is not None and sent is not None and bool(((sent == 0) & (error > 0)).any())

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fedleak.observation import Observation
-from fedleak.wording import EXPLAINED
+from fedleak.wording import EXPLAINED, RECOGNISABLE
 
 if TYPE_CHECKING:  # which is where this is called from
     from fedleak.attacks.base import Reconstruction
@@ -61,6 +61,7 @@ def in_pixels(result: Reconstruction, observation: Observation) -> Reconstructio
     low, high = float(result.images.min()), float(result.images.max())
     far = low < -_FAR or high > 1 + _FAR
     exact = result.fit < _EXPLAINED and (low < -_OUTSIDE or high > 1 + _OUTSIDE)
+    far |= apart_db(result.images) < RECOGNISABLE
     if not exact and not (far and result.fit < EXPLAINED):
         return result
     client = observation.training
@@ -76,7 +77,9 @@ def in_pixels(result: Reconstruction, observation: Observation) -> Reconstructio
         details = {**result.details, "notes": [*result.details.get("notes", ()), says]}
         return replace(result, images=_undone(result.images, mean, std), details=details)
     told = _determined(result.details) or far
-    if not told or observation.defence is not None:
+    if observation.defence is not None:  # what it hides may leave them open, but not by so much
+        told = apart_db(result.images) < RECOGNISABLE
+    if not told:
         return result  # one of many images that explain the update: it says nothing of clients
     if not (exact and _determined(result.details)):
         what = (
@@ -88,6 +91,15 @@ def in_pixels(result: Reconstruction, observation: Observation) -> Reconstructio
         what = "clients probably normalise; declare mean and std (LocalTraining(mean=, std=))"
     doubt = f"pixels from {low:.3g} to {high:.3g}: {what}"
     return replace(result, doubts=(*result.doubts, doubt))
+
+
+def apart_db(images: Tensor) -> float:
+    """Return the highest PSNR in dB that images can have, each against any picture in [0, 1].
+
+    A pixel is at least as far from the true one as from [0, 1]. The lowest of the images.
+    """
+    outside = (images - images.clamp(0, 1)).double().square().flatten(1).mean(1)
+    return float(-10 * outside.max().clamp_min(1e-300).log10())
 
 
 def _undone(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
