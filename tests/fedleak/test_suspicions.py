@@ -395,7 +395,7 @@ def test_what_a_known_pruning_leaves_of_the_head_says_nothing_of_the_number_of_i
     found = Demixed(*([torch.zeros(4)] * 4), misfit=1e9, ratio=0.1, noise=0.0)
     for rank in (0, 3):
         evidence, _ = account(Evidence.gather([seen], "cpu"), replace(found, rank=rank))
-        assert "known to leave out" in evidence.seen[0].doubts[0]
+        assert "known to say nothing" in evidence.seen[0].doubts[0]
 
 
 def test_images_that_the_update_leaves_open_say_nothing_of_normalisation() -> None:

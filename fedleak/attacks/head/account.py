@@ -13,9 +13,9 @@ from fedleak.client.loss import PLAIN, BinaryCrossEntropy, CrossEntropy
 #: Losses that are tried where the declared one explains nothing.
 _USUAL = (*(CrossEntropy(label_smoothing=s) for s in (0.1, 0.05, 0.2)), BinaryCrossEntropy())
 
-_LEFT_OUT = (
-    "what the defence is known to leave out of the head's gradient keeps the images of the batch "
-    "from being told apart"
+_UNTOLD = (
+    "entries of the head's gradient are known to say nothing (a defence, or steps of an optimiser "
+    "that show signs alone): the images of the batch are not told apart by it"
 )
 
 
@@ -34,7 +34,7 @@ def account(evidence: Evidence, batch: Demixed) -> tuple[Evidence, Demixed]:
         What came of its head's gradient.
     """
     counted = not bool(evidence.granted[0]) and evidence.terms.clients == 1
-    counted &= not (evidence.seen[0].doubts or _withheld(evidence))
+    counted &= not (evidence.seen[0].doubts or _untold(evidence))
     if not batch.solved and batch.rank not in (0, evidence.num_images) and counted:
         other = evidence.with_images(batch.rank)
         if other.is_chain:
@@ -54,13 +54,18 @@ def account(evidence: Evidence, batch: Demixed) -> tuple[Evidence, Demixed]:
             if found.solved:
                 seen = of_another_loss(loss).and_(one_batch(found, not evidence.scale))
                 return other.divided([seen]), found
-    if seen.doubts and _withheld(evidence):
-        seen = replace(seen, doubts=(_LEFT_OUT,))  # the rank is that of what was left
+    if seen.doubts and _untold(evidence):
+        seen = replace(seen, doubts=(_UNTOLD,))  # nor is their number
     return evidence.divided([seen]), batch
 
 
-def _withheld(evidence: Evidence) -> bool:
-    """Return whether a known defence left entries of the head's gradient out."""
+def _untold(evidence: Evidence) -> bool:
+    """Return whether entries of the head's gradient are known to say nothing.
+
+    Those that a defence left out, and those of which an optimiser's step shows the sign alone.
+    """
     name = f"{evidence.replay.head}.weight"
     error, sent = evidence.errors.get(name), evidence.gradient.get(name)
-    return error is not None and sent is not None and bool(((sent == 0) & (error > 0)).any())
+    return (
+        error is not None and sent is not None and bool(((error > 0) & (error >= sent.abs())).any())
+    )
