@@ -54,13 +54,19 @@ def bare(name: str) -> str:
 
 
 def renamed(received: Mapping[str, _V], expected: Iterable[str]) -> dict[str, _V]:
-    """Return ``received`` under expected names, where wrappers alone make them differ.
+    """Return ``received`` under expected names, where they are a wrapper's or those of one part.
 
-    Names of which any is expected stay, and so do those that are no wrapper's doing.
+    Names of a part are what ``model.head.state_dict()`` holds, where just one part has them all.
+    Names of which any is expected stay, and so do all others.
     """
     known = list(expected)
     if not set(received).isdisjoint(known):
         return dict(received)
+    first = f".{next(iter(received), '')}"
+    parts = {name.removesuffix(first) for name in known if name.endswith(first)}
+    fitting = [part for part in parts if {f"{part}.{n}" for n in received} <= set(known)]
+    if len(fitting) == 1:
+        return {f"{fitting[0]}.{name}": value for name, value in received.items()}
     plain = {bare(name): name for name in known}
     names = {name: plain.get(bare(name), name) for name in received}
     if len(plain) < len(known) or len(set(names.values())) < len(names):

@@ -272,6 +272,11 @@ def test_names_of_wrappers() -> None:
         assert list(renamed(wrapped, state)) == list(state)
         assert list(renamed(state, wrapped)) == list(wrapped)
     assert renamed({"other.weight": 1}, state) == {"other.weight": 1}
+    part = {"head.weight": 1, "head.bias": 2}  # of model.heads.state_dict()
+    inside = [f"{name}.{leaf}" for name in ("body", "heads.head") for leaf in ("weight", "bias")]
+    assert renamed(part, inside) == {"heads.head.weight": 1, "heads.head.bias": 2}
+    assert renamed(part, [*inside, "b.head.weight", "b.head.bias"]) == part  # whose?
+    assert renamed(part, ["heads.head.weight"]) == part
     both = {"module.a": 1, "_orig_mod.a": 2}
     assert renamed(both, ["a"]) == both  # two of one name: neither is taken
 
