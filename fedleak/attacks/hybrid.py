@@ -163,11 +163,14 @@ class HybridAttack(Attack):
         return results
 
     def _solve_graphs(
-        self, evidence: Evidence, otherwise: Callable[[Evidence], list[Reconstruction]]
+        self,
+        evidence: Evidence,
+        otherwise: Callable[[Evidence], list[Reconstruction]],
+        batch: Demixed | None = None,
     ) -> list[Reconstruction]:
         """Solve what the rules on the model's graph do; ``otherwise`` does the rest.
 
-        Of the two the one that fits the gradient better is returned.
+        ``batch`` is what was told apart at the head of the one update that there then is. Of the two the one that fits the gradient better is returned.
         """
         if on_graph.why_not(evidence):
             return otherwise(evidence)
@@ -177,7 +180,7 @@ class HybridAttack(Attack):
         for n in range(len(evidence)):
             with deadline.part(1 / (len(evidence) - n)):
                 part = evidence.subset(torch.tensor([n], device=evidence.replay.device))
-                made = on_graph.solve(part, prior)
+                made = on_graph.solve(part, prior, batch)
             if isinstance(made, Reconstruction):
                 part = part.with_labels(made.labels[None].to(part.labels.device))
                 found[n] = made
@@ -230,18 +233,25 @@ class HybridAttack(Attack):
         return matched.fit < _CLEARLY * solved.fit
 
     def _solve_batch(self, evidence: Evidence, batch: Demixed) -> Reconstruction:
-        """Solve one batch layer by layer, and match it as a whole where that leaves much open."""
+        """Solve one batch: on its model's graph where layers lose values, else layer by layer."""
         evidence, batch = account(evidence, batch)
+        solve_chain = partial(self._solve_batch_chain, batch=batch)
+        if batch.solved and on_graph.flat(evidence):
+            return self._solve_graphs(evidence, solve_chain, batch)[0]
+        return solve_chain(evidence)[0]
+
+    def _solve_batch_chain(self, evidence: Evidence, batch: Demixed) -> list[Reconstruction]:
+        """Solve one batch layer by layer, and match it as a whole where that leaves much open."""
         try:
             (result,) = self._solve_chain(evidence, [of_batches([batch], evidence)])
         except UnsupportedModelError as error:
-            return self._match_module(evidence, str(error))[0]
+            return self._match_module(evidence, str(error))
         if result.fit > _POOR:  # the layers below left little: perhaps all at once do more
             why = "the layers below the head leave too much open"
             (whole,) = self._match_module(evidence.with_labels(batch.labels.unsqueeze(0)), why)
             if whole.fit < _CLEARLY * result.fit:
-                return whole
-        return result
+                return [whole]
+        return [result]
 
     def _solve_chain(
         self, evidence: Evidence, heads: list[HeadSolution] | None

@@ -13,11 +13,12 @@ from fedleak import deadline
 from fedleak.attacks.base import Reconstruction
 from fedleak.attacks.determined import undetermined
 from fedleak.attacks.evidence import Evidence
+from fedleak.attacks.head.batch import Demixed
 from fedleak.attacks.packaging import package, snapped
 from fedleak.errors import TimeLimitError, UnsupportedModelError
 from fedleak.graph.capture import Graph
 from fedleak.graph.certificate import certify
-from fedleak.graph.knowledge import Knowledge, spread
+from fedleak.graph.knowledge import ROUNDING, Knowledge, Known, spread
 from fedleak.graph.match import match_images
 from fedleak.graph.rules import RULES
 from fedleak.graph.targets import frontier
@@ -47,8 +48,15 @@ def flat(evidence: Evidence) -> bool:
     return any(isinstance(layer, (Clamp, MaxPool)) for layer in evidence.chain.layers)
 
 
-def solve(evidence: Evidence, prior: Prior) -> Reconstruction | str:
+def solve(evidence: Evidence, prior: Prior, batch: Demixed | None = None) -> Reconstruction | str:
     """Solve one update on the graph of its model.
+
+    Parameters
+    ----------
+    evidence : Evidence
+    prior : Prior
+    batch : Demixed, optional
+        The images told apart at the head, where they are several.
 
     Returns
     -------
@@ -66,6 +74,8 @@ def solve(evidence: Evidence, prior: Prior) -> Reconstruction | str:
     gradient = {name: g[0] for name, g in evidence.gradient.items()}
     rounding = {n: math.hypot(evidence.rounding(n), _noise(evidence, n)) for n in gradient}
     knowledge = Knowledge(graph, gradient, {n: e for n, e in rounding.items() if e})
+    if batch is not None:
+        _tell(knowledge, batch)
     try:
         with deadline.part(_SHARE_DEFENDED if evidence.defended else _SHARE), mathematical():
             spread(knowledge, RULES)
@@ -75,7 +85,8 @@ def solve(evidence: Evidence, prior: Prior) -> Reconstruction | str:
             images = _unseen(match_images(knowledge, prior, seen=seen), seen)
     except TimeLimitError as error:
         return str(error)
-    evidence = evidence.with_labels(_labels(evidence, knowledge))
+    labels = _labels(evidence, knowledge) if batch is None else batch.labels[None]
+    evidence = evidence.with_labels(labels)
     images = snapped(evidence, images[None])[0]
     made = evidence.replay(images[None], evidence.labels).gradients
     whole = {n: g[0].detach() for n, g in made.items()}
@@ -102,7 +113,20 @@ def solve(evidence: Evidence, prior: Prior) -> Reconstruction | str:
         "layers": [],
         **proof.details(),
     }
+    if batch is not None:
+        made_there = graph.run({graph.image: seen(images)}, graph.nodes[graph.logits].inputs)
+        details["head"] = batch.report(*made_there.values())
     return package(evidence, images[None], [details])[0]
+
+
+def _tell(knowledge: Knowledge, batch: Demixed) -> None:
+    """Note the head's inputs and the derivatives by its outputs, image by image."""
+    head = knowledge.graph.nodes[knowledge.graph.logits]
+    known = Known(batch.inputs, float(batch.deviation.max()), "demixed head")
+    knowledge.learn_value(head.inputs[0], known)
+    relative = max(ROUNDING, known.relative)
+    error = relative * float(batch.cotangents.square().mean().sqrt())
+    knowledge.learn_cotangent(head.name, Known(batch.cotangents, error, "demixed head"))
 
 
 def _noise(evidence: Evidence, name: str) -> float:
