@@ -170,7 +170,8 @@ class HybridAttack(Attack):
     ) -> list[Reconstruction]:
         """Solve what the rules on the model's graph do; ``otherwise`` does the rest.
 
-        ``batch`` is what was told apart at the head of the one update that there then is. Of the two the one that fits the gradient better is returned.
+        ``batch`` is what was told apart at the head of the one update that there then is.
+        Of the two the one that fits the gradient better is returned.
         """
         if on_graph.why_not(evidence):
             return otherwise(evidence)

@@ -140,6 +140,7 @@ class Knowledge:
         if edge in self.cotangents:
             return False
         self.cotangents[edge] = known
+        self.short.pop(edge, None)  # what was said of a layer's gradient was without it
         return True
 
     def forget_below(self, node: Node) -> None:

@@ -23,6 +23,7 @@ from fedleak.graph.targets import BelowTargets, NearestTargets, Targets
 from fedleak.images import on_grid
 from fedleak.priors import Prior
 from fedleak.solvers import cgls, lbfgs
+from fedleak.tensors import per_update
 
 #: Relative errors at which known values count, one after the other.
 LEVELS = (1e-1, 1e-2, 1e-3)
@@ -142,6 +143,7 @@ class _Search:
         graph = targets.knowledge.graph
         self.batch = graph.batch
         self.latent = (self.batch, *prior.latent_shape)
+        self.parts = self.batch if targets.apart else 1
         self.scaled = any(n.kind is Kind.NORMALISATION for n in graph.nodes.values())
 
     def start(self) -> Tensor:
@@ -172,13 +174,16 @@ class _Search:
     def finish(self, u: Tensor) -> Tensor:
         """Go on by Gauss-Newton as long as that pays."""
         self.choose_gain(u)
-        misfit = self._told(u)
+        self._told(u)
+        left = self.misfits(u)
         for _ in range(MOST_NEWTON):
-            if misfit < _MATCHED or self.exact is not None or deadline.passed():
+            matched = bool((left < _MATCHED).all())
+            if matched or self.exact is not None or deadline.passed():
                 break
             u = self.gauss_newton(u)
-            before, misfit = misfit, self._told(u)
-            if misfit > _PAYS * before:
+            self._told(u)
+            before, left = left, self.misfits(u)
+            if not bool(((before >= _MATCHED) & (left <= _PAYS * before)).any()):
                 break
         return u
 
@@ -215,7 +220,7 @@ class _Search:
         rounded, off = on_grid(self.prior.image(u).detach())
         if float(off.max()) < _ON_GRID:
             images = self.seen(rounded)
-            if self._misfit_of(images) < _MATCHED:
+            if bool((self._misfits_of(images) < _MATCHED).all()):
                 self.exact = images
         if self.watch is not None:
             self.watch(misfit, self.images(u).detach())
@@ -229,34 +234,43 @@ class _Search:
 
     def misfit(self, u: Tensor) -> float:
         """Return how far off the known values are, in units of their errors."""
-        return self._misfit_of(self.images(u))
+        return float(self.misfits(u).square().mean().sqrt())
 
-    def _misfit_of(self, images: Tensor) -> float:
+    def misfits(self, u: Tensor) -> Tensor:
+        """Return the same of each part, shape (N,)."""
+        return self._misfits_of(self.images(u))
+
+    def _misfits_of(self, images: Tensor) -> Tensor:
         with torch.no_grad():
             rest = (self.targets.made(images) - self.targets.values) / self.targets.errors
-        return float(rest.square().mean().sqrt())
+        return rest.square().mean(1).sqrt()
 
-    def weight(self, u: Tensor, errors: Tensor) -> float:
-        """Return how much the data tell of a pixel, its inverse variance, on average."""
+    def weight(self, u: Tensor, errors: Tensor) -> Tensor:
+        """Return how much the data tell of a pixel, its inverse variance, on average.
+
+        Shape (N, 1, 1, 1).
+        """
         generator = torch.Generator().manual_seed(0)
         x = self.images(u).detach()
         z = torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x)
         moved = jvp(self.targets.made, (x,), (z,))[1]
-        return float((moved.detach() / errors).square().sum() / z.square().sum())
+        told = (moved.detach() / errors).square().sum(1)
+        return per_update(told / z.reshape(self.parts, -1).square().sum(1), x)
 
     def quasi_newton(self, u: Tensor, level: float, steps: int) -> Tensor:
         errors = self.targets.errors.clamp_min(level)
-        weight, size = self.weight(u, errors), u.numel()
+        weight, size = self.weight(u, errors), u.numel() // self.parts
 
         def objective(w: Tensor) -> tuple[Tensor, Tensor]:
             w = w.detach().requires_grad_()
             u = self.prior.damped(w.reshape(self.latent), weight)
             rest = (self.made(u) - self.targets.values) / errors
-            value = (rest.square().sum() + u.square().sum()) / (2 * size)
-            (gradient,) = torch.autograd.grad(value, w)
-            return value.detach()[None], gradient
+            off = u.reshape(self.parts, -1).square().sum(1)
+            values = (rest.square().sum(1) + off) / (2 * size)
+            (gradient,) = torch.autograd.grad(values.sum(), w)
+            return values.detach(), gradient
 
-        w = self.prior.damped(u, weight, 0.5).reshape(1, -1)
+        w = self.prior.damped(u, weight, 0.5).reshape(self.parts, -1)
         # At the truth the value is about a half, of the prior: near it Gauss-Newton is faster.
         w, _ = lbfgs(objective, w, steps, near=_GOOD)
         return self.prior.damped(w.reshape(self.latent), weight)
@@ -264,34 +278,43 @@ class _Search:
     def gauss_newton(self, u: Tensor, iterations: int = 100) -> Tensor:
         """Take one Gauss-Newton step, by conjugate gradients on products with the Jacobian."""
         u = u.detach()
-        rest, misfit = self.targets.values - self.made(u), self.misfit(u)
-        level = float(rest.square().mean().sqrt())
-        errors = self.targets.errors.clamp_min(min(1e-3, 0.1 * level))
+        rest, misfits = self.targets.values - self.made(u), self.misfits(u)
+        levels = rest.square().mean(1, keepdim=True).sqrt()
+        errors = self.targets.errors.maximum((0.1 * levels).clamp_max(1e-3))
         weight = self.weight(u, errors)
         pull = vjp(self.made, u)[1]
         brighter, size = self._by_gain(u, errors)
 
+        def placed(w: Tensor) -> Tensor:
+            return self.prior.damped(w[:, 1:].reshape(self.latent), weight)
+
         def apply(w: Tensor) -> tuple[Tensor, ...]:
-            d = self.prior.damped(w[0, 1:].reshape(self.latent), weight)
-            moved = jvp(self.made, (u,), (d,))[1] / errors + w[0, 0] * brighter
-            return moved[None], d[None]
+            d = placed(w)
+            moved = jvp(self.made, (u,), (d,))[1] / errors + w[:, :1] * brighter
+            return moved, d.reshape(self.parts, -1)
 
         def adjoint(rows: tuple[Tensor, ...]) -> Tensor:
-            d = pull(rows[0][0] / errors)[0].detach() + rows[1][0]
-            gain = (brighter * rows[0][0]).sum()
-            return torch.cat([gain[None], self.prior.damped(d, weight).flatten()])[None]
+            d = pull(rows[0] / errors)[0].detach() + rows[1].reshape(self.latent)
+            gain = (brighter * rows[0]).sum(1, keepdim=True)
+            return torch.cat([gain, self.prior.damped(d, weight).reshape(self.parts, -1)], 1)
 
-        rhs = ((rest / errors)[None], -u[None])
+        rhs = (rest / errors, -u.reshape(self.parts, -1))
         with torch.no_grad():
-            start = u.new_zeros(1, 1 + u.numel())
+            start = u.new_zeros(self.parts, 1 + u.numel() // self.parts)
             w, _ = cgls(apply, adjoint, rhs, start, 1e-5, iterations)
-            step = self.prior.damped(w[0, 1:].reshape(self.latent), weight)
+            step = placed(w)
             change, gain = float(w[0, 0] / size), self.gain
+            better = torch.zeros_like(misfits, dtype=torch.bool)
             for scale in (1.0, 0.5, 0.25, 0.1):
                 self.gain = gain * math.exp(max(-1.0, min(1.0, scale * change)))
-                if self.misfit(u + scale * step) < misfit:
-                    return u + scale * step
-            self.gain = gain
+                tried = u + scale * per_update(~better, u) * step
+                lower = ~better & (self.misfits(tried) < misfits)
+                u = torch.where(per_update(lower, u), tried, u)
+                better |= lower
+                if bool(better.all()):
+                    return u
+            if not bool(better.any()):
+                self.gain = gain
         return u
 
     def _by_gain(self, u: Tensor, errors: Tensor) -> tuple[Tensor, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 
 import torch
@@ -26,8 +27,11 @@ class Targets(ABC):
     knowledge : Knowledge
     edges : list of str
         Edges whose values are known everywhere, reached from the image first.
-    values, errors : Tensor, shape (m,)
-        What is known, each tensor in units of its root mean square, and its relative error.
+    apart : bool
+        Whether every image makes its own part of them: then nothing couples the images.
+    values, errors : Tensor, shape (N, m)
+        What is known, each tensor in units of its root mean square, and its relative error; image
+        by image (N = B) where they are apart, else N = 1.
     temperature : float
         How far jumps of the gradient are softened, see :mod:`fedleak.graph.backprop`.
     """
@@ -41,17 +45,21 @@ class Targets(ABC):
         known = [knowledge.values[e] for e in edges]
         tensors = [*(k.value for k in known), *tensors]
         errors = [*(max(k.relative, ROUNDING) for k in known), *errors]
+        self.apart = len(tensors) == len(edges) and _apart(knowledge.graph, edges)
         sizes = [float(t.square().mean().sqrt()) for t in tensors]
         self._sizes = [s if s > 0 else 1.0 for s in sizes]
-        spread = [t.new_full((t.numel(),), e) for t, e in zip(tensors, errors, strict=True)]
-        self.values = self._joined(tensors) if tensors else torch.empty(0)
-        self.errors = torch.cat(spread) if tensors else torch.empty(0)
+        each = zip(tensors, errors, self._sizes, strict=True)
+        spread = [torch.full_like(t, e * s) for t, e, s in each]
+        self.values = self._joined(tensors) if tensors else torch.empty(1, 0)
+        self.errors = self._joined(spread) if tensors else torch.empty(1, 0)
 
     def _joined(self, tensors: list[Tensor]) -> Tensor:
-        return torch.cat([t.flatten() / s for t, s in zip(tensors, self._sizes, strict=True)])
+        parts = self.knowledge.graph.batch if self.apart else 1
+        each = zip(tensors, self._sizes, strict=True)
+        return torch.cat([t.reshape(parts, -1) / s for t, s in each], 1)
 
     def made(self, images: Tensor) -> Tensor:
-        """Return what images, shape (B, C, H, W), make of it, shape (m,)."""
+        """Return what images, shape (B, C, H, W), make of it, shape (N, m)."""
         return self._joined(self._tensors(images))
 
     @abstractmethod
@@ -140,6 +148,32 @@ class BelowTargets(Targets):
         above = {e: k.value for e, k in self.cotangents.items()}
         found = gradients_below(graph, values, above, self.nodes, self.temperature)
         return [*(values[e] for e in self.edges), *(found[p] for p in self.parameters)]
+
+
+def _apart(graph: Graph, edges: list[str]) -> bool:
+    """Return whether each image makes its own part of some edges, first among their sizes.
+
+    Normalisation by the batch's statistics couples them; what else does shows when one is changed.
+    """
+    if graph.batch == 1 or any(n.kind is Kind.NORMALISATION for n in graph.nodes.values()):
+        return False
+    if any(graph.nodes[e].shape[:1] != (graph.batch,) for e in edges):
+        return False
+    like = next(iter(graph.parameters.values()))
+    images = torch.linspace(0, 1, math.prod(graph.nodes[graph.image].shape)).to(like)
+    images = images.reshape(graph.nodes[graph.image].shape)
+    with torch.no_grad():
+        before = graph.run({graph.image: images}, edges)
+        for image in range(graph.batch):
+            changed = images.clone()
+            changed[image] = images[image].flip(-1)
+            after = graph.run({graph.image: changed}, edges)
+            others = [i for i in range(graph.batch) if i != image]
+            for e in edges:
+                bound = 1e-9 * float(before[e].abs().max())
+                if float((after[e] - before[e])[others].abs().max()) > bound:
+                    return False
+    return True
 
 
 def frontier(knowledge: Knowledge) -> tuple[list[str], list[Node]]:

@@ -53,12 +53,12 @@ class Prior(ABC):
         """Return minus twice the log density of each ``u``, up to a constant, shape (N,)."""
         return u.flatten(1).square().sum(1)
 
-    def damped(self, u: Tensor, weight: float, power: float = -0.5) -> Tensor:
+    def damped(self, u: Tensor, weight: Tensor, power: float = -0.5) -> Tensor:
         """Return ``(I + weight B^T B)^power u``, or what comes near: a preconditioner.
 
         Where data tell every pixel with the variance ``1 / weight``, the curvature in the
         whitened ``u`` is ``I + weight B^T B``: fine detail, of which the prior expects little,
-        is then known as well as all else.
+        is then known as well as all else. One weight, or one for each image, shape (N, 1, 1, 1).
         """
         return u
 

@@ -100,7 +100,7 @@ class GaussianPrior(Prior):
         pad = (0, self.torus[1] - self.shape[2], 0, self.torus[0] - self.shape[1])
         return self._smooth(torch.nn.functional.pad(self._colour(x), pad))
 
-    def damped(self, u: Tensor, weight: float, power: float = -0.5) -> Tensor:
+    def damped(self, u: Tensor, weight: Tensor, power: float = -0.5) -> Tensor:
         # Exact on the torus; that the image is a part of it is left out.
         vectors, values = self._colours
         variance = values[:, None, None] * self.modes.square()
