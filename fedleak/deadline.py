@@ -7,8 +7,9 @@ A strategy, a command or a script sets the limit; whatever runs below asks for i
     allowed.hit  # whether anything was cut short
 
 A loop that has something to show leaves when :func:`passed`; one that has nothing yet calls
-:func:`check`, which raises. :func:`fedleak.events.steps` leaves by itself. Without a limit all
-of it costs next to nothing.
+:func:`check`, which raises. :func:`fedleak.events.steps` leaves by itself. Whoever asks is also
+told, by an error, that more memory was taken than is allowed (:mod:`fedleak.memory`). Without a
+limit all of it costs next to nothing.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 
+from fedleak import memory
 from fedleak.errors import InvalidInputError, TimeLimitError
 
 #: Seconds for one update, where nothing else is said.
@@ -104,7 +106,13 @@ def passed(margin: float = 0.0) -> bool:
     """Return whether no more than ``margin`` seconds are left.
 
     A loop that has something to show leaves then; the margin is for what comes after it.
+
+    Raises
+    ------
+    MemoryError
+        By :func:`fedleak.memory.check`.
     """
+    memory.check()
     current = _CURRENT.get()
     if current is None or left() > margin:
         return False
@@ -119,6 +127,8 @@ def check() -> None:
     ------
     TimeLimitError
         If nothing is left.
+    MemoryError
+        By :func:`fedleak.memory.check`.
     """
     if passed():
         current = _CURRENT.get()

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fedleak import deadline
+from fedleak import deadline, memory
 from fedleak.attacks import Attack, Reconstruction, attack_for
 from fedleak.attacks.base import cut_short
 from fedleak.client.compute import example_gradients, gradient
@@ -171,7 +171,7 @@ def reconstruct(
         )
         observations.append(replace(seen, place=(n,)))
     begin = time.perf_counter()
-    with deadline.limit(seconds * len(observations)) as allowed:
+    with deadline.limit(seconds * len(observations)) as allowed, memory.limit():
         results = [cut_short(r, allowed) for r in run(observations)]
     took = time.perf_counter() - begin
     trials = [

@@ -11,7 +11,7 @@ from typing import Annotated
 import click
 import typer
 
-from fedleak import events
+from fedleak import events, memory
 from fedleak.commands.attack import attack
 from fedleak.commands.audit import audit
 from fedleak.commands.compare import compare
@@ -122,12 +122,12 @@ def _explain(error: Exception) -> int:
         if not events.as_json():
             error.show()
             return code
-    if isinstance(error, FedleakError):
+    if memory.exhausted(error):
+        code, reason = 2, f"it does not fit into memory ({error}); use fewer or smaller images"
+    elif isinstance(error, FedleakError):
         code, reason = 2, str(error)
     elif isinstance(error, OSError):  # a full disk, a folder that is not ours to write into
         code, reason = 2, f"a file cannot be used: {error}"
-    elif isinstance(error, MemoryError) or "allocate" in str(error):  # torch's is a RuntimeError
-        code, reason = 2, f"it does not fit into memory ({error}); use fewer or smaller images"
     ours = code == 2 or isinstance(error, click.ClickException)
     more = {} if ours else {"traceback": traceback.format_exc()}
     if not ours and not events.as_json():

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.func import functional_call
 
+from fedleak import memory
 from fedleak.errors import UnsupportedModelError
 from fedleak.graph.kinds import Kind, kind_of
 from fedleak.modules import computed_weights, copied, ends_in_log_softmax, logits_of
@@ -250,6 +251,8 @@ class _Reader(fx.Interpreter):
         try:
             value = super().run_node(n)
         except Exception as error:
+            if memory.exhausted(error):
+                raise
             raise UnsupportedModelError(f"operation {n.target!s} cannot be run: {error}") from error
         if n.op == "output":
             made = logits_of(n.args[0])

@@ -119,6 +119,35 @@ def test_too_much_memory_is_a_failure_of_its_own() -> None:
     assert torch.ones(2**26).sum() == 2**26  # the limit ends with the attack
 
 
+def test_many_small_things_end_at_the_memory_limit_and_not_in_the_interpreter() -> None:
+    """Loops ask before the system refuses a few bytes, which torch does not always survive."""
+    if memory._used()[0] == 0:
+        pytest.skip("nobody says here what is in use")
+
+    class Creeping(Endless):
+        def reconstruct(self, observations: Sequence[Observation]) -> list[Reconstruction]:
+            held = []
+            for _ in events.steps(1000, "creeping"):
+                held.append(torch.ones(2**20))
+            raise AssertionError("4 GB were taken")
+
+    described = scenario()
+    model = make_model(described)
+    update = {n: torch.ones_like(p) for n, p in model.named_parameters()}
+    seen = [Observation.from_gradient(model, update, (1, 8, 8))]
+    (outcome,) = run_attack(Creeping(), seen, 0, memory_gib=0.05)
+    assert outcome.reason == (
+        "memory: the attack takes more than is allowed or free (more than the 0.05 GiB allowed)"
+    )
+
+
+def test_what_lacks_memory_is_found_below_the_sentence_about_it() -> None:
+    error = ValueError("the model cannot take images")
+    error.__cause__ = RuntimeError("DefaultCPUAllocator: can't allocate memory")
+    assert memory.exhausted(error)
+    assert not memory.exhausted(ValueError("the memory of an allocator"))
+
+
 def test_in_the_background_comes_the_same_as_in_the_round() -> None:
     described = scenario()
     waited, _ = leaks_of(described)
