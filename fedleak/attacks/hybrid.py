@@ -200,7 +200,9 @@ class HybridAttack(Attack):
                     found[n] = replace(other, details={**other.details, **reason})
         if open_ and evidence.errors and evidence.defended:
             # What the defence hides counts little; a search that takes all as it is may go further.
-            for n, other in zip(open_, otherwise(replace(rest, errors={})), strict=True):
+            # A factor that clipping left unknown stays so, with errors that are none.
+            none = {k: torch.zeros_like(e) for k, e in rest.errors.items()} if rest.rescales else {}
+            for n, other in zip(open_, otherwise(replace(rest, errors=none)), strict=True):
                 part = evidence.subset(torch.tensor([n], device=evidence.replay.device))
                 if self._off(part, other) < _CLEARLY * self._off(part, found[n]):
                     images = other.images[None].to(part.labels.device)

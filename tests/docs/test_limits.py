@@ -23,7 +23,8 @@ def test_the_page_says_the_defaults() -> None:
         "each update: `fedleak attack`": f"{run.SECONDS:g} s",
         "round: `MaliciousServer`": f"{limits.seconds:g} s, {limits.round_seconds:g} s",
         "each update: `run_attack`": f"{deadline.DEFAULT_SECONDS:g} s, none",
-        "memory that an attack": f"{100 * memory.SHARE:g} % of what is free; {memory.RESERVE:g} GiB",
+        "memory that an attack": f"{100 * memory.SHARE:g} % of what is free; "
+        f"{memory.RESERVE:g} GiB",
         "cells of a sweep": f"{Sweep.model_fields['max_cells'].default}",
         "bytes of a file of tensors": f"{files.tensors() >> 30} GiB",
         "bytes of a file of settings": f"{files.TEXT >> 20} MiB; {files.TABLE >> 20} MiB; "

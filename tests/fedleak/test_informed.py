@@ -131,6 +131,30 @@ def test_batches(model: nn.Module, digits: tuple[Tensor, list[int]]) -> None:
     assert min(trials.psnr_db) > 15
 
 
+@pytest.mark.parametrize("defence", ["clip:0.1", "dp:clip=0.1,noise=0.1"])
+def test_clipped_batches_on_a_branched_network(
+    digits: tuple[Tensor, list[int]], defence: str
+) -> None:
+    """What is searched again without the errors of a defence keeps its unknown factor."""
+
+    class Branched(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.fc = nn.Conv2d(1, 4, 3, padding=1), nn.Linear(64, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.conv(x)
+            return self.fc((x + x.tanh()).flatten(1))
+
+    torch.manual_seed(0)
+    images = F.interpolate(digits[0][:2], (4, 4))
+    attack = make_attack("hybrid", steps=3)
+    found = reconstruct(
+        Branched().eval(), images, [0, 1], attack, defence, batch_size=2, informed=True
+    )
+    assert all(t.quality.psnr_db > 0 for t in found.trials)
+
+
 def test_clipping_of_single_images_is_an_unknown_factor() -> None:
     """Told of DP-SGD the attacker is no worse than told of one unknown factor: 17 to 23 dB."""
     images, labels = load_data("digits", "data", False, 0)[0].batch(range(4))

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fedleak.attacks import HybridAttack, LinearAttack, Reconstruction
 from fedleak.attacks.evidence import Evidence
-from fedleak.attacks.head.labels import infer_labels
+from fedleak.attacks.head.labels import infer_labels, labels_with_rest
 from fedleak.attacks.linear import solve_recursively
 from fedleak.attacks.prior_matching import match
 from fedleak.attacks.targets.base import ChainTarget, ModuleTarget
@@ -151,6 +151,25 @@ def test_labels_of_batches_are_counted(seed: int, images: int, classes: int) -> 
     counts = F.one_hot(labels, classes).double().mean(1)
     found = infer_labels(typical + noise - counts, None, images, typical)
     assert torch.equal(found, labels.sort(1).values)
+
+
+@pytest.mark.parametrize(("full", "last", "batch"), [(16, 3, 8), (96, 4, 32), (40, 1, 40)])
+def test_labels_of_a_smaller_last_batch_are_counted(full: int, last: int, batch: int) -> None:
+    """An image of it counts for more; where all are counted alike twice as many are wrong."""
+    steps = full // batch + 1
+    light, heavy = 1 / (steps * batch), 1 / (steps * last)
+    missed = torch.zeros(2)
+    for seed in range(20):
+        draw = torch.Generator().manual_seed(seed)
+        typical = torch.rand(10, generator=draw, dtype=torch.float64).softmax(0)
+        labels = torch.randint(10, (full + last,), generator=draw)
+        counted = torch.tensor([light] * full + [heavy] * last, dtype=torch.float64)
+        bias = typical - torch.zeros(10, dtype=torch.float64).index_add_(0, labels, counted)
+        found = labels_with_rest(bias, (full, last), (light, heavy), typical)
+        alike = infer_labels(bias[None], None, full + last, typical)[0]
+        true, *each = (torch.bincount(x, minlength=10) for x in (labels, found, alike))
+        missed += torch.stack([(true - one).clamp_min(0).sum() for one in each])
+    assert missed[0] < missed[1] / 2
 
 
 def test_labels_of_one_image() -> None:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from fedleak.attacks import Reconstruction, make_attack
 from fedleak.attacks.evidence import Evidence
-from fedleak.attacks.rounds import together
+from fedleak.attacks.rounds import _alike, together
 from fedleak.attacks.targets.base import ModuleTarget
 from fedleak.attacks.targets.rounds import RoundsTarget
 from fedleak.client.compute import gradient
@@ -155,3 +155,13 @@ def test_the_nearest_point_of_the_box_has_no_nearer_one(seed: int, size: int) ->
     assert bool((((found - point) @ root.mT).square().sum(1) <= far + 1e-9).all())
     inside = torch.rand(size, generator=generator, dtype=torch.float64)
     assert torch.equal(into_box(inside, root), inside)
+
+
+def test_what_rounds_leave_unexplained_alike_is_no_noise() -> None:
+    """A client that does another thing than was declared does it in every round."""
+    draw = torch.Generator().manual_seed(0)
+    noise = [torch.randn(2000, generator=draw, dtype=torch.float64) for _ in range(4)]
+    assert not _alike(noise)
+    assert _alike([noise[0] + 0.5 * n for n in noise[1:]])
+    assert not _alike([n * 0 for n in noise])
+    assert not _alike(noise[:1])

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import heapq
+import math
 from collections.abc import Iterator
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -139,3 +141,64 @@ def label_candidates(
                 if key not in seen:
                     seen.add(key)
                     heapq.heappush(heap, (cost(key), key))
+
+
+#: Half of a typical probability over the variance of the mean one around it.
+_SURE = 200.0
+
+
+def labels_with_rest(
+    bias: Tensor, sizes: tuple[int, int], counts: tuple[float, float], typical: Tensor
+) -> Tensor:
+    """Infer the labels of local steps whose last batch is smaller than the others.
+
+    Of the mean cross-entropy an image of it counts for more. The numbers of both kinds of images
+    in each class are the likeliest of all, found by going through the classes with what is used
+    by then: mean probabilities are normally distributed around the typical ones, and labels are
+    drawn one by one (without that, one image of the last batch is easily taken for several).
+    Measured on digits, 100 images in batches of 32, six draws: 4 to 9 labels are wrong, 13 to 19
+    where all images count alike.
+
+    Parameters
+    ----------
+    bias : Tensor, shape (classes,)
+        The one-step view of the head's bias.
+    sizes : tuple of int
+        Images in full batches, and in the last.
+    counts : tuple of float
+        What an image of either kind counts, so that ``bias`` is a mean probability minus the sum
+        of its class.
+    typical : Tensor, shape (classes,)
+
+    Returns
+    -------
+    Tensor, int64, shape (B,)
+        Those of full batches, then those of the last, ascending in each.
+    """
+    (full, last), (light, heavy) = sizes, counts
+    expected, scale = (typical - bias).tolist(), (_SURE / typical.clamp_min(1e-3)).tolist()
+    width = 3
+    while True:
+        cost = np.full((last + 1, full + 1), np.inf)
+        cost[0, 0] = 0
+        taken = np.zeros((len(expected), 2, last + 1, full + 1), dtype=np.int64)
+        for c, e in enumerate(expected):
+            before, cost = cost, np.full_like(cost, np.inf)
+            for h in range(min(last, max(0, round(e / heavy)) + width) + 1):
+                middle = max(0, round((e - h * heavy) / light))
+                for n in range(max(0, middle - width), min(full, middle + width) + 1):
+                    price = scale[c] * (e - h * heavy - n * light) ** 2
+                    price += math.lgamma(n + 1) + math.lgamma(h + 1)
+                    new = before[: last + 1 - h, : full + 1 - n] + price
+                    better = new < cost[h:, n:]
+                    cost[h:, n:][better] = new[better]
+                    taken[c, 0, h:, n:][better], taken[c, 1, h:, n:][better] = h, n
+        if np.isfinite(cost[last, full]):
+            break
+        width *= 2
+    found: tuple[list[int], list[int]] = ([], [])
+    for c in reversed(range(len(expected))):
+        h, n = taken[c, :, last, full].tolist()
+        found[0][:0], found[1][:0] = [c] * n, [c] * h
+        last, full = last - h, full - n
+    return torch.tensor([*found[0], *found[1]], device=bias.device)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fedleak.attacks.head import informed
-from fedleak.attacks.head.labels import NO_HEAD, infer_labels
+from fedleak.attacks.head.labels import NO_HEAD, infer_labels, labels_with_rest
 from fedleak.client.local_replay import typical_on_the_way
 from fedleak.client.loss import PLAIN, CanonicalLoss
 from fedleak.client.replay import Replay
@@ -77,6 +77,9 @@ def observed_labels(
             inferred = _consistent_labels(gradient, errors, replay)
         elif errors and images == 1:
             inferred = _informed_labels(gradient, errors, replay)
+        elif typical is not None and bias is not None and (rest := _rest_of(first, replay)):
+            each = zip(bias, typical.expand(len(bias), -1), strict=True)
+            inferred = torch.stack([labels_with_rest(g, *rest, p) for g, p in each])
         else:
             inferred = infer_labels(bias, weight, images, typical, replay.loss)
         # Which client of a sum had which label is not known: spread them.
@@ -86,6 +89,30 @@ def observed_labels(
         for n, y in enumerate(known)
     ]
     return torch.stack(rows).to(replay.device)
+
+
+#: By how much more images of a last batch must count than others to be counted apart. The counts
+#: of images that count alike are whole numbers, which tells more than a little inequality costs.
+_UNEVEN = 1.5
+
+
+def _rest_of(
+    observation: Observation, replay: Replay
+) -> tuple[tuple[int, int], tuple[float, float]] | None:
+    """Return the numbers of images in full batches and in a last one that counts for more.
+
+    And what one of either counts; None where there is no such batch.
+    """
+    training, own = observation.terms.trained, observation.terms.own
+    if training is None or not own > training.batch_size or not own % training.batch_size:
+        return None
+    if training.epochs > 1 or observation.clients > 1:  # who was in the last batch is a mean
+        return None
+    if replay.loss != PLAIN or training.update_rule.signs:  # steps are no means over images
+        return None
+    last, part = own % training.batch_size, training.pace(own)[-1][0]
+    sizes, counts = (own - last, last), ((1 - part) / (own - last), part / last)
+    return (sizes, counts) if counts[1] > _UNEVEN * counts[0] else None
 
 
 def _consistent_labels(gradient: Gradients, errors: Gradients, replay: Replay) -> Tensor:
