@@ -37,5 +37,5 @@ def into_box(points: Tensor, root: Tensor) -> Tensor:
     for i in outside.nonzero().flatten().tolist():
         target = (root @ flat[i]).cpu().numpy()
         found = lsq_linear(matrix, target, bounds=(0.0, 1.0), method="bvls").x
-        made[i] = torch.from_numpy(found).to(made)
+        made[i] = torch.from_numpy(found).to(made).clamp(0, 1)  # it rounds past the bounds
     return made.reshape(points.shape)
