@@ -44,8 +44,10 @@ def flat_outside(target: Any, args: tuple[Any, ...]) -> tuple[float, float] | No
     return None
 
 
-def invert(target: Any, args: tuple[Any, ...], out: Tensor, error: float) -> Inverted | None:
-    """Return what the output ``out``, known up to ``error``, tells of the input.
+def invert(
+    target: Any, args: tuple[Any, ...], out: Tensor, error: float | Tensor
+) -> Inverted | None:
+    """Return what the output ``out``, known up to ``error`` (of all or each), tells of the input.
 
     None where the activation is none that can be inverted.
     """

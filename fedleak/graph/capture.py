@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -154,6 +156,7 @@ class Graph:
             If the forward pass is no fixed graph; the message names the operation.
         """
         model = copied(model).to(dtype)
+        plain = copied(model)
         computed = computed_weights(model)
         if computed:
             raise UnsupportedModelError(
@@ -181,7 +184,24 @@ class Graph:
                 f"{type(model).__name__} does not return one tensor of logits"
             )
         parameters = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
-        return cls(_needed(reader.nodes, reader.logits), reader.logits, parameters, batch)
+        made = cls(_needed(reader.nodes, reader.logits), reader.logits, parameters, batch)
+        made._compare(plain, images)
+        return made
+
+    def _compare(self, model: nn.Module, images: Tensor) -> None:
+        """Refuse a model that makes other logits than the graph: it changes values in place."""
+        generator = torch.Generator().manual_seed(0)
+        images = torch.rand(images.shape, generator=generator, dtype=torch.float64).to(images)
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)  # of dropout
+            ours = self.run({self.image: images.clone()}, [self.logits])[self.logits]
+            torch.manual_seed(0)
+            theirs = logits_of(model(images.clone()))
+        close = partial(torch.allclose, theirs, rtol=1e-4, atol=1e-4 * float(theirs.abs().max()))
+        if not close(ours) and not close(ours.log_softmax(-1)):
+            raise UnsupportedModelError(
+                f"{type(model).__name__} changes values in place that it uses again"
+            )
 
     def run(
         self,
@@ -271,6 +291,8 @@ class _Reader(fx.Interpreter):
 
         args = fx.node.map_arg(n.args, lowered)
         kwargs = fx.node.map_arg(dict(n.kwargs), lowered)
+        if kwargs.get("inplace"):
+            kwargs = {**kwargs, "inplace": False}
         target: Any = n.target
         path, own = "", tuple[str, ...]()
         if n.op == "call_module":
@@ -290,6 +312,8 @@ class _Reader(fx.Interpreter):
         else:
             several = any(not self.nodes[i].shape for i in inputs) or not isinstance(value, Tensor)
             kind = Kind.OTHER if several else kind_of(target, args, kwargs)
+            if kind is Kind.LINEAR and _hands_on(n, value, self.env):
+                kind = Kind.RESHAPE
         shape = tuple(value.shape) if isinstance(value, Tensor) else ()
         self.nodes[n.name] = Node(n.name, kind, inputs, shape, target, args, kwargs, path, own)
 
@@ -311,6 +335,14 @@ class _GroupNorm(nn.GroupNorm):
             return made
         shape = -1, *[1] * (input.dim() - 2)
         return made * self.weight.reshape(shape) + self.bias.reshape(shape)
+
+
+def _hands_on(n: fx.Node, value: Tensor, env: Mapping[fx.Node, Any]) -> bool:
+    """Return whether a linear operation changes nothing: an average over one position."""
+    if len(n.all_input_nodes) != 1 or n.target in (operator.getitem, operator.neg):
+        return False
+    taken = env[n.all_input_nodes[0]]
+    return isinstance(taken, Tensor) and torch.equal(taken.flatten(), value.flatten())
 
 
 def _holds_tensors(value: Any) -> bool:

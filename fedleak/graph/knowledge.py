@@ -29,12 +29,15 @@ class Known:
         The rule that found it.
     mask : Tensor of bool or None
         Where it is known; None for everywhere.
+    deviation : Tensor or None
+        Estimated standard deviation of each entry (shapes broadcast), where entries differ.
     """
 
     value: Tensor
     error: float
     by: str
     mask: Tensor | None = None
+    deviation: Tensor | None = None
 
     @property
     def whole(self) -> bool:
@@ -76,6 +79,8 @@ class Knowledge:
         Nodes whose gradient cannot tell their input, and why.
     mended : set of str
         Edges above whose layers slopes were mended already.
+    weighed : set of str
+        Activations whose slopes were compared with a bias' gradient below.
     blind : set of str
         Convolutions that the blind rule was tried on.
     resolved : dict of str to (Tensor, Tensor, float) or Refused
@@ -94,6 +99,7 @@ class Knowledge:
     checked: set[str] = field(default_factory=set)
     short: dict[str, str] = field(default_factory=dict)
     mended: set[str] = field(default_factory=set)
+    weighed: set[str] = field(default_factory=set)
     blind: set[str] = field(default_factory=set)
     resolved: dict[str, tuple[Tensor, Tensor, float] | Refused] = field(default_factory=dict)
     contradicted: set[str] = field(default_factory=set)
@@ -144,10 +150,16 @@ class Knowledge:
         return True
 
     def forget_below(self, node: Node) -> None:
-        """Forget every cotangent that was computed from this node's: its slope has changed."""
+        """Forget what was computed from this node's cotangent: its slope has changed.
+
+        Cotangents, and what was judged by them; values that were believed stay.
+        """
         below = self.graph.below(node.name)
         for edge in below:
             self.cotangents.pop(edge, None)
+            self.short.pop(edge, None)
+        for judged in (self.checked, self.contradicted, self.weighed):
+            judged -= below
         for name, place in list(self.contributions):
             if name == node.name or name in below:
                 del self.contributions[name, place]

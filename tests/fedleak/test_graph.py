@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -156,17 +158,22 @@ def test_images_that_clients_normalise_come_back_as_images(mode: str) -> None:
     assert trial.reconstruction.details["by"] == "graph"
 
 
-def test_a_wrong_mask_is_mended_before_anything_below() -> None:
+@pytest.mark.parametrize("without", ["nothing", "bias sums"])
+def test_a_wrong_mask_is_mended_before_anything_below(without: str) -> None:
     torch.manual_seed(1)
     knowledge, values = told(residual(), photo_patches(1, 16), [2])
     block = "_4_relu_1"  # the output of the block before the last
-    spread(knowledge, {k: r for k, r in RULES.items() if k != "backward"})
-    slopes = (values[block] > 0).double()
-    wrong = slopes.clone()
-    place = (0, 7, 2, 1)
-    wrong[place] = 1 - wrong[place]
-    knowledge.slopes[block] = wrong
     spread(knowledge, RULES)
+    slopes = (values[block] > 0).double()
+    wrong, least = slopes.clone(), values[block][values[block] > 0].min()
+    wrong[values[block] == least] = 0
+    knowledge.slopes[block] = wrong
+    knowledge.values[block] = replace(knowledge.values[block], deviation=least / 4)
+    knowledge.forget_below(knowledge.graph.nodes[block])
+    knowledge.weighed.discard(block)
+    for edge in knowledge.graph.below(block):
+        knowledge.values.pop(edge, None)
+    spread(knowledge, {k: r for k, r in RULES.items() if k != without})
     assert torch.equal(knowledge.slopes[block], slopes)
     assert knowledge.value("_3_relu_1") is not None
 

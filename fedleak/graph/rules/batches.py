@@ -43,7 +43,9 @@ def apply(knowledge: Knowledge) -> bool:
             if maps is None:
                 continue
             cotangents = _cotangents(knowledge, node) if known is None else known.value
-            found = None if cotangents is None else _logits(cotangents, maps, bias)
+            if cotangents is None:
+                continue
+            found = _logits(cotangents, maps, bias, _sums(knowledge, node, cotangents))
             if found is not None:
                 error = ROUNDING * float(found.square().mean().sqrt())
                 return knowledge.learn_cotangent(graph.logits, Known(found, error, "batch"))
@@ -59,7 +61,28 @@ def _cotangents(knowledge: Knowledge, node: Node) -> Tensor | None:
         return None
 
 
-def _logits(cotangents: Tensor, maps: Tensor, bias: Tensor) -> Tensor | None:
+def _sums(knowledge: Knowledge, node: Node, cotangents: Tensor) -> tuple[Tensor, Tensor]:
+    """Return what a bias next to a layer tells of the images' numbers: ``right = left @ numbers``.
+
+    Images of one label have all but the same derivative by the logits, and the head's bias hardly
+    tells their numbers apart. Which units are active differs.
+    """
+    above = [knowledge.graph.nodes[n] for n, _ in knowledge.graph.consumers[node.name]]
+    for place in (node, *(above if len(above) == 1 else ())):
+        bias = knowledge.gradient_of(place, "bias")
+        if bias is None or place.kind not in (Kind.CONVOLUTION, Kind.SCALE):
+            continue
+        scale = torch.ones_like(bias)
+        if place is not node:
+            one = torch.ones_like(cotangents)
+            scale = pulled_back(knowledge.graph, place, 0, one)[0].flatten(1)[:, 0]
+        return bias * scale, cotangents.flatten(2).sum(2).mT
+    return cotangents.new_zeros(0), cotangents.new_zeros(0, len(cotangents))
+
+
+def _logits(
+    cotangents: Tensor, maps: Tensor, bias: Tensor, sums: tuple[Tensor, Tensor]
+) -> Tensor | None:
     """Return the derivative by the logits, (B, classes), each image's with its number."""
     # The classes' derivatives add up to zero, which the layers below need not tell.
     each = []
@@ -74,8 +97,12 @@ def _logits(cotangents: Tensor, maps: Tensor, bias: Tensor) -> Tensor | None:
             return None
         each.append(g)
     logits = torch.stack(each)
-    factors = torch.linalg.lstsq(logits.mT, bias[:, None]).solution
-    if float((logits.mT @ factors - bias[:, None]).norm()) > _HOLDS * float(bias.norm()):
+    left, right = logits.mT / bias.norm(), bias / bias.norm()
+    if len(sums[0]):
+        size = sums[0].norm().clamp_min(1e-300)
+        left, right = torch.cat([left, sums[1] / size]), torch.cat([right, sums[0] / size])
+    factors = torch.linalg.lstsq(left, right[:, None]).solution
+    if float((left @ factors - right[:, None]).norm()) > _HOLDS:
         return None
     return logits * factors
 

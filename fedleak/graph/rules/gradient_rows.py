@@ -25,6 +25,11 @@ _KNOWN = 1e-3
 _FACTOR = 20.0
 #: Part of the worst residual from which channels are left out together with the worst.
 _TOGETHER = 0.3
+#: Rows for each unknown up to which wrong channels are looked for by what no input explains: that
+#: is to be no more than this, in expected errors, in at least so many dimensions.
+_FEW, _AGREE, _BEYOND = 1.5, 5.0, 16
+#: Rows that the usual residual counts for, where an input channel has its own.
+_USUAL = 10
 #: Singular values below this part of the largest leave a direction open; those that are small but
 #: tell something make the error large.
 _NEGLIGIBLE = 1e-9
@@ -129,18 +134,21 @@ def _solve(knowledge: Knowledge, edge: str, layers: list[Node]) -> bool:
     rows = _rows(systems, used)
     if rows < unknowns:
         return _give_up(knowledge, layers, f"{names}: {rows} rows for {unknowns} positions")
-    value, error = _solved(systems, used)
+    value, error, deviation = _solved(systems, used)
     if knowledge.errors:
         scale = float(value.square().mean().sqrt())
         systems = [System.of(knowledge, node, scale) for node in layers]
-        value, error = _solved(systems, used)
+        value, error, deviation = _solved(systems, used)
+    if _worst(systems, used, value) > _FACTOR and rows <= _FEW * unknowns:
+        used = _agreeing(systems, value)
+        value, error, deviation = _solved(systems, used)
     while (worst := _worst(systems, used, value)) > _FACTOR:
         # Wrong channels show; the worst are left out until the others agree.
         bound = max(_FACTOR, _TOGETHER * worst)
         used = [u & (s.residuals(value) <= bound) for s, u in zip(systems, used, strict=True)]
-        if _rows(systems, used) < _REDUNDANT * unknowns:
+        if _rows(systems, used) < unknowns + _BEYOND:
             return _contradiction(knowledge, layers)
-        value, error = _solved(systems, used)
+        value, error, deviation = _solved(systems, used)
     size = float(value.square().mean().sqrt())
     error = max(error, ROUNDING * size)
     if error > _KNOWN * size:
@@ -159,7 +167,11 @@ def _solve(knowledge: Knowledge, edge: str, layers: list[Node]) -> bool:
         knowledge.checked |= {n.name for n in layers}
     else:
         _give_up(knowledge, layers, f"{names}: as many rows as positions")
-    return knowledge.learn_value(edge, Known(found, error, "gradient rows"))
+    each = None
+    if layers[0].kind is Kind.CONVOLUTION and not _patches(layers[0]):
+        each = _arranged(deviation[:, None] * _uneven(systems, used, value), layers[0], shape)
+        each = each.clamp_min(ROUNDING * size)
+    return knowledge.learn_value(edge, Known(found, error, "gradient rows", deviation=each))
 
 
 def _give_up(knowledge: Knowledge, layers: list[Node], why: str) -> bool:
@@ -201,7 +213,36 @@ def _check_known(knowledge: Knowledge) -> bool:
     return new
 
 
-def _solved(systems: list[System], used: list[Tensor]) -> tuple[Tensor, float]:
+def _agreeing(systems: list[System], value: Tensor) -> list[Tensor]:
+    """Return the channels that are left when those are that explain the contradiction best.
+
+    Where there are few rows beyond the unknowns, the solution bends to the wrong ones and their
+    residuals do not stand out. What no input explains, ``N^T G`` with ``N`` orthogonal to all
+    columns, is made by the wrong channels alone: it lies in the span of their rows of ``N``.
+    """
+    matrix = torch.cat([s.matrix for s in systems])
+    q = torch.linalg.qr(matrix, mode="complete")[0][:, matrix.shape[1] :]
+    rest = q.mT @ torch.cat([s.right for s in systems])
+    bound = _AGREE * float(value.square().mean().sqrt())
+    parts = q.split([len(s.matrix) for s in systems])
+    spans = [
+        p.unflatten(0, (len(s.live), -1)).mT for p, s in zip(parts, systems, strict=True)
+    ]  # (channels, dimensions, rows of a channel)
+    used, left = [s.live.clone() for s in systems], q.shape[1]
+    while left > _BEYOND and float(rest.square().sum() / left / rest.shape[1]) ** 0.5 > bound:
+        bases = [torch.linalg.qr(span)[0] for span in spans]
+        told = [(b.mT @ rest).square().sum((1, 2)) * u for b, u in zip(bases, used, strict=True)]
+        place = max(range(len(told)), key=lambda i: float(told[i].max()))
+        channel = int(told[place].argmax())
+        used[place][channel] = False
+        base = bases[place][channel]
+        left -= base.shape[1]
+        rest = rest - base @ (base.mT @ rest)
+        spans = [span - base @ (base.mT @ span) for span in spans]
+    return used
+
+
+def _solved(systems: list[System], used: list[Tensor]) -> tuple[Tensor, float, Tensor]:
     """Solve stacked systems on the channels that are used.
 
     Returns
@@ -209,6 +250,8 @@ def _solved(systems: list[System], used: list[Tensor]) -> tuple[Tensor, float]:
     value : Tensor, shape (positions, C_in)
     error : float
         Standard deviation of an entry, from the residual and the singular values.
+    deviation : Tensor, shape (positions,)
+        The same of each.
     """
     kept = [
         u.repeat_interleave(len(s.matrix) // len(u)) for s, u in zip(systems, used, strict=True)
@@ -217,7 +260,18 @@ def _solved(systems: list[System], used: list[Tensor]) -> tuple[Tensor, float]:
     right = torch.cat([s.right[k] for s, k in zip(systems, kept, strict=True)])
     value, deviation, _, null = least_squares(matrix[None], right[None], _NEGLIGIBLE)
     error = float("inf") if null.shape[2] else float(deviation.square().mean().sqrt())
-    return value[0], error
+    return value[0], error, deviation[0]
+
+
+def _uneven(systems: list[System], used: list[Tensor], value: Tensor) -> Tensor:
+    """Return how far off each input channel's rows are, relative to all together, (C_in,)."""
+    square = torch.zeros_like(value[0])
+    for system, kept in zip(systems, used, strict=True):
+        rest = (system.right - system.matrix @ value).unflatten(0, (len(kept), -1))
+        square = square + rest[kept].square().sum((0, 1))
+    usual = square.mean().clamp_min(1e-300)
+    spare = _rows(systems, used) - len(value)
+    return ((spare * square / usual + _USUAL) / (spare + _USUAL)).sqrt()
 
 
 def _patches(node: Node) -> bool:

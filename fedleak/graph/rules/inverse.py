@@ -31,18 +31,27 @@ def apply(knowledge: Knowledge) -> bool:
 
 
 def _pointwise(knowledge: Knowledge, node: Node, known: Known) -> bool:
-    if node.name in knowledge.slopes or not known.whole:
+    if node.name in knowledge.slopes or not (known.whole or _idle(knowledge, node, known)):
         return False
-    found = invert(node.target, node.args, known.value, known.error)
+    each = known.error if known.deviation is None else known.deviation
+    found = invert(node.target, node.args, known.value, each)
     if found is None:
         return False
+    inside = found.known if known.mask is None else found.known & known.mask
     if bool(found.slope_known.all()):
-        knowledge.slopes[node.name] = found.slope
-    mask = None if bool(found.known.all()) else found.known
-    slope = found.slope[found.known].abs()
+        slopes = found.slope if known.mask is None else found.slope * known.mask
+        knowledge.slopes[node.name] = slopes
+    mask = None if bool(inside.all()) else inside
+    slope = found.slope[inside].abs()
     error = known.error / float(slope.mean().clamp_min(1e-12)) if slope.numel() else known.error
     knowledge.learn_value(node.inputs[0], Known(found.value, error, "inverse", mask))
     return True
+
+
+def _idle(knowledge: Knowledge, node: Node, known: Known) -> bool:
+    """Return whether nothing arrives where an output is not known: there no slope counts."""
+    above = knowledge.cotangents.get(node.name)
+    return above is not None and known.mask is not None and not bool(above.value[~known.mask].any())
 
 
 def _entrywise(knowledge: Knowledge, node: Node, known: Known) -> bool:

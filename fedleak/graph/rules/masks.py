@@ -20,6 +20,8 @@ from fedleak.graph.rules.derivatives import pulled_back
 
 #: How far a slope may be off a whole number, to be rounded to it.
 _NEAR = 0.1
+#: How many standard deviations off a kink a unit may be, to be turned over.
+_CLOSE = 100.0
 
 
 def potential(knowledge: Knowledge, node: Node) -> tuple[list[Node], Tensor, float] | None:
@@ -113,6 +115,24 @@ def cotangent_rows(node: Node, value: Tensor, gradient: Tensor, channels: Tensor
     return torch.linalg.lstsq(patches.mT, right.mT).solution.mT
 
 
+def distance(knowledge: Knowledge, node: Node) -> Tensor:
+    """Return how far an activation's outputs are off its kinks, in standard deviations.
+
+    Infinite where they are not known.
+    """
+    known, bounds = knowledge.values.get(node.name), flat_outside(node.target, node.args)
+    shape = knowledge.graph.nodes[node.name].shape
+    if known is None or bounds is None:
+        like = knowledge.slopes[node.name]
+        return torch.full(shape, torch.inf, dtype=like.dtype, device=like.device)
+    off = torch.full_like(known.value, torch.inf)
+    for kink in bounds:
+        if kink < torch.inf:
+            off = off.minimum((known.value - kink).abs())
+    each = off.new_tensor(known.error) if known.deviation is None else known.deviation
+    return off / each.clamp_min(1e-300)
+
+
 def mend(knowledge: Knowledge, node: Node, value: Tensor, wrong: Tensor) -> bool:
     """Set the slopes of the activation above a layer anew in some channels.
 
@@ -137,7 +157,10 @@ def mend(knowledge: Knowledge, node: Node, value: Tensor, wrong: Tensor) -> bool
     found = torch.where(told, e / torch.where(told, part, 1.0), slopes[:, wrong])
     near = (found - found.round()).abs() < _NEAR
     fresh = torch.where(told & near, found.round(), slopes[:, wrong])
-    if bool((fresh == slopes[:, wrong]).all()):
+    turned = fresh != slopes[:, wrong]
+    if not bool(turned.any()) or bool(
+        (distance(knowledge, activation)[:, wrong][turned] > _CLOSE).any()
+    ):
         return False
     slopes = slopes.clone()
     slopes[:, wrong] = fresh

@@ -29,6 +29,7 @@ from fedleak.graph.kernels.blind import blind_criterion
 from fedleak.graph.kernels.refusal import Refused
 from fedleak.graph.kinds import Kind
 from fedleak.graph.knowledge import ROUNDING, Knowledge, Known
+from fedleak.graph.rules.bias_sums import bias_below
 from fedleak.graph.rules.derivatives import pulled_back
 from fedleak.graph.rules.mixtures import geometry_of, resolved
 
@@ -208,23 +209,7 @@ def _activation(knowledge: Knowledge, edge: str) -> Node | None:
     node = knowledge.graph.nodes[edge]
     if node.kind is not Kind.POINTWISE or flat_outside(node.target, node.args) != (0.0, torch.inf):
         return None
-    return node if _bias_below(knowledge, node) is not None else None
-
-
-def _bias_below(knowledge: Knowledge, node: Node) -> Tensor | None:
-    """Return the gradient of a bias that is added to an activation's input, in each channel."""
-    graph, stack = knowledge.graph, [node.inputs[0]]
-    while stack:
-        below = graph.nodes[stack.pop()]
-        if len(graph.consumers[below.name]) != 1 or below.shape != node.shape:
-            continue
-        if below.kind is Kind.ADD:
-            stack += below.inputs
-        elif below.kind in (Kind.NORMALISATION, Kind.SCALE, Kind.CONVOLUTION):
-            bias = knowledge.gradient_of(below, "bias")
-            if bias is not None:
-                return bias.double()
-    return None
+    return node if bias_below(knowledge, node) is not None else None
 
 
 def _place(
@@ -259,7 +244,7 @@ def _place(
     """
     graph, activation = knowledge.graph, _activation(knowledge, edge)
     assert activation is not None
-    bias = _bias_below(knowledge, activation)
+    bias = bias_below(knowledge, activation)
     assert bias is not None
     unknown = torch.zeros_like(x)
     for name, e in cotangents.items():
