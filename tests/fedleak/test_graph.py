@@ -16,7 +16,7 @@ from fedleak.errors import UnsupportedModelError
 from fedleak.graph.capture import Graph
 from fedleak.graph.certificate import certify
 from fedleak.graph.knowledge import Knowledge, Known, spread
-from fedleak.graph.rules import RULES, gradient_rows
+from fedleak.graph.rules import RULES, bias_sums, gradient_rows, grouped_rows
 from fedleak.graph.targets import BelowTargets, NearestTargets, parameter_gradients
 from tests.conftest import photo_patches
 
@@ -267,3 +267,91 @@ def test_targets_are_what_is_nearest_to_the_image() -> None:
         made = targets.made(values[knowledge.graph.image])
         assert (made - targets.values).abs().max() < 1e-3
     assert all(edge not in knowledge.graph.below(edge) for edge in targets.edges)
+
+
+def depthwise(width: int = 12) -> nn.Module:
+    """Expansion, depthwise and projection, as MobileNetV2's blocks, at a few positions."""
+    return nn.Sequential(
+        nn.Conv2d(3, 16, 4, 4), nn.ReLU(), nn.Conv2d(16, 6 * width, 1, bias=False),
+        nn.BatchNorm2d(6 * width), nn.ReLU6(),
+        nn.Conv2d(6 * width, 6 * width, 3, 1, 1, groups=6 * width, bias=False),
+        nn.BatchNorm2d(6 * width), nn.ReLU6(), nn.Conv2d(6 * width, width, 1, bias=False),
+        nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(4 * width, 5),
+    ).eval()  # fmt: skip
+
+
+def test_what_arrives_at_idle_depthwise_channels_is_not_needed_below() -> None:
+    torch.manual_seed(2)
+    knowledge, values = told(depthwise(), photo_patches(1, 8), [2])
+    spread(knowledge, RULES)
+    assert knowledge.values["_1"].by == "gradient rows"
+    for edge in ("_1", "_4", "_7"):
+        assert torch.allclose(knowledge.values[edge].value, values[edge], atol=1e-5), edge
+    assert "_5" in {*knowledge.short, *knowledge.checked}
+
+
+@st.composite
+def grouped(draw: st.DrawFn) -> tuple[nn.Conv2d, int, int]:
+    groups, kernel = draw(st.integers(2, 4)), draw(st.integers(1, 3))
+    own, out = draw(st.integers(1, 2)), draw(st.integers(1, 8))
+    stride, padding = draw(st.integers(1, 2)), draw(st.integers(0, 1))
+    conv = nn.Conv2d(own * groups, out * groups, kernel, stride, padding, groups=groups, bias=False)
+    return conv, draw(st.integers(3, 4)), draw(st.integers(1, 2))
+
+
+@given(grouped(), st.integers(0, 1000))
+@settings(max_examples=30, deadline=None)
+def test_grouped_rows_against_a_dense_oracle(drawn: tuple[nn.Conv2d, int, int], seed: int) -> None:
+    """They find exactly the entries that the dense system of all rows determines."""
+    conv, size, batch = drawn
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Identity(), conv, nn.Flatten()).double()
+    x = torch.randn(batch, conv.in_channels, size, size, dtype=torch.float64)
+    graph = Graph.capture(model, tuple(x.shape[1:]), batch)
+    node = graph.nodes["_1"]
+    e = torch.randn(node.shape, dtype=torch.float64)
+    e[:, 0] = 0  # a channel whose units are all inactive
+    knowledge = Knowledge(graph, parameter_gradients(graph, node, x, e))
+    knowledge.learn_cotangent("_1", Known(e, 1e-12, "told"))
+    grouped_rows.apply(knowledge)
+    found = knowledge.values.get("_0")
+    rows = torch.func.jacrev(lambda v: parameter_gradients(graph, node, v, e)["1.weight"])(x)
+    _, s, vh = torch.linalg.svd(rows.reshape(-1, x.numel()))
+    rank = int((s > 1e-9 * s[0]).sum()) if len(s) else 0
+    told_ = (vh[rank:].square().sum(0) < 1e-9).reshape(x.shape)
+    if rank and s[rank - 1] < 1e-3 * s[0]:
+        return
+    if found is None:
+        assert not told_.any()
+    else:
+        mask = torch.ones_like(told_) if found.mask is None else found.mask
+        assert torch.equal(mask, told_)
+        assert torch.allclose(found.value[mask], x[mask], atol=1e-6)
+
+
+def test_a_bias_below_tells_which_unit_is_on_the_wrong_side() -> None:
+    change = torch.tensor([0.5, -0.3, 0.2, 0.7], dtype=torch.float64)
+    assert bias_sums._turned(change, 0.2, 1e-9).tolist() == [False, False, True, False]
+    assert bias_sums._turned(change, 1.2, 1e-9).tolist() == [True, False, False, True]
+    assert bias_sums._turned(change, 0.1, 1e-9) is None
+    assert bias_sums._turned(change, 0.9, 1e-9) is None  # two ways
+
+
+def test_what_a_model_changes_in_place_is_read_or_refused() -> None:
+    class Block(nn.Module):
+        def __init__(self, again: bool) -> None:
+            super().__init__()
+            self.conv, self.fc, self.again = nn.Conv2d(3, 4, 3), nn.Linear(144, 5), again
+
+        def forward(self, x: Tensor) -> Tensor:
+            made = self.conv(x)
+            out = F.relu(made, inplace=True)
+            return self.fc((out + made if self.again else out).flatten(1))
+
+    torch.manual_seed(0)
+    images = torch.rand(1, 3, 8, 8, dtype=torch.float64)
+    graph = Graph.capture(Block(again=False), (3, 8, 8))
+    values = graph.run({graph.image: images}, list(graph.nodes))
+    assert (values["conv"] < 0).any()
+    with pytest.raises(UnsupportedModelError, match="in place"):
+        Graph.capture(Block(again=True), (3, 8, 8))
