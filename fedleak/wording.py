@@ -36,13 +36,13 @@ def grade(psnr_db: float) -> str:
     return "little more than the average image"
 
 
-def fit_words(fit: float) -> str:
+def fit_words(fit: float, doubtful: bool = False) -> str:
     """Return what a ``fit`` allows to say of images, with ``{}`` for their labels.
 
     A gradient that is half explained is that of many images; a grey one may be as near.
     """
     if fit < EXPLAINED:
-        return "reconstructed images of {}"
+        return "doubtful images of {}" if doubtful else "reconstructed images of {}"
     if fit < PARTLY:
         return "a rough guess at images of {}, which may show little of them"
     return "no images, what was found explains too little of the update; inferred {}"

@@ -55,7 +55,7 @@ class Leak:
 
 
 def log_leak(leak: Leak) -> None:
-    """Log a leak in words that its fit bears out."""
+    """Log a leak in words that its fit and its doubts bear out."""
     who = f"round {leak.server_round}, nodes {leak.nodes}"
     found = leak.reconstruction
     if found is None:
@@ -63,4 +63,5 @@ def log_leak(leak: Leak) -> None:
         return
     labels = f"classes {found.labels.tolist()}"
     reason = f"; {leak.reason}" if leak.reason else ""
-    log(INFO, "%s: %s (fit %.1e)%s", who, fit_words(found.fit).format(labels), found.fit, reason)
+    words = fit_words(found.fit, leak.status == "doubtful").format(labels)
+    log(INFO, "%s: %s (fit %.1e)%s", who, words, found.fit, reason)

@@ -7,7 +7,7 @@ import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from logging import ERROR
+from logging import ERROR, INFO
 from pathlib import Path
 from typing import Any
 
@@ -181,6 +181,7 @@ class MaliciousServer(DelegatingStrategy):
                 atexit.register(self.wait)  # also where another strategy runs the rounds
         self.last_leaks: list[Leak] = []
         self._weights: dict[int, dict[str, Tensor]] = {}
+        self._told_size = False
         told = isinstance(training, LocalTraining) and not callable(num_images)
         steps = training.steps(num_images) if told else 1  # type: ignore[union-attr,arg-type]
         if memory and steps > 1:
@@ -239,6 +240,7 @@ class MaliciousServer(DelegatingStrategy):
                     server_round, node, by_node.get(node), config, sent, model
                 )
                 update = replace(update, place=place)
+                self._tell_size(update)
                 kept = self.threat.view == "client" and self._keep(update)
                 observations[(node,)] = update.observe(model)
             except Exception as error:  # a client may send anything
@@ -254,6 +256,16 @@ class MaliciousServer(DelegatingStrategy):
             sent = self._sent_to(nodes[0])
             self._keep(Update.of_sum(server_round, nodes, sent, observations[nodes]))
         self._attack_groups(server_round, observations)
+
+    def _tell_size(self, update: Update) -> None:
+        """Say once that a reply names another number of images than was declared."""
+        declared, said = self.declared.num_images, update.terms.num_images
+        if self._told_size or callable(declared) or declared in (1, said):
+            return
+        self._told_size = True
+        log(INFO, "round %s, nodes %s: its num-examples says %s images, num_images %s; the reply's "
+            "is taken, here and from now on. If it counts batches, give num_images as a function",
+            update.server_round, update.nodes, said, declared)  # fmt: skip
 
     def _keep(self, update: Update) -> bool:
         """Capture an update; a full disk costs the capture, not the attack or the training."""

@@ -263,23 +263,29 @@ def _attempt(
             reason = f"memory: the attack takes more than is allowed or free ({error})"
         return [Outcome(None, reason, time.perf_counter() - begin)]
     share = (time.perf_counter() - begin) / len(observations)
-    return [_outcome(r, allowed, share) for r in done]
+    return [_outcome(r, allowed, share, len(done)) for r in done]
 
 
-def _outcome(result: Reconstruction, allowed: Deadline, seconds: float) -> Outcome:
+def _outcome(result: Reconstruction, allowed: Deadline, seconds: float, updates: int) -> Outcome:
     """Return what came of an attack, which its time limit may have stopped."""
-    cut = cut_short(result, allowed)
+    cut = cut_short(result, allowed, updates)
     if cut is not result and not result.fit < 1:
         labels = ", ".join(map(str, result.labels.tolist()))
-        return Outcome(None, f"time: no image in {allowed.seconds:.3g} s; labels {labels}", seconds)
+        limit = _limit(allowed, updates)
+        return Outcome(None, f"time: no image in {limit}; labels {labels}", seconds)
     return Outcome(cut, "; ".join(cut.doubts), seconds)
 
 
-def cut_short(result: Reconstruction, allowed: Deadline) -> Reconstruction:
+def _limit(allowed: Deadline, updates: int) -> str:
+    """Return a time limit in words: that of updates which are attacked together is their sum."""
+    return f"{allowed.seconds:.3g} s" + (f" for {updates} updates" if updates > 1 else "")
+
+
+def cut_short(result: Reconstruction, allowed: Deadline, updates: int = 1) -> Reconstruction:
     """Return a reconstruction, with a doubt where the time limit stopped the attack."""
     if not allowed.hit and not result.details.get("cut_short"):
         return result
-    cut = f"time: stopped at the limit of {allowed.seconds:.3g} s, the best so far"
+    cut = f"time: stopped at the limit of {_limit(allowed, updates)}, the best so far"
     return replace(result, doubts=(cut, *result.doubts))
 
 

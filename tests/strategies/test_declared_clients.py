@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -83,6 +84,19 @@ def leaks(
 
 def four(client: int) -> tuple[Tensor, Tensor]:
     return digits(*range(4 * client, 4 * client + 4))
+
+
+def test_another_number_of_images_than_was_declared_is_said_once(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("flwr"), "propagate", True)
+    told = LocalTraining(0.1, 4)
+    for declared, times in ((4, 0), (8, 1)):
+        caplog.clear()
+        with caplog.at_level(logging.INFO, logger="flwr"):
+            leaks(lambda _: told, four, training=told, num_images=declared)
+        said = [m for m in caplog.messages if "num-examples says 4 images, num_images 8" in m]
+        assert len(said) == times
 
 
 def test_a_learning_rate_that_falls() -> None:

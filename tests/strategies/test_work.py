@@ -6,7 +6,7 @@ import logging
 import os
 import signal
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -227,9 +227,11 @@ def test_the_log_says_no_more_than_the_fit_bears_out(
     found = Reconstruction(torch.zeros(1, 1, 8, 8), torch.tensor([3]), fit)
     with caplog.at_level(logging.INFO, logger="flwr"):
         log_leak(Leak(1, (2,), found))
-    (said,) = caplog.messages
+        log_leak(Leak(1, (2,), replace(found, doubts=("of another client",)), "of another client"))
+    said, doubtful = caplog.messages
     assert words in said
     assert not_said not in said
+    assert "reconstructed" not in doubtful
 
 
 def test_with_no_time_at_all_every_client_has_its_leak() -> None:
