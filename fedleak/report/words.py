@@ -139,7 +139,7 @@ def _untold(start: str, arm: Arm, found: Figures) -> str:
         how_far = "almost all that" if told.counts[1] else "exactly what"
         said = (
             f"{beside}{start}reconstructed {how}, as far as can be told without the true ones: "
-            f"from its pictures follows {how_far} the clients sent."
+            f"its pictures explain {how_far} the clients sent."
         )
         return f"{said} Of the other {rest}, it is not known what it learned." if rest else said
     doubtful = told.counts[2] == total - told.counts[4]
@@ -283,17 +283,20 @@ def _whose(found: Figures) -> str:
         return f"It is not known for any of the {total} attacked clients." if total > 1 else (
             "Not known."
         )  # fmt: skip
+    again = ""
+    if (n := len(found.rounds)) > 1:
+        again = f" Over {n} rounds: an image that a client uses in several counts in each."
     counts = [c.recognisable + c.explained for c in exposed]
     if len(exposed) == total:
         least, most = min(counts), max(counts)
         each = images(most) if most == least else f"{least} to {images(most)}"
         if total == 1:
-            return f"The one attacked client, with {each}."
-        return f"All {total} attacked clients, with {each} each."
+            return f"The one attacked client, with {each}.{again}"
+        return f"All {total} attacked clients, with {each} each.{again}"
     first = ", ".join(f"client {c.client} ({n})" for c, n in zip(exposed[:3], counts, strict=False))
     return (
         f"At least {len(exposed)} of {total} attacked clients, most of all {first}. Of the others "
-        "it is not known."
+        f"it is not known.{again}"
     )
 
 

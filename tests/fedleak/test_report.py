@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 from typer.testing import CliRunner
 
@@ -475,7 +476,7 @@ def make_attack(
     [
         ((1e-7, 2e-7, 4e-7), "", (
             "With hybrid, the server reconstructed all 3 attacked images, as far as can be told "
-            "without the true ones: from its pictures follows exactly what the clients sent.",
+            "without the true ones: its pictures explain exactly what the clients sent.",
             "take these pictures for the clients' images",
             "in the median 2e-7 (best 1e-7, worst 4e-7", "All 3 attacked clients, with 1 image",
             "3 of 3 taken for recovered"), ("it is not known what it learned",)),
@@ -489,7 +490,7 @@ def make_attack(
             "At least 1 of 4 attacked clients, most of all client 70 (1). Of the others it is not "
             "known.", "1 image; the most frequent reason: no step converged",
             "1 image; most often: several steps", "1 or more of 4"), ()),
-        ((0.05, 1e-7), "", ("follows almost all that the clients sent.",), ("exactly what",)),
+        ((0.05, 1e-7), "", ("explain almost all that the clients sent.",), ("exactly what",)),
         (("certified", "certified"), "", (
             "reconstructed all 2 attacked images", "2 images passed the attack's own proof"), ()),
         ((1e-7, 1e-7), "noise:0.3", (
@@ -518,6 +519,18 @@ def test_of_a_capture_without_truth_unknown_is_not_none(
     assert math.isnan(figures(arm).recognisable)
 
 
+def test_images_of_several_rounds_are_not_taken_for_as_many_images(tmp_path: Path) -> None:
+    folder = make_attack(tmp_path / "captures" / "attacks" / "hybrid-1", (1e-7, 2e-7))
+    several = "an image that a client uses in several counts in each"
+    assert several not in report(folder).words
+    table = pd.read_csv(folder / "attacks.csv")
+    table["round"], table["client"] = [1, 2], 70
+    table.to_csv(folder / "attacks.csv", index=False)
+    assert (
+        f"The one attacked client, with 2 images. Over 2 rounds: {several}" in report(folder).words
+    )
+
+
 def test_a_capture_of_which_nothing_came_says_so(tmp_path: Path) -> None:
     folder = make_attack(tmp_path / "captures" / "attacks" / "hybrid-1", ("failed", "failed"))
     text = report(folder)
@@ -543,7 +556,7 @@ def test_the_attacks_on_one_capture_beside_each_other(tmp_path: Path) -> None:
         make_attack(tmp_path / "captures" / "attacks" / name, fits)
     words = report(tmp_path / "captures").words
     assert "2 of 2 taken for recovered" in words
-    assert "0 of 2 taken for recovered" in words
+    assert "0 of 2 taken for recovered" not in words  # not known is not none
     assert "Real updates" in words
 
 
