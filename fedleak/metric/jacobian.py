@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.func import functional_call, grad, jvp, vmap
+from torch.func import functional_call, jvp, vjp, vmap
 
 from fedleak.client.replay import Gradients, Replay
 from fedleak.metric.derivatives import derivable
@@ -116,14 +116,14 @@ class UpdateJacobian:
             k: [images.new_zeros(shape) for shape in shapes] for k, shapes in self._shapes.items()
         }
 
-        def loss(added: dict, direct: Gradients) -> tuple[Tensor, dict]:
+        def forward(added: dict, direct: Gradients) -> tuple[Tensor, dict]:
             parameters = {**self.replay.parameters, **direct}
             with self._watched(added) as seen:
                 logits = functional_call(self.replay.model, parameters, (images,))
-            inputs = {k: [x for x, _ in calls] for k, calls in seen.items()}
-            return self.replay.loss.value(logits, self.labels), inputs
+            return logits, {k: [x for x, _ in calls] for k, calls in seen.items()}
 
-        (back, direct), inputs = grad(loss, argnums=(0, 1), has_aux=True)(added, self._direct)
+        logits, pull, inputs = vjp(forward, added, self._direct, has_aux=True)
+        back, direct = pull(self.replay.loss.cotangent(logits, self.labels))
         return {"inputs": inputs, "back": back, "direct": direct}
 
     def blocks(self, errors: Mapping[str, Tensor], seed: int = 0) -> list[Block]:
