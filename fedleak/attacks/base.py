@@ -96,10 +96,9 @@ class Attack(ABC):
         for observation in observations:
             observation.threat.demand(self.needs(observation), f"attack {name!r}")
         results = self.reconstruct(observations)
-        return [
-            replace(doubted(in_pixels(r, o), o, r.images), threat=o.threat)
-            for r, o in zip(results, observations, strict=True)
-        ]
+        pixels = [in_pixels(r, o) for r, o in zip(results, observations, strict=True)]
+        judged = doubted(pixels, observations, [r.images for r in results])
+        return [replace(r, threat=o.threat) for r, o in zip(judged, observations, strict=True)]
 
     def needs(self, observation: Observation) -> set[str]:
         """Return what of :class:`ThreatModel` must be allowed to attack this observation."""

@@ -40,8 +40,8 @@ def fits(target: Target, unknowns: int) -> bool:
     return small and target.dense and not target.hidden
 
 
-def expected_db(target: Target, images: Tensor, prior: Gaussian) -> list[float]:
-    """Return the PSNR in dB that an attacker expects of images, shape (K, C, H, W).
+def expected_db(target: Target, images: Tensor, prior: Gaussian) -> list[list[float]]:
+    """Return the PSNR in dB that an attacker expects of images, shape (N, K, C, H, W).
 
     From the covariance that the target and the prior leave open, linearised at the images
     themselves: no truth is asked. NaN where there are too many unknowns for that.
@@ -49,26 +49,36 @@ def expected_db(target: Target, images: Tensor, prior: Gaussian) -> list[float]:
     Parameters
     ----------
     target : Target
-        One; its errors are known.
+        Of N updates; its errors are known.
     images : Tensor
     prior : Gaussian
-        Of all their pixels together.
+        Of all pixels of an update together.
     """
-    if not fits(target, images.numel()):
-        return [math.nan] * len(images)
-    at = images[None].to(target.values)
+    count, unknowns = images.shape[1], images[0].numel()
+    if not fits(target, unknowns):
+        return [[math.nan] * count] * len(images)
+    together = max(1, int(_ENTRIES // (target.values.shape[1] * unknowns)))
+    out: list[list[float]] = []
+    for index in torch.arange(len(images), device=target.values.device).split(together):
+        part = target if len(index) == len(images) else target.subset(index)
+        out += _dense(part, images[index.to(images.device)], prior)
+    return out
+
+
+def _dense(target: Target, images: Tensor, prior: Gaussian) -> list[list[float]]:
+    at = images.to(target.values)
 
     def residual(x: Tensor) -> Tensor:
         return target.made(x.reshape(at.shape)) - target.values
 
     rows = Rows(jacobian(residual, at.flatten(1)))
-    left = Measurements(rows, target.errors.clamp_min(_FINE), prior).covariance()[0]
-    each = left.diagonal().clamp_min(1e-300).reshape(len(images), -1).mean(1)
-    return (-10 * each.log10()).tolist()
+    left = Measurements(rows, target.errors.clamp_min(_FINE), prior).covariance()
+    variances = left.diagonal(dim1=-2, dim2=-1).clamp_min(1e-300)
+    return (-10 * variances.reshape(*images.shape[:2], -1).mean(2).log10()).tolist()
 
 
-def at_most_db(target: Target, images: Tensor, enough: float) -> list[float]:
-    """Return a PSNR in dB that no attacker expects to pass, of images of shape (K, C, H, W).
+def at_most_db(target: Target, images: Tensor, enough: float) -> list[list[float]]:
+    """Return a PSNR in dB that no attacker expects to pass, of images of shape (N, K, C, H, W).
 
     As :func:`expected_db` under :func:`indifferent`, of any size. Where the Jacobian is too large,
     the mean variance of an image's pixels is that of random signs, ``z^T A^-1 z``; what conjugate
@@ -77,20 +87,33 @@ def at_most_db(target: Target, images: Tensor, enough: float) -> list[float]:
     Parameters
     ----------
     target : Target
+        Of N updates; its errors are known.
     images : Tensor
     enough : float
         An image is settled as soon as its bound is below.
 
     Returns
     -------
-    list of float
+    list of list of float
         NaN where the steps allowed (fewer for larger networks) settle nothing.
     """
-    if fits(target, images.numel()):
-        return expected_db(target, images, indifferent(images))
+    count = images.shape[1]
+    if fits(target, images[0].numel()):
+        return expected_db(target, images, indifferent(images[0]))
     if target.hidden or not target.dense:
-        return [math.nan] * len(images)
-    return [_one_at_most(target, images, k, enough) for k in range(len(images))]
+        return [[math.nan] * count] * len(images)
+    parts = (
+        [target]
+        if len(images) == 1
+        else [
+            target.subset(torch.tensor([n], device=target.values.device))
+            for n in range(len(images))
+        ]
+    )
+    return [
+        [_one_at_most(part, of_it, k, enough) for k in range(count)]
+        for part, of_it in zip(parts, images, strict=True)
+    ]
 
 
 def _one_at_most(target: Target, images: Tensor, k: int, enough: float) -> float:

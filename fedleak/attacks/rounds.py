@@ -232,7 +232,7 @@ def certainty(
     target = RoundsTarget([module_target(r.weighed) for r in rounds], members)
     if not fits(target, images.numel()):
         return [math.nan] * len(images)
-    return expected_db(target, images, _Several(prior, len(images)).dense())
+    return expected_db(target, images[None], _Several(prior, len(images)).dense())[0]
 
 
 def together(
@@ -297,7 +297,7 @@ def _answered(rounds: Sequence[Round], images: Tensor) -> tuple[str, ...]:
     target = RoundsTarget(
         [module_target(r.weighed) for r in rounds], [range(len(images))] * len(rounds)
     )
-    expected = at_most_db(target, images, RECOGNISABLE)
+    expected = at_most_db(target, images[None], RECOGNISABLE)[0]
     if any(map(math.isnan, expected)):  # too many unknowns to ask
         return UNEXPLAINED
     return (*UNEXPLAINED, HIDDEN, VAGUE) if min(expected) >= RECOGNISABLE else ()

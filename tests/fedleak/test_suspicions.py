@@ -60,6 +60,10 @@ def attack(
     return outcome.reconstruction
 
 
+def judged(result: Reconstruction, seen: Observation) -> Reconstruction:
+    return doubted([result], [seen])[0]
+
+
 def worst(result: Reconstruction, x: Tensor, y: Tensor) -> float:
     found = score_batch(result.images, result.labels, x, y)
     return min(0.0 if f.quality is None else f.quality.psnr_db for f in found)
@@ -280,13 +284,13 @@ def test_images_that_do_not_explain_the_update_are_doubtful() -> None:
     images, labels = torch.zeros(1, *SHAPE), torch.zeros(1).long()
     seen = Observation.from_gradient(model, gradient(model, x[:1], y[:1]), SHAPE)
     for fit, said in ((9e-4, ""), (0.1, explained[0]), (0.5, explained[1]), (7.0, explained[1])):
-        made = doubted(Reconstruction(images, labels, fit), seen)
+        made = judged(Reconstruction(images, labels, fit), seen)
         assert said in " ".join(made.doubts)
         assert made.status == ("doubtful" if said else "ok")
     proved = Reconstruction(images, labels, 0.7, {"certified": [True]})
-    assert doubted(proved, seen).status == "ok"
+    assert judged(proved, seen).status == "ok"
     part = replace(proved, details={"certified": [True, False]})
-    assert doubted(part, seen).status == "doubtful"
+    assert judged(part, seen).status == "doubtful"
 
 
 def test_images_that_the_update_hardly_determines_are_doubtful() -> None:
@@ -422,8 +426,8 @@ def test_a_batch_that_one_output_mixes_is_doubtful() -> None:
         SHAPE, 4, training=LocalTraining(loss="bce", reply="gradient"),
     )  # fmt: skip
     images, labels = x.double(), torch.tensor([0, 0, 1, 1])
-    assert "one output mixes" in doubted(Reconstruction(images, labels, 0.08), seen).doubts[0]
-    assert doubted(Reconstruction(images, labels, 1e-6), seen).status == "ok"
+    assert "one output mixes" in judged(Reconstruction(images, labels, 0.08), seen).doubts[0]
+    assert judged(Reconstruction(images, labels, 1e-6), seen).status == "ok"
 
 
 @pytest.mark.parametrize(("name", "mean", "std"), [("cnn2-v2", 0.3, 0.2), ("cnn3-v2", 0.5, 0.25)])
@@ -456,7 +460,7 @@ def test_what_a_known_defence_leaves_open_is_doubtful(defence: str, said: str) -
     model, (x, y), spec = net(), digits(1), parse_defence(defence)
     sent = defend(gradient(model, x, y), spec, 0)
     seen = Observation.from_gradient(model, sent, SHAPE, defence=spec)
-    result = doubted(Reconstruction(x, y, 0.0), seen)
+    result = judged(Reconstruction(x, y, 0.0), seen)
     assert result.status == ("doubtful" if said else "ok")
     assert said in "".join(result.doubts)
 
@@ -468,7 +472,7 @@ def test_several_steps_of_adam_are_doubtful() -> None:
     trained = copy.deepcopy(model)
     train(trained, [(x[:1], y[:1]), (x[1:], y[1:])], steps)
     seen = Observation.from_weights(model, trained.state_dict(), steps, SHAPE, num_images=2)
-    assert "only the signs" in doubted(Reconstruction(x, y, 0.0), seen).doubts[0]
+    assert "only the signs" in judged(Reconstruction(x, y, 0.0), seen).doubts[0]
 
 
 def test_images_that_explain_an_update_roughly_may_be_others() -> None:
@@ -481,7 +485,7 @@ def test_images_that_explain_an_update_roughly_may_be_others() -> None:
     (x, y), spec = digits(1), parse_defence("noise:0.03")
     for model, said in ((few, "as far as they do others"), (net(), "")):
         seen = Observation.from_gradient(model, defend(gradient(model, x, y), spec, 0), SHAPE)
-        result = doubted(Reconstruction(x, y, 0.03), seen)
+        result = judged(Reconstruction(x, y, 0.03), seen)
         assert said in "".join(result.doubts)
         assert bool(said) == bool(result.doubts)
 
@@ -502,6 +506,6 @@ def test_layers_solved_at_a_wrong_scale_are_doubtful() -> None:
     model, (x, y) = net(), digits(1)
     seen = Observation.from_gradient(model, gradient(model, x, y), SHAPE)
     for noise, said in ((5e-8, "cleaner"), (1e-2, "")):
-        result = doubted(Reconstruction(x, y, 0.013, {"noise": noise}), seen)
+        result = judged(Reconstruction(x, y, 0.013, {"noise": noise}), seen)
         assert said in "".join(result.doubts)
         assert bool(said) == bool(result.doubts)

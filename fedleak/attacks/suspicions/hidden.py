@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
+
+import torch
 
 from fedleak.attacks.certainty import at_most_db, unexplained
 from fedleak.attacks.evidence import Evidence
@@ -40,52 +43,78 @@ _ROUGH = 1e-2
 _DROWNED = 0.5
 
 
-def hidden(result: Reconstruction, observation: Observation) -> str:
-    """Return why an update does not bear images out, though they fit it; empty where it does.
+def hidden(results: Sequence[Reconstruction], observations: Sequence[Observation]) -> list[str]:
+    """Return why updates do not bear images out, though they fit; empty where they do.
 
-    It is linearised at the images, with the errors that the attacker knows of a defence, or else
+    They are linearised at the images, with the errors that the attacker knows of a defence, or else
     with what they leave unexplained.
 
     Parameters
     ----------
-    result : Reconstruction
+    results : sequence of Reconstruction
         With images in the unit of the clients' as they were declared.
-    observation : Observation
+    observations : sequence of Observation
+        Of one model.
     """
-    if observation.terms.signs(bool(observation.errors)):
-        return SIGNS
-    if not observation.errors and result.fit < _EXACT:
-        return ""
-    images, labels = result.images.double().cpu(), result.labels[None].cpu()
-    evidence = Evidence.gather([observation], "cpu", simulate=True)
-    if evidence.num_images != len(images):  # it was found to be that of another number
-        evidence = evidence.with_images(len(images))
-    factor = result.details.get("factor", 1.0) / evidence.seen[0].factor
-    evidence = evidence.with_labels(labels).divided([Seen(factor)])
-    if observation.errors:
-        if not evidence.defended:
-            return ""
-        said = HIDDEN
-    else:
-        said = VAGUE
-        evidence = evidence.with_errors(unexplained(evidence, images))
+    out = [""] * len(results)
+    groups: dict[tuple[object, ...], list[int]] = {}
+    for n, (result, o) in enumerate(zip(results, observations, strict=True)):
+        if o.terms.signs(bool(o.errors)):
+            out[n] = SIGNS
+        elif o.errors:
+            alike = (len(result.images), o.num_images, o.clients, o.training, o.defence)
+            groups.setdefault(alike, []).append(n)
+        elif result.fit >= _EXACT:  # what each shows of its client is its own: not together
+            groups[n,] = [n]
+    for members in groups.values():
+        told = _left_open([results[n] for n in members], [observations[n] for n in members])
+        for n, reason in zip(members, told, strict=True):
+            out[n] = reason
+    return out
+
+
+def _left_open(results: Sequence[Reconstruction], observations: Sequence[Observation]) -> list[str]:
+    """Return the reasons of updates that all have known errors, or of one that has none."""
+    images = torch.stack([r.images.double().cpu() for r in results])
+    labels = torch.stack([r.labels.cpu() for r in results])
+    known = bool(observations[0].errors)
+    evidence = Evidence.gather(observations, "cpu", simulate=True)
+    if evidence.num_images != images.shape[1]:  # it was found to be that of another number
+        evidence = evidence.with_images(images.shape[1])
+    factors = [
+        Seen(r.details.get("factor", 1.0) / seen.factor)
+        for r, seen in zip(results, evidence.seen, strict=True)
+    ]
+    evidence = evidence.with_labels(labels).divided(factors)
+    if not known:
+        evidence = evidence.with_errors(unexplained(evidence, images[0]))
+    elif not evidence.defended:
+        return [""] * len(results)
+    said = HIDDEN if known else VAGUE
     try:
         expected = at_most_db(module_target(evidence), images, RECOGNISABLE)
     except TimeLimitError:
-        return UNTOLD
-    drowned = bool(observation.errors) and _drowned(evidence)
-    if drowned or any(each < RECOGNISABLE for each in expected):
-        return said
-    rough = not observation.errors and result.fit > _ROUGH
-    return UNTOLD if rough and any(map(math.isnan, expected)) else ""
+        return [UNTOLD] * len(results)
+    drowned = _drowned(evidence) if known else [False]
+    reasons = []
+    for result, each, lost in zip(results, expected, drowned, strict=True):
+        if lost or any(e < RECOGNISABLE for e in each):
+            reasons.append(said)
+        elif not known and result.fit > _ROUGH and any(map(math.isnan, each)):
+            reasons.append(UNTOLD)
+        else:
+            reasons.append("")
+    return reasons
 
 
-def _drowned(evidence: Evidence) -> bool:
+def _drowned(evidence: Evidence) -> list[bool]:
     """Return whether half of an update or more is what a defence is known to have added."""
     shares = []
     for name, error in evidence.errors.items():
-        told = error.isfinite() & (evidence.gradient[name] != 0)
-        whole = float(evidence.gradient[name][told].square().sum())
-        if whole > 0:
-            shares.append(min(1.0, float(error[told].square().sum()) / whole))
-    return bool(shares) and sum(shares) / len(shares) > _DROWNED
+        g = evidence.gradient[name]
+        told = error.isfinite() & (g != 0)
+        whole = torch.where(told, g, 0.0).flatten(1).square().sum(1)
+        noise = torch.where(told, error, 0.0).flatten(1).square().sum(1)
+        shares.append(torch.where(whole > 0, (noise / whole).clamp(max=1.0), torch.nan))
+    mean = torch.stack(shares).nanmean(0)
+    return (mean > _DROWNED).tolist()  # where nothing is told: no number, and not above

@@ -5,6 +5,7 @@ Nobody has reason to take either for the client's.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -40,9 +41,11 @@ _MIXED, _ONE_OUTPUT = 1e-2, 1e-3
 
 
 def doubted(
-    result: Reconstruction, observation: Observation, seen: Tensor | None = None
-) -> Reconstruction:
-    """Return a reconstruction, with a doubt where the update does not bear the images out.
+    results: Sequence[Reconstruction],
+    observations: Sequence[Observation],
+    seen: Sequence[Tensor] | None = None,
+) -> list[Reconstruction]:
+    """Return reconstructions, with a doubt where the update does not bear the images out.
 
     At the true images of a client that is as declared, ``fit`` is rounding, and what a known
     defence added is no part of it: from :data:`fedleak.wording.EXPLAINED` on, something is wrong.
@@ -50,14 +53,32 @@ def doubted(
 
     Parameters
     ----------
-    result : Reconstruction
-    observation : Observation
-    seen : Tensor, optional
-        Its images in the unit that was declared, where they were found to be in another.
+    results : sequence of Reconstruction
+    observations : sequence of Observation
+        Of one model.
+    seen : sequence of Tensor, optional
+        Their images in the unit that was declared, where they were found to be in another.
     """
-    if not result.images.numel() or result.doubts or _proved(result):
-        return result  # another doubt says why
-    found = result if seen is None else replace(result, images=seen)
+    own = [r.images for r in results] if seen is None else seen
+    out, asked = list(results), []
+    for n, (result, observation) in enumerate(zip(results, observations, strict=True)):
+        if not result.images.numel() or result.doubts or _proved(result):
+            continue  # another doubt says why
+        if doubts := _by_numbers(result, observation):
+            out[n] = replace(result, doubts=tuple(doubts))
+        else:
+            asked.append(n)
+    found = [replace(results[n], images=own[n]) for n in asked]
+    said = hidden(found, [observations[n] for n in asked])
+    for n, reason in zip(asked, said, strict=True):
+        reason = reason or _mixed(results[n], observations[n])
+        if reason:
+            out[n] = replace(results[n], doubts=(reason,))
+    return out
+
+
+def _by_numbers(result: Reconstruction, observation: Observation) -> list[str]:
+    """Return what fit, noise and the count of entries say against images."""
     doubts = []
     if not result.fit < EXPLAINED:
         doubts.append(_IN_PART if result.fit < PARTLY else _LITTLE)
@@ -68,21 +89,23 @@ def doubted(
             f"only {entries} entries of the update say anything, of {unknowns} unknowns in the "
             "images: others explain it as well, and the prior chose"
         )
-    last = list(observation.gradient.values())[-1]
-    most = _ONE_OUTPUT if last.numel() == 1 else _MIXED
     noise = result.details.get("noise")
     clean = isinstance(noise, float) and noise < _MIXED * result.fit
     if clean and result.fit > _MIXED and not observation.errors and not doubts:
         doubts.append(_CLEANER)
-    if said := "" if doubts else hidden(found, observation):
-        doubts.append(said)
-    if len(result.images) > 1 and result.fit > most and not doubts:
-        model = "a model of one output mixes" if last.numel() == 1 else "the update mixes"
-        doubts.append(
-            f"{model} the images of a batch, and these explain it not to its last digits: others "
-            "may explain as much"
-        )
-    return replace(result, doubts=tuple(doubts))
+    return doubts
+
+
+def _mixed(result: Reconstruction, observation: Observation) -> str:
+    """Return why images of a batch that are not exact may be others; empty where they are."""
+    one = list(observation.gradient.values())[-1].numel() == 1
+    if len(result.images) == 1 or result.fit <= (_ONE_OUTPUT if one else _MIXED):
+        return ""
+    model = "a model of one output mixes" if one else "the update mixes"
+    return (
+        f"{model} the images of a batch, and these explain it not to its last digits: others may "
+        "explain as much"
+    )
 
 
 def _proved(result: Reconstruction) -> bool:
