@@ -14,10 +14,11 @@ from torch import nn
 from fedleak.defences import DefenceSpec
 from fedleak.strategies import choosing_defence_mod
 from fedleak.terms import Shared
+from fedleak.threads import threads
 from simulations.privacy import privacy_mod
 from simulations.scenario import Scenario, from_run_config
 from simulations.tampering import guard_mod
-from simulations.task import cpu_threads, local_gradient, local_training, make_model
+from simulations.task import local_gradient, local_training, make_model
 
 ScenarioOf = Callable[[Context], Scenario]
 
@@ -48,7 +49,8 @@ def build_client_app(scenario_of: ScenarioOf) -> ClientApp:
         (arrays,) = message.content.array_records.values()
         model = template.model(scenario)
         model.load_state_dict(arrays.to_torch_state_dict())
-        with cpu_threads(scenario.training.threads), torch.random.fork_rng(devices=[]):
+        # A client rounds alike on every engine.
+        with threads(scenario.training.threads), torch.random.fork_rng(devices=[]):
             # What a client draws (dropout) is the same on every engine. It is a processor's:
             # torch.manual_seed would queue a seed for every GPU, which takes longer than a step.
             torch.default_generator.manual_seed(

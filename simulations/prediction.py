@@ -24,6 +24,7 @@ from fedleak.metric.prediction import DENSE_PREDICTION, NATURAL, predict
 from fedleak.metric.reference import Reference, demand_judged, entry_errors
 from fedleak.precision import UNIT
 from fedleak.priors import GaussianPrior
+from fedleak.threads import for_unknowns
 from simulations.partition import training_data
 from simulations.scenario import Scenario
 from simulations.task import make_model
@@ -87,7 +88,8 @@ class UpdatePrediction:
         self.together = [math.nan] * len(images)
         try:
             if self._wanted(server_round, images.numel()):
-                return self._predict(server_round, clients, images, labels)
+                with for_unknowns(images.numel()):
+                    return self._predict(server_round, clients, images, labels)
         except FedleakError as error:  # not defined for this model or protocol
             log(DEBUG, "round %s: no predicted PSNR: %s", server_round, error)
         except Exception as error:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
 from fedleak.strategies.mods import noise_seed  # type: ignore[import-not-found]
 from torch import Tensor, nn
@@ -93,14 +90,3 @@ def evaluate(
             loss += float(kind(reduction="sum").value(logits, y))
     model.train(mode)
     return correct / len(images), loss / len(images)
-
-
-@contextmanager
-def cpu_threads(count: int) -> Iterator[None]:
-    """Compute with ``count`` threads, so that a client rounds alike on every engine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

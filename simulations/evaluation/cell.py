@@ -12,10 +12,10 @@ from pathlib import Path
 
 from fedleak.files import flush, to_json, write_atomically
 from fedleak.results.format import CELLS, DONE, INFORMED, UNAWARE
+from fedleak.threads import threads
 from simulations.engines import quiet_flower, run_inline
 from simulations.evaluation.sweep import Cell
 from simulations.scenario import Scenario
-from simulations.task import cpu_threads
 
 #: End of the folder's name of a cell that runs, or was interrupted.
 _PART = ".part"
@@ -95,7 +95,7 @@ def _train_and_attack(scenario: Scenario, folder: Path) -> None:
     server = build_server_app(scenario, recorders[0], informed=(*recorders, None)[1])
     client = build_client_app(lambda context: scenario)
     # A sum in several threads rounds differently: one number makes one table everywhere.
-    with cpu_threads(scenario.training.threads), torch.random.fork_rng(devices=[]):
+    with threads(scenario.training.threads), torch.random.fork_rng(devices=[]):
         torch.manual_seed(scenario.seed)
         run_inline(server, client, scenario.federation.clients)
     for recorder in recorders:

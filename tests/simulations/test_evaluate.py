@@ -22,12 +22,12 @@ from fedleak.defences import parse_defence
 from fedleak.errors import FedleakError, InvalidInputError
 from fedleak.lock import only_writer
 from fedleak.results.format import EVALUATION
+from fedleak.threads import threads
 from fedleak.workers import _call
 from simulations.engines import simulate
 from simulations.evaluation import cell as cell_module
 from simulations.evaluation.run import evaluate
 from simulations.evaluation.sweep import SHIPPED, Sweep, load_sweep
-from simulations.task import cpu_threads
 from simulations.traffic import Traffic, entry_bits
 
 SMALL = {"federation": {"clients": 3, "rounds": 3}, "attack": {"every": 3},
@@ -89,7 +89,7 @@ def test_strength_zero_is_no_defence_bit_for_bit(done: tuple[Path, pd.DataFrame]
 def test_undefended_equals_simulate(done: tuple[Path, pd.DataFrame], tmp_path: Path) -> None:
     out, table = done
     (described,) = [s for s in _sweep().grid() if s.seed == 0]
-    with cpu_threads(1):  # two threads round differently
+    with threads(1):  # two threads round differently
         simulate(described, tmp_path)
     (folder,) = (out / "cells").glob("none_seed-0_*")
     for name in ("leakage.csv", "rounds.csv"):
@@ -106,7 +106,7 @@ def test_both_attackers_see_one_training(done: tuple[Path, pd.DataFrame], tmp_pa
     out, _ = done
     described = _sweep(defences=("prune:0.9",)).grid()[0]
     known = described.threat.model_copy(update={"defence": True})
-    with cpu_threads(1):
+    with threads(1):
         simulate(described.model_copy(update={"threat": known}), tmp_path)
     (folder,) = (out / "cells").glob("prune-0.9_seed-0_*")
     alone = pd.read_csv(tmp_path / "leakage.csv").drop(columns=["seconds", "predicted_psnr_db"])
