@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -35,6 +36,8 @@ MOST_NEWTON, _PAYS = 8, 0.9
 _AMPLE = 8
 #: Misfit, in units of the errors, at which all is said.
 _MATCHED = 2.0
+#: How often images are matched to better estimates of what lies below a max pool.
+_CHOICES = 4
 
 #: How near to the grid of 8-bit pixels, in steps of it and root mean square, images must come for
 #: the grid's to be tried (any that are not on it are at 0.29): what is known decides.
@@ -87,10 +90,10 @@ def match_images(
     u = search.descend(search.start(), steps)
     if search.exact is not None:
         return search.exact
-    if search.misfit(u) > _MATCHED and choices.apply(knowledge, search.images(u).detach()):
-        spread(knowledge, RULES)
+    chosen = _by_choices(search, u, steps)
+    if chosen is None:
         return match_images(knowledge, prior, steps, watch, seen)
-    u = search.finish(u)
+    u = search.finish(chosen)
     if search.exact is not None:
         return search.exact
     matched = search.misfit(u) < _MATCHED
@@ -124,6 +127,30 @@ def match_images(
     return images if misfit < whole.misfit(u) else search.images(u).detach()
 
 
+def _by_choices(search: _Search, u: Tensor, steps: int) -> Tensor | None:
+    """Find choices of max pools, or images nearer to the truth; None where more became known."""
+    knowledge = search.targets.knowledge
+    for _ in range(_CHOICES):
+        before = search.misfits(u)
+        if bool((before < _MATCHED).all()) or search.exact is not None or deadline.passed():
+            break
+        found, nearer = choices.apply(knowledge, search.images(u).detach())
+        if found:
+            spread(knowledge, RULES)
+            return None
+        if not nearer:
+            break
+        # Images that make the better estimates may lie in the right valley.
+        led = replace(knowledge, values={**knowledge.values, **nearer})
+        to = search.towards(NearestTargets(led, rows=False))
+        moved = search.quasi_newton(to.descend(u, steps), LEVELS[-1], steps)
+        after = search.misfits(moved)
+        u = search.finish(torch.where(per_update(after < before, u), moved, u))
+        if not bool((after < _PAYS * before).any()):
+            break
+    return u
+
+
 class _Search:
     """Images as the prior's: ``mean + B P w``, ``P`` what the data make of it.
 
@@ -146,6 +173,12 @@ class _Search:
         self.parts = self.batch if targets.apart else 1
         self.scaled = any(n.kind is Kind.NORMALISATION for n in graph.nodes.values())
 
+    def towards(self, targets: Targets) -> _Search:
+        """Return the same search for other targets."""
+        other = _Search(targets, self.prior, self.watch, self.seen)
+        other.gain = self.gain
+        return other
+
     def start(self) -> Tensor:
         return self.targets.values.new_zeros(self.latent)
 
@@ -153,7 +186,7 @@ class _Search:
         """Match at falling error levels."""
         for level in LEVELS:
             u = self.quasi_newton(u, level, steps)
-            if self._told(u) < _MATCHED or self.exact is not None or deadline.passed():
+            if self.tell(u) < _MATCHED or self.exact is not None or deadline.passed():
                 break
         return u
 
@@ -168,20 +201,20 @@ class _Search:
         """Match at one temperature, with errors of its size."""
         self.targets.temperature = temperature
         u = self.quasi_newton(u, min(max(temperature, COLDEST), LEVELS[0]), _EACH)
-        self._told(u)
+        self.tell(u)
         return u
 
     def finish(self, u: Tensor) -> Tensor:
         """Go on by Gauss-Newton as long as that pays."""
         self.choose_gain(u)
-        self._told(u)
+        self.tell(u)
         left = self.misfits(u)
         for _ in range(MOST_NEWTON):
             matched = bool((left < _MATCHED).all())
             if matched or self.exact is not None or deadline.passed():
                 break
             u = self.gauss_newton(u)
-            self._told(u)
+            self.tell(u)
             before, left = left, self.misfits(u)
             if not bool(((before >= _MATCHED) & (left <= _PAYS * before)).any()):
                 break
@@ -215,7 +248,7 @@ class _Search:
             best = nearest
         self.gain = best
 
-    def _told(self, u: Tensor) -> float:
+    def tell(self, u: Tensor) -> float:
         misfit = self.misfit(u)
         rounded, off = on_grid(self.prior.image(u).detach())
         if float(off.max()) < _ON_GRID:

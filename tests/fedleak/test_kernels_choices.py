@@ -1,4 +1,4 @@
-"""The choices of a max pool: found from an estimate, and refused where nothing explains."""
+"""The choices of a max pool: found from an estimate, and not where nothing explains."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from torch import Tensor
 
 from fedleak.graph.kernels.choices import Pooled, resolve_choices
 from fedleak.graph.kernels.geometry import Geometry
-from fedleak.graph.kernels.refusal import Refused
 
 
 def case(images: int) -> tuple[Pooled, Tensor, Tensor]:
@@ -41,15 +40,26 @@ def test_choices_and_input_are_found_from_an_estimate(images: int) -> None:
     pooled, x, truth = case(images)
     estimate = x + 0.04 * torch.randn_like(x)
     with torch.no_grad():
-        e, found = resolve_choices(pooled, estimate)
+        found = resolve_choices(pooled, estimate)
         chosen = pooled.compared(estimate).argmax(2)
     assert (chosen != pooled.compared(x).argmax(2))[pooled.active].double().mean() > 0.02
-    assert torch.allclose(e, truth)
-    assert (found - x).norm() < 1e-5 * x.norm()
+    assert found.explained
+    assert torch.allclose(found.cotangent, truth)
+    assert (found.input - x).norm() < 1e-5 * x.norm()
 
 
-def test_what_no_choices_explain_is_refused() -> None:
+def test_images_that_are_known_stay_and_help_the_others() -> None:
+    pooled, x, _ = case(2)
+    estimate = x.clone()
+    estimate[1] += 0.15 * torch.randn_like(x[1])
+    with torch.no_grad():
+        found = resolve_choices(pooled, estimate)
+    assert found.explained
+    assert (found.input - x).norm() < 1e-5 * x.norm()
+
+
+def test_what_no_choices_explain_is_said() -> None:
     pooled, x, _ = case(1)
     pooled.gradient.add_(0.1 * torch.randn_like(pooled.gradient))
-    with pytest.raises(Refused, match="no choices of the max pool"), torch.no_grad():
-        resolve_choices(pooled, x)
+    with torch.no_grad():
+        assert not resolve_choices(pooled, x).explained

@@ -11,7 +11,6 @@ from torch import Tensor
 from fedleak.graph.activations import flat_outside
 from fedleak.graph.capture import Node
 from fedleak.graph.kernels.choices import Pooled, resolve_choices
-from fedleak.graph.kernels.refusal import Refused
 from fedleak.graph.kinds import Kind
 from fedleak.graph.knowledge import ROUNDING, Knowledge, Known
 from fedleak.graph.rules.masks import potential
@@ -20,11 +19,13 @@ from fedleak.graph.rules.mixtures import geometry_of
 _NAME = "choices"
 #: How many standard deviations an output of the pool must be off zero to be active.
 _CLEAR = 30.0
+#: Relative error that an estimate of the input is given.
+_ESTIMATE = 1e-3
 #: Positions beyond which no system is solved.
 _MOST = 2500
 
 
-def apply(knowledge: Knowledge, images: Tensor) -> bool:
+def apply(knowledge: Knowledge, images: Tensor) -> tuple[bool, dict[str, Known]]:
     """Find the choices of one more max pool, those nearest to the head first.
 
     Parameters
@@ -32,8 +33,15 @@ def apply(knowledge: Knowledge, images: Tensor) -> bool:
     knowledge : Knowledge
     images : Tensor, shape (B, C, H, W)
         The estimate, as the model sees it.
+
+    Returns
+    -------
+    found : bool
+        Whether a cotangent became known.
+    nearer : dict of str to Known
+        Better estimates, of edges below pools whose choices were not found.
     """
-    graph = knowledge.graph
+    graph, nearer = knowledge.graph, dict[str, Known]()
     for node in reversed(graph.nodes.values()):
         if node.kind is not Kind.CONVOLUTION or node.name in knowledge.cotangents:
             continue
@@ -41,15 +49,20 @@ def apply(knowledge: Knowledge, images: Tensor) -> bool:
         if pooled is None:
             continue
         (edge,) = node.inputs
-        try:
-            e, _ = resolve_choices(pooled, graph.run({graph.image: images}, [edge])[edge])
-        except Refused as refusal:
-            knowledge.short[node.name] = f"{node.path}: {refusal}"
+        with torch.no_grad():
+            found = resolve_choices(pooled, graph.run({graph.image: images}, [edge])[edge])
+        if not found.explained:
+            knowledge.short[node.name] = (
+                f"{node.path}: no choices of the max pool explain its gradient, {found.worst:.1e} "
+                "of a filter's is left"
+            )
+            error = _ESTIMATE * float(found.input.square().mean().sqrt())
+            nearer[edge] = Known(found.input, error, _NAME)
             continue
-        above = potential(knowledge, node)
+        e, above = found.cotangent, potential(knowledge, node)
         error = (above[2] if above else ROUNDING) * float(e.square().mean().sqrt())
-        return knowledge.learn_cotangent(node.name, Known(e, error, _NAME))
-    return False
+        return knowledge.learn_cotangent(node.name, Known(e, error, _NAME)), nearer
+    return False, nearer
 
 
 def _pooled(knowledge: Knowledge, node: Node) -> Pooled | None:
