@@ -98,7 +98,7 @@ class Normalised:
         fill = -self.mean(kept) / open_.clamp_min(1e-12)
         return torch.where(self.active, kept, fill)
 
-    def normalise(self, x: Tensor, inverse: float = 0.0) -> tuple[Tensor, Tensor]:
+    def normalise(self, x: Tensor, inverse: float | Tensor = 0.0) -> tuple[Tensor, Tensor]:
         """Return ``z_hat`` of an input, and the deviation that it was divided by, as broad.
 
         ``inverse`` is that of the square of the number by which ``x`` falls short of the truth.
@@ -391,29 +391,56 @@ def zero_sum_factors(cotangents: Tensor) -> tuple[Tensor, float]:
 
 
 def derivative_above(
-    part: Normalised, x: Tensor, cotangent: Tensor, inverse: float = 0.0
+    part: Normalised, x: Tensor, cotangent: Tensor, inverse: float | Tensor = 0.0
 ) -> Tensor:
     """Return the derivative by a normalisation's output from that by its input.
+
+    That needs two means over what is normalised together. The gradients of beta and gamma are
+    those of batch normalisation or one image; of groups of several images they are sums, two
+    equations for each channel of a group.
 
     Parameters
     ----------
     part : Normalised
-        With both gradients, of batch normalisation or one image; its ``derivative`` gives the
-        shape alone.
+        With both gradients; its ``derivative`` gives the shape alone.
     x : Tensor, shape (B, C_in, H, W)
-        The convolution's input, up to a number for all.
+        The convolution's input, up to a number for all, or for each image where images are
+        normalised apart.
     cotangent : Tensor, shape (B, C_out, H_out, W_out)
         The derivative by the convolution's output, up to that number's inverse.
-    inverse : float
+    inverse : float or Tensor, shape (B, 1, 1, 1)
         That of the number's square, by which eps counts; see :meth:`Normalised.normalise`.
     """
+    if part.beta_gradient is None or part.gamma_gradient is None:
+        raise InvalidInputError("the gradients of gamma and beta are needed")
+    z_hat, sigma = part.normalise(x, inverse)
     shift, slope = part.told(part.beta_gradient), part.told(part.gamma_gradient)
     if shift is None or slope is None:
-        raise InvalidInputError(
-            "the gradients of gamma and beta of batch normalisation or one image are needed"
-        )
-    z_hat, sigma = part.normalise(x, inverse)
+        shift, slope = _group_means(part, z_hat, cotangent * sigma)
     return (cotangent * sigma + shift + z_hat * slope) / part.gamma.double()[:, None, None]
+
+
+def _group_means(part: Normalised, z_hat: Tensor, rest: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the means of each group of several images, as broad as ``rest``.
+
+    ``gamma d = rest + shift + z_hat slope``, summed over images and positions, is gamma times the
+    gradient of beta; times ``z_hat``, that of gamma.
+    """
+    assert part.groups is not None and part.beta_gradient is not None
+    assert part.gamma_gradient is not None
+    sums = [part.gamma * part.beta_gradient, part.gamma * part.gamma_gradient]
+    right = [s.double() - r.sum((0, 2, 3)) for s, r in zip(sums, (rest, rest * z_hat), strict=True)]
+    ones, first, second = (z_hat.pow(k).sum((2, 3)).mT for k in range(3))  # (C, B)
+    rows = torch.stack([torch.cat([ones, first], 1), torch.cat([first, second], 1)], 1)
+    grouped = part.groups, -1
+    matrix = rows.unflatten(0, grouped).flatten(1, 2)  # (groups, 2 C / groups, 2 B)
+    if matrix.shape[1] < matrix.shape[2]:
+        raise Refused(f"{matrix.shape[1]} sums of a group for the means of {len(rest)} images")
+    value = torch.stack(right, 1).unflatten(0, grouped).flatten(1, 2).unsqueeze(2)
+    means = torch.linalg.lstsq(matrix, value).solution[:, :, 0].unflatten(1, (2, -1))
+    each = rest.shape[1] // part.groups
+    shift, slope = means.permute(1, 2, 0).repeat_interleave(each, 2)[..., None, None]
+    return shift.expand_as(rest), slope.expand_as(rest)
 
 
 __all__: Sequence[str] = (

@@ -134,7 +134,8 @@ def _descend(knowledge: Knowledge, edge: str) -> bool:
         solved = solve_normalised(*parts)
         e = dict(zip(found, solved.cotangents, strict=True))
         at = solved.lifted.unsqueeze(1)
-        placed = _place(knowledge, edge, solved.values, e, solved.error, solved.unsure, at)
+        apart = any(p.groups is not None for p in parts)
+        placed = _place(knowledge, edge, solved.values, e, solved.error, apart, solved.unsure, at)
     except Refused as refusal:
         return _give_up(knowledge, found, f"{names}: {refusal}")
     open_ = placed.unsure[:, None, None] & at
@@ -177,11 +178,12 @@ def _begin(knowledge: Knowledge, node: Node) -> bool:
     part = _part(knowledge, node, norm, gradient.new_zeros(node.shape))
     try:
         x, e, error = _images_of(knowledge, node, part)
-        inverse = 0.0
+        inverse: float | Tensor = 0.0
+        apart = part.groups is not None
         for _ in range(_EPSILONS):
             derivative = derivative_above(part, x, e, inverse)
-            placed = _place(knowledge, edge, x, {node.name: e}, error)
-            inverse = float(placed.scale[0]) ** -2
+            placed = _place(knowledge, edge, x, {node.name: e}, error, apart)
+            inverse = placed.scale**-2
     except Refused as refusal:
         knowledge.short[node.name] = str(refusal)
         return False
@@ -192,12 +194,13 @@ def _begin(knowledge: Knowledge, node: Node) -> bool:
 
 
 def _images_of(knowledge: Knowledge, node: Node, part: Normalised) -> tuple[Tensor, Tensor, float]:
-    """Return a convolution's input and cotangent, up to one number for all images."""
+    """Return a convolution's input and cotangent, up to one number.
+
+    One for all images, or for each where they are normalised apart.
+    """
     x, e, error = resolved(knowledge, node)
-    if len(x) == 1:
+    if len(x) == 1 or part.groups is not None:
         return x, e, error
-    if part.groups is not None:
-        raise Refused(f"{node.path}: what groups of each image of a batch weigh is not told")
     factors, residual = zero_sum_factors(e)
     if not residual < 0.1 or not bool((factors > 0).all()):
         raise Refused(f"{node.path}: no weights of the images make the cotangent's sums zero")
@@ -218,6 +221,7 @@ def _place(
     x: Tensor,
     cotangents: Mapping[str, Tensor],
     error: float,
+    apart: bool = False,
     unsure: Tensor | None = None,
     lifted: Tensor | None = None,
 ) -> Placed:
@@ -233,6 +237,8 @@ def _place(
         Of the convolutions that take it, up to that number's inverse.
     error : float
         Relative, of ``x``.
+    apart : bool
+        Whether each image has a number of its own.
     unsure : Tensor of bool, shape (C,), optional
         Channels whose constant on the positions ``lifted``, (B, 1, H, W), may be off.
     lifted : Tensor of bool, optional
@@ -256,7 +262,7 @@ def _place(
     size = float(x.square().mean().sqrt())
     slopes = (x > _CLEAR * max(error, ROUNDING) * size).to(x)
     doubt = torch.zeros(x.shape[1], dtype=torch.bool) if unsure is None else unsure
-    share, usual = _share(known * slopes, unknown * slopes, bias, ~doubt)
+    share, usual = _share(known * slopes, unknown * slopes, bias, ~doubt, apart)
     full = known + share * unknown
     bound = _FACTOR * usual * full.square().sum((0, 2, 3)).sqrt()
     off = bias - (full * slopes).sum((0, 2, 3))
@@ -276,25 +282,31 @@ def _place(
     return Placed(1 / share.expand(len(x), 1, 1, 1), slopes, doubt)
 
 
-def _share(known: Tensor, unknown: Tensor, bias: Tensor, used: Tensor) -> tuple[Tensor, float]:
-    """Return ``f`` with ``bias = sum of (known + f unknown)``, and the usual relative misfit."""
+def _share(
+    known: Tensor, unknown: Tensor, bias: Tensor, used: Tensor, apart: bool
+) -> tuple[Tensor, float]:
+    """Return ``f`` with ``bias = sum of (known + f unknown)``, and the usual relative misfit.
+
+    ``f`` has shape (1, 1, 1, 1), or (B, 1, 1, 1) where images count ``apart``.
+    """
     right = bias - known.sum((0, 2, 3))
-    left = unknown.sum((0, 2, 3))
-    first = (right * left).sum() / left.square().sum().clamp_min(1e-300)
-    size = (known + first * unknown).square().sum((0, 2, 3)).sqrt()
+    left = unknown.sum((2, 3)).mT
+    left = left if apart else left.sum(1, keepdim=True)  # (channels, numbers)
+    first = torch.linalg.lstsq(left, right[:, None]).solution[:, 0]
+    size = (known + first.reshape(-1, 1, 1, 1) * unknown).square().sum((0, 2, 3)).sqrt()
     used = used & (size > 1e-9 * size.max())
-    if int(used.sum()) < 4:
-        raise Refused("too few channels tell the scale")
     size = size.clamp_min(1e-300)
-    right, left = right / size, left / size
+    right, left = right / size, left / size[:, None]
     for _ in range(5):
-        factor = (right * left)[used].sum() / left[used].square().sum()
-        off = (right - factor * left).abs()
+        if int(used.sum()) < 4 * left.shape[1]:
+            raise Refused("too few channels tell the scale")
+        factor = torch.linalg.lstsq(left[used], right[used][:, None]).solution[:, 0]
+        off = (right - left @ factor).abs()
         usual = max(float(off[used].median()), ROUNDING)
         used = used & (off <= _FACTOR * usual)
-    if not float(factor) > 0 or not usual < _HOLDS:
+    if not bool((factor > 0).all()) or not usual < _HOLDS:
         raise Refused(f"the scale is not told: equations are off by {usual:.1e}")
-    return factor.reshape(1, 1, 1, 1), usual
+    return factor.reshape(-1, 1, 1, 1), usual
 
 
 def _mended(off: Tensor, full: Tensor, slopes: Tensor, near: Tensor, bound: float) -> Tensor | None:
