@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import replace
 
-import torch
 from torch import Tensor
 
 from fedleak import deadline
@@ -19,7 +17,7 @@ from fedleak.errors import TimeLimitError, UnsupportedModelError
 from fedleak.graph.capture import Graph
 from fedleak.graph.certificate import certify
 from fedleak.graph.knowledge import ROUNDING, Knowledge, Known, spread
-from fedleak.graph.match import match_images
+from fedleak.graph.match import match_images, unseen
 from fedleak.graph.rules import RULES
 from fedleak.graph.targets import frontier
 from fedleak.modules import mathematical
@@ -82,7 +80,7 @@ def solve(evidence: Evidence, prior: Prior, batch: Demixed | None = None) -> Rec
             if not frontier(knowledge)[0]:
                 return "nothing is known above the image"
             seen = evidence.replay.client.seen
-            images = _unseen(match_images(knowledge, prior, seen=seen), seen)
+            images = unseen(match_images(knowledge, prior, seen=seen), seen)
     except TimeLimitError as error:
         return str(error)
     labels = _labels(evidence, knowledge) if batch is None else batch.labels[None]
@@ -139,12 +137,6 @@ def _noise(evidence: Evidence, name: str) -> float:
     error = evidence.errors[name]
     least, most = float(error.min()), float(error.max())
     return most if math.isfinite(most) and least >= 0.5 * most else 0.0
-
-
-def _unseen(images: Tensor, seen: Callable[[Tensor], Tensor]) -> Tensor:
-    """Return the images of which a model sees these; what it sees is affine."""
-    shift = seen(torch.zeros_like(images))
-    return (images - shift) / (seen(torch.ones_like(images)) - shift)
 
 
 def _labels(evidence: Evidence, knowledge: Knowledge) -> Tensor:

@@ -151,6 +151,12 @@ def _by_choices(search: _Search, u: Tensor, steps: int) -> Tensor | None:
     return u
 
 
+def unseen(images: Tensor, seen: Callable[[Tensor], Tensor]) -> Tensor:
+    """Return the images of which a model sees these; what it sees is affine."""
+    shift = seen(torch.zeros_like(images))
+    return (images - shift) / (seen(torch.ones_like(images)) - shift)
+
+
 class _Search:
     """Images as the prior's: ``mean + B P w``, ``P`` what the data make of it.
 
@@ -250,7 +256,7 @@ class _Search:
 
     def tell(self, u: Tensor) -> float:
         misfit = self.misfit(u)
-        rounded, off = on_grid(self.prior.image(u).detach())
+        rounded, off = on_grid(unseen(self.images(u).detach(), self.seen))
         if float(off.max()) < _ON_GRID:
             images = self.seen(rounded)
             if bool((self._misfits_of(images) < _MATCHED).all()):

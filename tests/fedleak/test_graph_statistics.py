@@ -49,11 +49,14 @@ def test_group_normalisation_in_a_graph_is_torchs() -> None:
     assert torch.allclose(made, model(images))
 
 
-@pytest.mark.parametrize(("images", "least"), [(1, 20), (2, 16)])
-def test_what_is_known_in_training_mode_is_true(images: int, least: int) -> None:
+@pytest.mark.parametrize(
+    ("norm", "images", "least"), [("batch", 1, 20), ("batch", 2, 16), ("group", 2, 16)]
+)
+def test_what_is_known_in_training_mode_is_true(norm: str, images: int, least: int) -> None:
     torch.manual_seed(1)
     labels = [2, 3][:images]
-    knowledge, values = told(residual().train(), photo_patches(images, 16), labels)
+    model = residual().train() if norm == "batch" else grouped(24)
+    knowledge, values = told(model, photo_patches(images, 16), labels)
     spread(knowledge, RULES)
     logits = knowledge.cotangents[knowledge.graph.logits]
     truth = true_cotangent(knowledge, values, knowledge.graph.logits, labels)
