@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import zlib
 from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
 
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
@@ -72,6 +74,41 @@ def build_client_app(scenario_of: ScenarioOf) -> ClientApp:
         return Message(content=RecordDict({"node": record}), reply_to=message)
 
     return app
+
+
+class ScenarioApp(ClientApp):
+    """The clients of one scenario, which travel as its text and are built once in each process.
+
+    Flower hands its app to Ray with every message: an app as such is 3 ms each time, and the
+    model that its clients share would be made anew.
+
+    Parameters
+    ----------
+    scenario : Scenario
+    """
+
+    def __init__(self, scenario: Scenario):
+        super().__init__()
+        self._text = scenario.model_dump_json()
+
+    def __call__(self, message: Message, context: Context) -> Message:
+        return _app_of(self._text)(message, context)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _travelled, (self._text,)
+
+
+def _travelled(text: str) -> ScenarioApp:
+    app = ScenarioApp.__new__(ScenarioApp)
+    ClientApp.__init__(app)
+    app._text = text
+    return app
+
+
+@lru_cache(maxsize=2)
+def _app_of(text: str) -> ClientApp:
+    scenario = Scenario.model_validate_json(text)
+    return build_client_app(lambda context: scenario)
 
 
 class _Template:

@@ -182,7 +182,7 @@ def _run_arm(
     capture: bool,
     trackers: Trackers,
 ) -> None:
-    from simulations.client_app import build_client_app
+    from simulations.client_app import ScenarioApp
     from simulations.recorder import FULL, Recorder
     from simulations.server_app import build_server_app
 
@@ -194,7 +194,7 @@ def _run_arm(
             on_progress(arm, progress)
 
     server = build_server_app(scenario, recorder, report, capture)
-    client = client_app or build_client_app(lambda context: scenario)
+    client = client_app or ScenarioApp(scenario)
     run = run_inline if engine == "inline" else _run_ray
     try:
         run(server, client, scenario.federation.clients)
@@ -228,6 +228,8 @@ def _run_ray(server: Any, client: Any, clients: int) -> None:
     from flwr.serverapp import ServerApp
     from flwr.simulation import run_simulation
 
+    from simulations.grid import WindowGrid
+
     # Flower runs the server in a thread and reports only that it failed: keep the reason.
     raised: list[BaseException] = []
     wrapped = ServerApp()
@@ -235,7 +237,7 @@ def _run_ray(server: Any, client: Any, clients: int) -> None:
     @wrapped.main()
     def main(grid: Any, context: Any) -> None:
         try:
-            server(grid, context)
+            server(WindowGrid(grid), context)
         except BaseException as error:
             raised.append(error)
             raise

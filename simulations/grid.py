@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import math
 import random
 import time
 import traceback
 from collections.abc import Iterable
+from itertools import islice
 from logging import WARNING
 from typing import Any
 
@@ -21,6 +23,8 @@ _RUN = 1
 _CLIENT_RAISED = 2
 #: Seconds to wait for all clients.
 _PATIENCE = 120.0
+#: Messages under way at a time in a simulation, and seconds between looks for replies.
+_WINDOW, _PAUSE = 64, 0.05
 
 
 class _Messages(Grid):
@@ -116,7 +120,64 @@ def _set_identity() -> None:
     TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = _RUN, _SERVER_NODE, 1
 
 
-class OrderedGrid(_Messages):
+class _Delegating(_Messages):
+    """Another grid's, but for what is changed."""
+
+    def __init__(self, grid: Grid):
+        self._grid = grid
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._grid, name)
+
+    def get_node_ids(self) -> Iterable[int]:
+        return self._grid.get_node_ids()
+
+    def send_and_receive(
+        self, messages: Iterable[Message], *, timeout: float | None = None
+    ) -> Iterable[Message]:
+        return self._grid.send_and_receive(messages, timeout=timeout)
+
+    def set_run(self, run: Any) -> None:
+        self._grid.set_run(run)
+
+    @property
+    def run(self) -> Any:
+        return self._grid.run
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        return self._grid.push_messages(messages)
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        return self._grid.pull_messages(message_ids)
+
+
+class WindowGrid(_Delegating):
+    """Flower's grid of a simulation, with few messages under way at a time.
+
+    Flower looks through all that are under way for each node, over and over: with one for every
+    node that is the square of their number, and takes longer than the clients.
+    """
+
+    def send_and_receive(
+        self, messages: Iterable[Message], *, timeout: float | None = None
+    ) -> Iterable[Message]:
+        end = math.inf if timeout is None else time.monotonic() + timeout
+        left, replies = iter(messages), []
+        under_way: set[str] = set()
+        while time.monotonic() < end:
+            more = list(islice(left, _WINDOW - len(under_way)))
+            under_way |= set(self._grid.push_messages(more))
+            if not (more or under_way):
+                break
+            came = list(self._grid.pull_messages(under_way))
+            replies += came
+            under_way -= {reply.metadata.reply_to_message_id for reply in came}
+            if under_way and not came:
+                time.sleep(_PAUSE)
+        return replies
+
+
+class OrderedGrid(_Delegating):
     """Any grid, with clients in the order of their partitions.
 
     Node ids are random for each run and replies arrive in any order; both would change
@@ -132,12 +193,10 @@ class OrderedGrid(_Messages):
     """
 
     def __init__(self, grid: Grid, clients: int, seed: int):
-        self._grid, self._clients, self._seed = grid, clients, seed
+        super().__init__(grid)
+        self._clients, self._seed = clients, seed
         self._partitions: dict[int, int] = {}
         self._asked = 0
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._grid, name)
 
     @property
     def partitions(self) -> dict[int, int]:
@@ -174,16 +233,3 @@ class OrderedGrid(_Messages):
     ) -> Iterable[Message]:
         replies = list(self._grid.send_and_receive(messages, timeout=timeout))
         return sorted(replies, key=lambda r: self._partitions.get(r.metadata.src_node_id, -1))
-
-    def set_run(self, run: Any) -> None:
-        self._grid.set_run(run)
-
-    @property
-    def run(self) -> Any:
-        return self._grid.run
-
-    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        return self._grid.push_messages(messages)
-
-    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        return self._grid.pull_messages(message_ids)
