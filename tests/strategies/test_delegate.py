@@ -11,7 +11,17 @@ import pytest
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
-from flwr.serverapp.strategy import FedAdam, FedAvg, FedAvgM
+from flwr.serverapp.strategy import (
+    FedAdagrad,
+    FedAdam,
+    FedAvg,
+    FedAvgM,
+    FedMedian,
+    FedTrimmedAvg,
+    FedYogi,
+    Krum,
+    MultiKrum,
+)
 
 from fedleak import LocalTraining
 from fedleak.errors import InvalidInputError
@@ -82,6 +92,48 @@ def test_an_app_that_sets_the_state_gets_what_it_gets_without_a_wrapper(make: An
     plain, wrapped = step(fresh()), step(DelegatingStrategy(fresh()))
     np.testing.assert_array_equal(plain, wrapped)
     assert not np.array_equal(plain[0], np.ones((2, 2)))
+
+
+def _outcome(strategy: Any, arrays: list[dict[str, Any]], state: Any = None) -> Any:
+    """Aggregate replies that no round asked for, as Flower's own tests do."""
+    if state is not None:
+        strategy.current_arrays = state
+    replies = []
+    for n, one in enumerate(arrays):
+        record = ArrayRecord({name: Array(np.asarray(value)) for name, value in one.items()})
+        content = {"arrays": record, "metrics": MetricRecord({"num-examples": n + 1})}
+        asked = Message(RecordDict(), n + 2, "train")
+        replies.append(Message(RecordDict(content), reply_to=asked))  # type: ignore[arg-type]
+    try:
+        made, metrics = strategy.aggregate_train(1, replies)
+    except Exception as error:
+        return type(error), str(error)
+    if made is None:
+        return None
+    return {k: (v.numpy().shape, v.numpy().tobytes()) for k, v in made.items()}, metrics
+
+
+@pytest.mark.parametrize(
+    "make",
+    [FedAdagrad, FedAdam, FedAvg, FedAvgM, FedMedian, FedTrimmedAvg, FedYogi,
+     partial(Krum, num_malicious_nodes=1), partial(MultiKrum, num_malicious_nodes=1)],
+)  # fmt: skip
+def test_replies_of_any_shape_end_as_without_a_wrapper(make: Any) -> None:
+    """Scalars, no state, fewer replies than a strategy needs, other names: its own result or error.
+
+    What the attacker makes of such replies, which fit no model of his, is no one's business.
+    """
+    InlineGrid(ClientApp(), 1)  # messages have a sender then
+    same: list[dict[str, Any]] = [{"w": np.full((2, 2), float(n)), "s": float(n)} for n in range(7)]
+    zeros: Any = {"w": np.zeros((2, 2)), "s": np.array(0.0)}
+    if make is FedAvgM:
+        zeros = ArrayRecord({k: Array(v) for k, v in zeros.items()})
+    cases: list[list[dict[str, Any]]] = [same, same[:2], [], [*same[:6], {"other": 1.0}]]
+    for replies in cases:
+        for state in (None, zeros):
+            plain = _outcome(make(), replies, state)
+            assert _outcome(attacker(make()), replies, state) == plain
+    assert _outcome(attacker(make()), same, zeros) is not None
 
 
 def test_what_cannot_be_wrapped_is_refused_at_once() -> None:
