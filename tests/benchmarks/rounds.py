@@ -1,14 +1,14 @@
 """The same image every round: alone, together, and as predicted (results/rounds).
 
-Run by hand: ``python -m tests.benchmarks.rounds``, or of one defence alone with its name. Digits of
-scikit-learn, gradients simulated; the attacker knows the defence. Between rounds the model takes a
-step of 0.5 on eight other digits.
+Run by hand: ``python -m tests.benchmarks.rounds``, or with ``--folder`` on images of one's own.
+Gradients are simulated; the attacker knows the defence. Between rounds the model takes a step of
+0.5 on eight other images.
 """
 
 from __future__ import annotations
 
+import argparse
 import copy
-import sys
 from dataclasses import replace
 from statistics import median
 
@@ -30,34 +30,41 @@ CASES = (
     ("cnn2-v2", "noise:0.1", 16), ("cnn2-v2", "noise:0.3", 16),
     ("cnn2-v2", "prune:0.9", 8), ("cnn2-v2", "prune:0.95", 8),
 )  # fmt: skip
-IMAGES = (0, 1, 2, 3)
+IMAGES = 4
 
 
 def main() -> None:
-    digits, _ = load_data("digits")
-    attack, prior = make_attack("hybrid"), natural_prior(digits.shape)
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--folder", help="Class folders of images; else digits of scikit-learn")
+    parser.add_argument("--defence", action="append", default=[], help="One of those here alone")
+    parser.add_argument("--images", type=int, default=IMAGES)
+    parser.add_argument("--rounds", type=int, help="Fewer than 16 and 8")
+    options = parser.parse_args()
+    images, _ = load_data("folder", options.folder) if options.folder else load_data("digits")
+    attack, prior = make_attack("hybrid"), natural_prior(images.shape)
     print("| network | defence | rounds | image | median alone | best alone | together | gain "
           "| predicted after 1 | predicted after all | one more round |")  # fmt: skip
     print("|---|---|---|---|---|---|---|---|---|---|---|")
     for network, defence, rounds in CASES:
-        if defence not in (sys.argv[1:] or [defence]):
+        if defence not in (options.defence or [defence]):
             continue
+        rounds = min(rounds, options.rounds or rounds)
         spec, gains = parse_defence(defence), []
-        for image in IMAGES:
-            x, y = digits.batch([image])
-            model = build_model(network, digits.shape, digits.classes, seed=0)
+        for image in range(options.images):
+            x, y = images.batch([image])
+            model = build_model(network, images.shape, images.classes, seed=0)
             seen, references = [], []
             for n in range(rounds):
                 sent = copy.deepcopy(model)
                 update, _ = gradient(sent, x, y)
                 noisy = defend(update, spec, 1000 * image + n)
-                one = Observation.from_gradient(sent, noisy, digits.shape, defence=spec)
+                one = Observation.from_gradient(sent, noisy, images.shape, defence=spec)
                 seen.append(replace(one, place=(n, 0)))
-                jacobian = UpdateJacobian(Replay(sent, digits.shape), x, y)
+                jacobian = UpdateJacobian(Replay(sent, images.shape), x, y)
                 exact = defend(jacobian.gradient, spec, 1000 * image + n)
                 errors = entry_errors(jacobian.gradient, spec, exact)
                 references.append(Reference(jacobian, exact, errors))
-                others, _ = gradient(model, *digits.batch(list(range(100 + 8 * n, 108 + 8 * n))))
+                others, _ = gradient(model, *images.batch(list(range(100 + 8 * n, 108 + 8 * n))))
                 with torch.no_grad():
                     for name, p in model.named_parameters():
                         p -= 0.5 * others[name]
