@@ -2,7 +2,7 @@
 
 Run by hand: ``python -m tests.benchmarks.rounds``, or with ``--folder`` on images of one's own.
 Gradients are simulated; the attacker knows the defence. Between rounds the model takes a step of
-0.5 on eight other images.
+``--step`` on eight other images.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ def main() -> None:
     parser.add_argument("--defence", action="append", default=[], help="One of those here alone")
     parser.add_argument("--images", type=int, default=IMAGES)
     parser.add_argument("--rounds", type=int, help="Fewer than 16 and 8")
+    parser.add_argument("--step", type=float, default=0.5, help="Between rounds")
     options = parser.parse_args()
     images, _ = load_data("folder", options.folder) if options.folder else load_data("digits")
     attack, prior = make_attack("hybrid"), natural_prior(images.shape)
@@ -67,7 +68,7 @@ def main() -> None:
                 others, _ = gradient(model, *images.batch(list(range(100 + 8 * n, 108 + 8 * n))))
                 with torch.no_grad():
                     for name, p in model.named_parameters():
-                        p -= 0.5 * others[name]
+                        p -= options.step * others[name]
             alone = [attack([o])[0] for o in seen]
             single = [score(a.images[0], x[0]).psnr_db for a in alone]
             joint = score(together(attack, seen, alone).images[0], x[0]).psnr_db
