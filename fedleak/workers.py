@@ -48,8 +48,28 @@ class Crash:
     reason: str
 
 
+@dataclass(frozen=True)
+class Told:
+    """What a worker tells before its result: see :func:`tell`."""
+
+    content: Any
+
+
+def tell(content: Any) -> None:
+    """Tell whoever asked for this work something meanwhile; nobody where it is no worker's."""
+    if _ASKED_BY:
+        _ASKED_BY[-1].send(Told(content))
+
+
+#: In a worker, the pipe to who asked.
+_ASKED_BY: list[Connection] = []
+
+
 def run_processes(
-    function: Callable[[Item], Result], items: Sequence[Item], jobs: int
+    function: Callable[[Item], Result],
+    items: Sequence[Item],
+    jobs: int,
+    on_told: Callable[[Item, Any], None] | None = None,
 ) -> Iterator[tuple[Item, Result | Crash]]:
     """Call ``function`` in ``jobs`` processes; yield each result as it comes.
 
@@ -62,6 +82,8 @@ def run_processes(
     items : sequence
         Each is given to one process.
     jobs : int
+    on_told : callable, optional
+        ``(item, content)`` of what a process tells meanwhile.
     """
     waiting = deque(items)
     workers = [Worker(function) for _ in range(min(jobs, len(items)))]
@@ -73,6 +95,10 @@ def run_processes(
             for worker in [w for w in busy if w.pipe in ready]:
                 item = worker.item
                 found = worker.take()
+                if isinstance(found, Told):
+                    if on_told is not None:
+                        on_told(item, found.content)
+                    continue
                 if waiting:
                     worker.give(waiting.popleft())
                 yield item, found
@@ -109,12 +135,13 @@ class Worker(Generic[Item, Result]):
         self.pipe.send(item)
 
     def take(self) -> Result | Crash:
-        self.busy = False
+        """Return the result, or what is told before it (:class:`Told`) of work that tells."""
         try:
-            found: Result | Crash = self.pipe.recv()
+            found = self.pipe.recv()
         except (EOFError, OSError):
             self.process.join()
             found = Crash(_how_it_ended(self.process.exitcode))
+        self.busy = isinstance(found, Told)
         return found
 
     def end(self) -> None:
@@ -129,6 +156,7 @@ def _serve(pipe: Connection, function: Callable[[Any], Any]) -> None:
     """Answer items until the other side is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the one who asks
     threading.Thread(target=_end_with_parent, daemon=True).start()
+    _ASKED_BY.append(pipe)
     while True:
         try:
             item = pipe.recv()

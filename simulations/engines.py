@@ -6,10 +6,11 @@ import logging
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from fedleak.errors import InvalidInputError, UnknownNameError
+from fedleak.errors import FedleakError, InvalidInputError, UnknownNameError
 from fedleak.events import take_over
 from fedleak.lock import only_writer
 from fedleak.results.format import (
@@ -22,6 +23,7 @@ from fedleak.results.format import (
     ROUNDS_OF_TAMPERS,
 )
 from fedleak.stopping import terminable
+from fedleak.workers import Crash, run_processes, tell
 from simulations.scenario import Scenario
 from simulations.sections import Defence, Tamper
 
@@ -88,6 +90,7 @@ def simulate(
     client_app: Any = None,
     capture: bool = False,
     log_to: Sequence[str] = (),
+    jobs: int = 1,
 ) -> list[Arm]:
     """Run a scenario, and each defence it compares, and write the results.
 
@@ -110,6 +113,8 @@ def simulate(
         true images beside, for :func:`fedleak.capture.run.attack_capture`.
     log_to : sequence of {"tensorboard", "mlflow"}
         Trackers that are told of every round beside, each an extra of the same name.
+    jobs : int
+        Defences that run at once, each in a process of its own, ``inline``.
 
     Returns
     -------
@@ -123,6 +128,11 @@ def simulate(
     """
     if engine not in ENGINES:
         raise UnknownNameError("engine", engine, ENGINES)
+    if jobs < 1 or (jobs > 1 and (engine == "ray" or client_app is not None)):
+        raise InvalidInputError(
+            f"jobs={jobs}: processes beside each other, from 1, are for engine 'inline' and the "
+            "clients of the scenario"
+        )
     from simulations.recorder import prepare_folder
     from simulations.server_app import check
     from simulations.trackers import check_trackers
@@ -133,7 +143,7 @@ def simulate(
     check(scenario, capture)
     with only_writer(folder), terminable():
         prepare_folder(folder, overwrite)
-        return _run_arms(scenario, folder, engine, on_progress, client_app, capture, log_to)
+        return _run_arms(scenario, folder, engine, on_progress, client_app, capture, log_to, jobs)
 
 
 def _run_arms(
@@ -144,9 +154,10 @@ def _run_arms(
     client_app: Any,
     capture: bool,
     log_to: Sequence[str],
+    jobs: int,
 ) -> list[Arm]:
     """Run each defence in a folder that is ours."""
-    from simulations.recorder import about_run, ended, write_about
+    from simulations.recorder import about_run, end_of, ended, write_about
     from simulations.trackers import Trackers
 
     variants = scenario.variants()
@@ -160,17 +171,71 @@ def _run_arms(
         return arms
     about = about_run(scenario, engine, [arm.label for arm in arms])
     write_about(folder, about)
-    for count, (arm, own) in enumerate(zip(arms, variants, strict=True), 1):
-        try:
-            trackers = Trackers(log_to, folder, own)
-            _run_arm(arm, own, engine, on_progress, client_app, capture, trackers)
-        except BaseException as error:
-            write_about(folder, {**about, **ended(error)})
-            raise
-        finally:
-            combine([a for a in arms[:count] if (a.out / ROUNDS.file).is_file()], folder)
+    pairs = list(zip(arms, variants, strict=True))
+    try:
+        if jobs > 1:
+            _run_beside(pairs, folder, min(jobs, len(arms)), on_progress, capture, log_to)
+        else:
+            for arm, own in pairs:
+                trackers = Trackers(log_to, folder, own)
+                _run_arm(arm, own, engine, on_progress, client_app, capture, trackers)
+    except BaseException as error:
+        for arm in arms:
+            end_of(arm.out, error)
+        write_about(folder, {**about, **ended(error)})
+        raise
+    finally:
+        combine([a for a in arms if (a.out / ROUNDS.file).is_file()], folder)
     write_about(folder, {**about, **ended()})
     return arms
+
+
+def _run_beside(
+    pairs: list[tuple[Arm, Scenario]],
+    folder: Path,
+    jobs: int,
+    on_progress: OnArmProgress | None,
+    capture: bool,
+    log_to: Sequence[str],
+) -> None:
+    """Run arms in processes, which share the processor's threads; each rounds as it would alone."""
+    import torch
+
+    threads = max(1, torch.get_num_threads() // jobs)
+    function = partial(_in_a_process, folder, capture, tuple(log_to), threads, _verbose)
+
+    def told(pair: tuple[Arm, Scenario], progress: Any) -> None:
+        if on_progress is not None:
+            on_progress(pair[0], progress)
+
+    for (arm, _), found in run_processes(function, pairs, jobs, told):
+        if isinstance(found, FedleakError):
+            raise found
+        if isinstance(found, Crash):
+            raise RuntimeError(f"the run of {arm.label} broke off: {found.reason}")
+
+
+def _in_a_process(
+    folder: Path,
+    capture: bool,
+    log_to: Sequence[str],
+    threads: int,
+    verbose: bool,
+    pair: tuple[Arm, Scenario],
+) -> FedleakError | None:
+    import torch
+
+    from simulations.trackers import Trackers
+
+    torch.set_num_threads(threads)
+    quiet_flower(verbose)
+    arm, own = pair
+    trackers = Trackers(log_to, folder, own)
+    try:
+        _run_arm(arm, own, "inline", lambda arm, made: tell(made), None, capture, trackers)
+    except FedleakError as error:  # as it is: for the one who asked
+        return error
+    return None
 
 
 def _run_arm(

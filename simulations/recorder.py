@@ -390,6 +390,16 @@ def ended(error: BaseException | None = None) -> dict[str, Any]:
     return {"status": status, "reason": reason, "finished": now()}
 
 
+def end_of(out: Path, error: BaseException) -> None:
+    """Say of a run that still says it is running how it ended: its process had no time to."""
+    try:
+        about = read_json(out / RUN)
+    except (OSError, ValueError):
+        return  # it had not begun
+    if about.get("status") == "running":
+        write_about(out, {**about, **ended(error)})
+
+
 def _certified(made: Reconstruction | None, place: int | None) -> int | str:
     """Return whether the attack itself proves an image, without the truth: empty, 1 or 0."""
     if made is None or not made.certified:

@@ -155,7 +155,8 @@ class Replay:
 
         def pulled(x: Tensor, y: Tensor) -> tuple[Gradients, Gradients]:
             # The loss is not derived itself: its second derivative costs torch more than the rest.
-            logits, pull, beside = vjp(lambda p: forward(p, x), self.parameters, has_aux=True)
+            made = vjp(lambda p: forward(p, x), self.parameters, has_aux=True)
+            logits, pull, beside = made  # type: ignore[misc]
             return pull(self.loss.cotangent(logits, y))[0], beside
 
         def forward(parameters: Gradients, x: Tensor) -> tuple[Tensor, Gradients]:

@@ -51,6 +51,9 @@ def simulate(
         list[str] | None,
         typer.Option("--log-to", metavar="TRACKER", help="tensorboard or mlflow; may be repeated"),
     ] = None,
+    jobs: Annotated[
+        int, typer.Option(min=1, help="Defences run at once, each in a process, inline")
+    ] = 1,
     verbose: Annotated[
         bool, typer.Option("--verbose", help="Show Flower's own log, and Ray's")
     ] = False,
@@ -69,7 +72,7 @@ def simulate(
     with _progress(loaded) as on_progress:
         arms = run(
             loaded, out, engine, overwrite, on_progress,  # type: ignore[arg-type]
-            capture=capture, log_to=log_to or (),
+            capture=capture, log_to=log_to or (), jobs=jobs,
         )  # fmt: skip
     _closing_table(loaded, arms)
 

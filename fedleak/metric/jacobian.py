@@ -122,7 +122,8 @@ class UpdateJacobian:
                 logits = functional_call(self.replay.model, parameters, (images,))
             return logits, {k: [x for x, _ in calls] for k, calls in seen.items()}
 
-        logits, pull, inputs = vjp(forward, added, self._direct, has_aux=True)
+        made = vjp(forward, added, self._direct, has_aux=True)
+        logits, pull, inputs = made  # type: ignore[misc]
         back, direct = pull(self.replay.loss.cotangent(logits, self.labels))
         return {"inputs": inputs, "back": back, "direct": direct}
 

@@ -113,6 +113,43 @@ def test_an_arm_that_breaks_leaves_the_others(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "run.json").read_text())["status"] == "failed"
 
 
+@pytest.mark.slow
+def test_arms_in_processes_are_the_same(tmp_path: Path) -> None:
+    described = load_scenario("demo", [*SMALL, "federation.rounds=2", 'compare=["noise:0.3"]'])
+    seen: list[tuple[str, int]] = []
+
+    def note(arm: Any, progress: Any) -> None:
+        seen.append((arm.label, progress.server_round))
+
+    simulate(described, tmp_path / "alone")
+    simulate(described, tmp_path / "beside", jobs=2, on_progress=note)
+    assert sorted(seen) == [("noise-0.3", 1), ("noise-0.3", 2), ("none", 1), ("none", 2)]
+    alone, beside = (
+        pd.read_csv(tmp_path / out / "leakage.csv").drop(columns="seconds")
+        for out in ("alone", "beside")
+    )
+    # To a thousandth of a decibel: one thread or two may round differently.
+    pd.testing.assert_frame_equal(alone, beside, rtol=1e-3)
+
+    def stop(arm: Any, progress: Any) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        simulate(described, tmp_path / "stopped", jobs=2, on_progress=stop)
+    for out in (".", "none", "noise-0.3"):
+        file = tmp_path / "stopped" / out / "run.json"
+        if file.is_file():  # an arm may not have begun
+            assert json.loads(file.read_text())["status"] != "running"
+
+
+def test_processes_are_for_clients_that_can_be_given_to_them(tmp_path: Path) -> None:
+    described = load_scenario("demo", [*SMALL, "federation.rounds=2"])
+    for refused in ({"jobs": 0}, {"jobs": 2, "engine": "ray"}, {"jobs": 2, "client_app": object()}):
+        with pytest.raises(InvalidInputError, match="processes beside each other, from 1"):
+            simulate(described, tmp_path / "out", **refused)  # type: ignore[arg-type]
+    assert not (tmp_path / "out").exists()
+
+
 def test_pictures_are_paired_by_client_and_image(tmp_path: Path) -> None:
     from fedleak.plots import _first_round
 
