@@ -21,14 +21,14 @@ from fedleak import deadline
 from fedleak.attacks.base import Attack, Reconstruction, placed
 from fedleak.attacks.certainty import at_most_db, expected_db, fits, unexplained
 from fedleak.attacks.evidence import Evidence
-from fedleak.attacks.prior_matching import Match, match, posterior
+from fedleak.attacks.prior_matching import Match, Several, match, posterior
 from fedleak.attacks.suspicions.hidden import HIDDEN, VAGUE
 from fedleak.attacks.suspicions.unexplained import UNEXPLAINED
 from fedleak.attacks.targets.local_training import module_target
 from fedleak.attacks.targets.rounds import RoundsTarget
 from fedleak.errors import InvalidInputError
 from fedleak.priors import Prior
-from fedleak.solvers import Gaussian, jacobian
+from fedleak.solvers import jacobian
 from fedleak.solvers.box import MOST, into_box
 from fedleak.wording import RECOGNISABLE
 
@@ -113,35 +113,6 @@ class Round:
         return self.misfit(images, precision) <= max(EXPLAINED, _SLACK * own)
 
 
-class _Several(Prior):
-    """The prior of K images that have nothing to do with each other, as one of K C channels."""
-
-    def __init__(self, prior: Prior, count: int):
-        channels, *size = prior.shape
-        self.prior, self.count = prior, count
-        self.shape = (count * channels, size[0], size[1])
-        self.mean = prior.mean.expand(prior.shape).repeat(count, 1, 1)
-        self.latent_shape = (count, *prior.latent_shape)
-
-    def root(self, u: Tensor) -> Tensor:
-        return self.prior.root(u.flatten(0, 1)).reshape(-1, *self.shape)
-
-    def root_adjoint(self, x: Tensor) -> Tensor:
-        each = x.reshape(-1, *self.prior.shape)
-        return self.prior.root_adjoint(each).reshape(-1, *self.latent_shape)
-
-    def dense(self) -> Gaussian:
-        one = self.prior.dense()
-        mean, whole = one.mean.repeat(self.count), [one.covariance] * self.count
-        return Gaussian(mean, torch.block_diag(*whole))
-
-    def family(self, stage: int = 0) -> Sequence[Prior]:
-        return [_Several(p, self.count) for p in self.prior.family(stage)]
-
-    def __repr__(self) -> str:
-        return repr(self.prior)
-
-
 def solve(
     rounds: Sequence[Round],
     prior: Prior,
@@ -170,7 +141,7 @@ def solve(
     """
     target = RoundsTarget([module_target(r.weighed) for r in rounds], members)
     if len(start) > 1 and prior.gaussian and fits(target, start.numel()):
-        several, begin = _Several(prior, len(start)), start[None]
+        several, begin = Several(prior, len(start)), start[None]
         solver, _, chosen = posterior(target, several, begin, _PRECISION, begin)
         images = solver.x.reshape(begin.shape)
         if _explain(rounds, members, images):
@@ -232,7 +203,7 @@ def certainty(
     target = RoundsTarget([module_target(r.weighed) for r in rounds], members)
     if not fits(target, images.numel()):
         return [math.nan] * len(images)
-    return expected_db(target, images[None], _Several(prior, len(images)).dense())[0]
+    return expected_db(target, images[None], Several(prior, len(images)).dense())[0]
 
 
 def together(

@@ -14,7 +14,7 @@ from torchvision.io import write_png
 
 from fedleak.attacks import make_attack
 from fedleak.attacks.evidence import Evidence
-from fedleak.client.compute import example_gradients
+from fedleak.client.compute import example_gradients, gradient
 from fedleak.client.training import LocalTraining
 from fedleak.commands.app import main
 from fedleak.data import load_data
@@ -172,6 +172,24 @@ def test_clipping_of_single_images_is_an_unknown_factor() -> None:
     assert _mean(decibels[0]) >= _mean(decibels[1]) - 0.5
     assert min(decibels[0]) > 17
     assert fit < 0.5
+
+
+@pytest.mark.slow
+def test_a_batch_is_as_sharp_as_its_noise_lets_it_be() -> None:
+    """Weights of four digits under little noise: 57 dB, of 56 predicted, and not 43."""
+    images, labels = load_data("digits", "data", False, 0)[0].batch(range(10, 14))
+    net, rate = build_model("cnn2-v1", SHAPE, 10, seed=0), 0.5
+    change = {n: rate * g for n, g in gradient(net, images, labels)[0].items()}
+    spec = parse_defence("dp:clip=1,noise=0.0001")
+    sent = defend({n: c.detach() for n, c in change.items()}, spec, 0)
+    weights = {n: p.detach() - sent[n] for n, p in net.named_parameters()}
+    training, threat = LocalTraining(rate, 4), ThreatModel(defence=True)
+    seen = Observation.from_weights(
+        net, weights, training, SHAPE, num_images=4, defence=spec, threat=threat
+    )
+    (found,) = make_attack("hybrid")([seen])
+    scored = score_batch(found.images, found.labels, images, labels)
+    assert min(s.quality.psnr_db for s in scored if s.quality) > 50
 
 
 def test_clipping_of_single_images_is_refused_for_weights(model: nn.Module) -> None:
