@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 .PHONY: demo test slow bench bench-gpu docs lint format install clean
 
 demo: install
-	$(BIN)/fedleak simulate demo --jobs 3 --out results/runs/demo --overwrite
+	$(BIN)/fedleak simulate demo --jobs 2 --out results/runs/demo --overwrite
 	$(BIN)/fedleak report results/runs/demo
 
 test: install
