@@ -84,25 +84,19 @@ class ScenarioApp(ClientApp):
 
     Parameters
     ----------
-    scenario : Scenario
+    scenario : str
+        As JSON, :meth:`Scenario.model_dump_json`.
     """
 
-    def __init__(self, scenario: Scenario):
+    def __init__(self, scenario: str):
         super().__init__()
-        self._text = scenario.model_dump_json()
+        self._text = scenario
 
     def __call__(self, message: Message, context: Context) -> Message:
         return _app_of(self._text)(message, context)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _travelled, (self._text,)
-
-
-def _travelled(text: str) -> ScenarioApp:
-    app = ScenarioApp.__new__(ScenarioApp)
-    ClientApp.__init__(app)
-    app._text = text
-    return app
+        return ScenarioApp, (self._text,)
 
 
 @lru_cache(maxsize=2)

@@ -29,7 +29,6 @@ from simulations.sections import Defence, Tamper
 
 if TYPE_CHECKING:
     from simulations.server_app import Progress
-    from simulations.trackers import Trackers
 
 Engine = Literal["inline", "ray"]
 ENGINES = ("inline", "ray")
@@ -158,7 +157,6 @@ def _run_arms(
 ) -> list[Arm]:
     """Run each defence in a folder that is ours."""
     from simulations.recorder import about_run, end_of, ended, write_about
-    from simulations.trackers import Trackers
 
     variants = scenario.variants()
     arms = [
@@ -166,8 +164,7 @@ def _run_arms(
         for v in variants
     ]
     if len(arms) == 1:
-        trackers = Trackers(log_to, folder, scenario)
-        _run_arm(arms[0], scenario, engine, on_progress, client_app, capture, trackers)
+        _run_arm(arms[0], scenario, engine, on_progress, client_app, capture, folder, log_to)
         return arms
     about = about_run(scenario, engine, [arm.label for arm in arms])
     write_about(folder, about)
@@ -177,8 +174,7 @@ def _run_arms(
             _run_beside(pairs, folder, min(jobs, len(arms)), on_progress, capture, log_to)
         else:
             for arm, own in pairs:
-                trackers = Trackers(log_to, folder, own)
-                _run_arm(arm, own, engine, on_progress, client_app, capture, trackers)
+                _run_arm(arm, own, engine, on_progress, client_app, capture, folder, log_to)
     except BaseException as error:
         for arm in arms:
             end_of(arm.out, error)
@@ -225,14 +221,11 @@ def _in_a_process(
 ) -> FedleakError | None:
     import torch
 
-    from simulations.trackers import Trackers
-
     torch.set_num_threads(threads)
     quiet_flower(verbose)
     arm, own = pair
-    trackers = Trackers(log_to, folder, own)
     try:
-        _run_arm(arm, own, "inline", lambda arm, made: tell(made), None, capture, trackers)
+        _run_arm(arm, own, "inline", lambda arm, made: tell(made), None, capture, folder, log_to)
     except FedleakError as error:  # as it is: for the one who asked
         return error
     return None
@@ -245,12 +238,15 @@ def _run_arm(
     on_progress: OnArmProgress | None,
     client_app: Any,
     capture: bool,
-    trackers: Trackers,
+    folder: Path,
+    log_to: Sequence[str],
 ) -> None:
     from simulations.client_app import ScenarioApp
     from simulations.recorder import FULL, Recorder
     from simulations.server_app import build_server_app
+    from simulations.trackers import Trackers
 
+    trackers = Trackers(log_to, folder, scenario)
     recorder = Recorder(arm.out, scenario, engine)
 
     def report(progress: Progress) -> None:
@@ -259,7 +255,7 @@ def _run_arm(
             on_progress(arm, progress)
 
     server = build_server_app(scenario, recorder, report, capture)
-    client = client_app or ScenarioApp(scenario)
+    client = client_app or ScenarioApp(scenario.model_dump_json())
     run = run_inline if engine == "inline" else _run_ray
     try:
         run(server, client, scenario.federation.clients)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -58,11 +59,15 @@ def expected_db(target: Target, images: Tensor, prior: Gaussian) -> list[list[fl
     if not fits(target, unknowns):
         return [[math.nan] * count] * len(images)
     together = max(1, int(_ENTRIES // (target.values.shape[1] * unknowns)))
-    out: list[list[float]] = []
+    parts = _split(target, images, together)
+    return [each for part, own in parts for each in _dense(part, own, prior)]
+
+
+def _split(target: Target, images: Tensor, together: int) -> Iterator[tuple[Target, Tensor]]:
+    """Return so many updates at a time, with their images."""
     for index in torch.arange(len(images), device=target.values.device).split(together):
         part = target if len(index) == len(images) else target.subset(index)
-        out += _dense(part, images[index.to(images.device)], prior)
-    return out
+        yield part, images[index.to(images.device)]
 
 
 def _dense(target: Target, images: Tensor, prior: Gaussian) -> list[list[float]]:
@@ -102,17 +107,9 @@ def at_most_db(target: Target, images: Tensor, enough: float) -> list[list[float
         return expected_db(target, images, indifferent(images[0]))
     if target.hidden or not target.dense:
         return [[math.nan] * count] * len(images)
-    parts = (
-        [target]
-        if len(images) == 1
-        else [
-            target.subset(torch.tensor([n], device=target.values.device))
-            for n in range(len(images))
-        ]
-    )
     return [
-        [_one_at_most(part, of_it, k, enough) for k in range(count)]
-        for part, of_it in zip(parts, images, strict=True)
+        [_one_at_most(part, own, k, enough) for k in range(count)]
+        for part, (own,) in _split(target, images, 1)
     ]
 
 

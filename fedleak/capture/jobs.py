@@ -19,6 +19,7 @@ from fedleak.attacks import Attack, Reconstruction, attack_for, run_attack
 from fedleak.capture.reader import Capture, Captured
 from fedleak.observation import Observation
 from fedleak.status import Status, notes_text, status_of
+from fedleak.threads import threads
 
 #: Why a failure may be gone the next time: a file was damaged, or the worker ended.
 Retry = Literal["", "damaged", "crashed"]
@@ -166,22 +167,20 @@ def _unread(captured: Captured) -> Result:
 
 
 @contextmanager
-def _alone(threads: int, chunk: Chunk) -> Iterator[None]:
+def _alone(count: int, chunk: Chunk) -> Iterator[None]:
     """Fix the number of threads and the random generators; leave them as they were.
 
     The seed is of the names: what clients sent rounds otherwise on another machine.
     """
-    before, python, numpy_state = torch.get_num_threads(), random.getstate(), np.random.get_state()
+    python, numpy_state = random.getstate(), np.random.get_state()
     seed = zlib.crc32(" ".join(chunk.names).encode())
-    torch.set_num_threads(threads)
-    with torch.random.fork_rng():
+    with threads(count), torch.random.fork_rng():
         torch.manual_seed(seed)
         np.random.seed(seed)
         random.seed(seed)
         try:
             yield
         finally:
-            torch.set_num_threads(before)
             random.setstate(python)
             np.random.set_state(numpy_state)
 

@@ -192,7 +192,8 @@ class _Search:
         """Match at falling error levels."""
         for level in LEVELS:
             u = self.quasi_newton(u, level, steps)
-            if self.tell(u) < _MATCHED or self.exact is not None or deadline.passed():
+            matched = _all(self.tell(u)) < _MATCHED
+            if matched or self.exact is not None or deadline.passed():
                 break
         return u
 
@@ -213,15 +214,13 @@ class _Search:
     def finish(self, u: Tensor) -> Tensor:
         """Go on by Gauss-Newton as long as that pays."""
         self.choose_gain(u)
-        self.tell(u)
-        left = self.misfits(u)
+        left = self.tell(u)
         for _ in range(MOST_NEWTON):
             matched = bool((left < _MATCHED).all())
             if matched or self.exact is not None or deadline.passed():
                 break
             u = self.gauss_newton(u)
-            self.tell(u)
-            before, left = left, self.misfits(u)
+            before, left = left, self.tell(u)
             if not bool(((before >= _MATCHED) & (left <= _PAYS * before)).any()):
                 break
         return u
@@ -254,16 +253,18 @@ class _Search:
             best = nearest
         self.gain = best
 
-    def tell(self, u: Tensor) -> float:
-        misfit = self.misfit(u)
-        rounded, off = on_grid(unseen(self.images(u).detach(), self.seen))
+    def tell(self, u: Tensor) -> Tensor:
+        """Return :meth:`misfits`; tell of them, and try the grid where images are near."""
+        images = self.images(u).detach()
+        misfits = self._misfits_of(images)
+        rounded, off = on_grid(unseen(images, self.seen))
         if float(off.max()) < _ON_GRID:
-            images = self.seen(rounded)
-            if bool((self._misfits_of(images) < _MATCHED).all()):
-                self.exact = images
+            on_it = self.seen(rounded)
+            if bool((self._misfits_of(on_it) < _MATCHED).all()):
+                self.exact = on_it
         if self.watch is not None:
-            self.watch(misfit, self.images(u).detach())
-        return misfit
+            self.watch(_all(misfits), images)
+        return misfits
 
     def images(self, u: Tensor) -> Tensor:
         return self.gain * self.seen(self.prior.image(u))
@@ -273,7 +274,7 @@ class _Search:
 
     def misfit(self, u: Tensor) -> float:
         """Return how far off the known values are, in units of their errors."""
-        return float(self.misfits(u).square().mean().sqrt())
+        return _all(self.misfits(u))
 
     def misfits(self, u: Tensor) -> Tensor:
         """Return the same of each part, shape (N,)."""
@@ -281,8 +282,10 @@ class _Search:
 
     def _misfits_of(self, images: Tensor) -> Tensor:
         with torch.no_grad():
-            rest = (self.targets.made(images) - self.targets.values) / self.targets.errors
-        return rest.square().mean(1).sqrt()
+            return self._in_errors(self.targets.values - self.targets.made(images))
+
+    def _in_errors(self, rest: Tensor) -> Tensor:
+        return (rest / self.targets.errors).square().mean(1).sqrt()
 
     def weight(self, u: Tensor, errors: Tensor) -> Tensor:
         """Return how much the data tell of a pixel, its inverse variance, on average.
@@ -317,7 +320,9 @@ class _Search:
     def gauss_newton(self, u: Tensor, iterations: int = 100) -> Tensor:
         """Take one Gauss-Newton step, by conjugate gradients on products with the Jacobian."""
         u = u.detach()
-        rest, misfits = self.targets.values - self.made(u), self.misfits(u)
+        with torch.no_grad():
+            rest = self.targets.values - self.made(u)
+            misfits = self._in_errors(rest)
         levels = rest.square().mean(1, keepdim=True).sqrt()
         errors = self.targets.errors.maximum((0.1 * levels).clamp_max(1e-3))
         weight = self.weight(u, errors)
@@ -364,3 +369,8 @@ class _Search:
         column = jvp(self.targets.made, (x,), (x,))[1].detach() / errors
         size = float(column.norm().clamp_min(1e-300))
         return column / size, size
+
+
+def _all(misfits: Tensor) -> float:
+    """Return the misfit of all parts together."""
+    return float(misfits.square().mean().sqrt())

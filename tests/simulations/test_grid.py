@@ -72,7 +72,7 @@ def test_an_app_that_travels_replies_as_one_that_does_not() -> None:
         (record,) = answer.content.array_records.values()
         return {name: array.numpy().tobytes() for name, array in record.items()}
 
-    app = ScenarioApp(scenario)
+    app = ScenarioApp(scenario.model_dump_json())
     sent = pickle.dumps(app)
     expected = reply(build_client_app(lambda context: scenario))
     assert reply(app) == reply(pickle.loads(sent)) == expected
